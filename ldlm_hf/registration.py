@@ -8,6 +8,7 @@ moved if a later version differs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,9 @@ import diffusers
 import diffusers.pipelines
 import transformers
 from diffusers.pipelines import pipeline_loading_utils
+
+from .hub.repository import PIPELINE_MODULE
+from .hub.safe_loading import check_tokenizer, read_json
 
 
 # the base classes of components, with the methods that save and load them
@@ -26,16 +30,27 @@ BASE_CLASSES: dict[str, Any] = {
 SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
 
 
-def require(module: ModuleType, attribute: str) -> Any:
-    """An attribute of a diffusers module that registration builds on; ImportError if it is not there any more."""
-    value = getattr(module, attribute, None)
+def require(owner: ModuleType | type, attribute: str) -> Any:
+    """An attribute of diffusers that registration builds on; ImportError if it is not there any more."""
+    value = getattr(owner, attribute, None)
     if value is None:
         raise ImportError(
-            f"ldlm_hf registers its classes through {module.__name__}.{attribute}, which diffusers "
+            f"ldlm_hf registers its classes through {owner.__name__}.{attribute}, which diffusers "
             f"{diffusers.__version__} does not have. Install a version that this ldlm_hf was tried with (0.40 to "
             "0.42), or a newer ldlm_hf."
         )
     return value
+
+
+def read_index(cls: type[diffusers.DiffusionPipeline], path: str | Path, **archive: Any) -> dict[str, Any]:
+    """Reads a `model_index.json`; our pipeline is the installed class, even if the repository carries its code."""
+    if any(archive.values()):  # diffusers before 0.42 also reads from DDUF archives
+        return super(diffusers.DiffusionPipeline, cls)._dict_from_json_file(path, **archive)
+    index = read_json(path)
+    if index.get("_class_name") in ("LDLMPipeline", [PIPELINE_MODULE, "LDLMPipeline"]):
+        index["_class_name"] = "LDLMPipeline"
+        check_tokenizer(Path(path).parent / "tokenizer")
+    return index
 
 
 def register(package: ModuleType) -> None:
@@ -46,7 +61,9 @@ def register(package: ModuleType) -> None:
     2. `diffusers.pipelines.ldlm_hf`: the installed class wins over code in a repository, and `device_map` finds it.
     3. Pipeline, scheduler and denoiser as attributes of `diffusers`: `DiffusionPipeline.from_pretrained` and
        `scheduler.compatibles` look their names up there.
-    4. The Auto classes of transformers.
+    4. `DiffusionPipeline._dict_from_json_file`: the installed pipeline wins over code in a repository, as its
+       components do.
+    5. The Auto classes of transformers.
     """
     name = package.__name__
     loadable_classes = require(pipeline_loading_utils, "LOADABLE_CLASSES")
@@ -63,6 +80,8 @@ def register(package: ModuleType) -> None:
 
     for native_class in (LDLMPipeline, TangentEulerMaruyamaScheduler, LDLMTransformer1DModel):
         setattr(diffusers, native_class.__name__, native_class)
+    require(diffusers.DiffusionPipeline, "_dict_from_json_file")
+    diffusers.DiffusionPipeline._dict_from_json_file = classmethod(read_index)
 
     from .models.latent_decoder import LDLMLatentDecoder
     from .models.latent_encoder import LDLMLatentEncoder

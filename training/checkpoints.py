@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 MANIFEST = "manifest.json"
@@ -35,7 +38,7 @@ def write_checkpoint(
     total_limit: int | None,
     is_main: bool,
     save: Callable[[Path], None],
-    wait: Callable[[], None],
+    agree: Callable[[str | None], str | None],
 ) -> Path:
     """Writes a checkpoint, gives it its name once every file is there, and removes the oldest beyond the limit.
 
@@ -45,25 +48,61 @@ def write_checkpoint(
         total_limit: how many checkpoints to keep; None keeps all.
         is_main: whether this is the process that renames and removes.
         save: writes all files into a folder; called by every process.
-        wait: waits for all processes.
+        agree: waits for all processes, and turns what went wrong in one of them into what every one of them knows.
+
+    Raises:
+        OSError: a process could not write, for want of space for example. The checkpoints before are untouched.
     """
     temporary, final = temporary_path(output_dir, step), output_dir / f"checkpoint-{step}"
-    if is_main:
+
+    def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    wait()
-    save(temporary)
-    wait()
-    if is_main:
+
+    def finish() -> None:
         sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files_below(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+        for path in [*files_below(temporary), temporary]:
+            write_through(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        if total_limit is not None:
-            for outdated in find_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(outdated)
-    wait()
+        write_through(output_dir)
+
+    problem = agree(attempt(prepare) if is_main else None)
+    if problem is None:
+        problem = agree(attempt(lambda: save(temporary)))
+    if problem is None:
+        problem = agree(attempt(finish) if is_main else None)
+    if problem is not None:
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        earlier = [path.name for path in find_checkpoints(output_dir)]
+        raise OSError(
+            f"The checkpoint of step {step} could not be written: {problem}. "
+            + (f"{earlier[-1]} is untouched." if earlier else "There is none before it.")
+        )
+    if is_main and total_limit is not None:
+        for outdated in find_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(outdated)
     return final
+
+
+def attempt(action: Callable[[], None]) -> str | None:
+    """Does something that writes files; what went wrong, if anything did."""
+    try:
+        action()
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a full disk
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def write_through(path: Path) -> None:
+    """Waits until a file's contents, or a folder's names, are on the disk and not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def files_below(folder: Path) -> list[Path]:

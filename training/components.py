@@ -135,10 +135,7 @@ def build_pipeline(objective: JointObjective, tokenizer: PreTrainedTokenizerBase
 
 
 def save_components(objective: JointObjective, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves every component in a pipeline's layout; without a token decoder there is no `model_index.json` yet."""
-    if objective.token_decoder is not None:
-        build_pipeline(objective, tokenizer).save_pretrained(folder)
-        return
+    """Saves all but a token decoder in a pipeline's layout; there is no `model_index.json` yet."""
     for name in ("token_encoder", "latent_encoder", "latent_decoder", "transformer", "scheduler"):
         getattr(objective, name).save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "tokenizer")

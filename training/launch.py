@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,16 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from accelerate import Accelerator
 from components import count_parameters, trained_components
 from evaluation import held_out_sequences
-from ldlm_hf import LDLMTokenEncoder, load_corpora, resolve_pretrained_source
+from flops import RunEstimate, device_peak, estimate_run
+from hub_upload import HubUploads, add_hub_arguments
+from ldlm_hf import LDLMPipeline, LDLMTokenEncoder, load_corpora, resolve_pretrained_source
 from ldlm_hf.data import DataSettings, TextCorpora
-from loop import split_batch
+from loop import TrainingLoop, split_batch
+from model_card import write_results
+from run_folder import check_output_dir
 from settings import EvaluationSettings, LoopSettings, RunSettings, human_count, to_yaml
+from task import Evaluation, Task
+from tracking import check_trackers
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -28,8 +35,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="print settings, parameter counts, tokens a step; stop")
     parser.add_argument("--resume_from_checkpoint", metavar="latest|PATH", help="go on from a checkpoint")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="delete the run that the folder holds")
+    parser.add_argument("--license", metavar="ID", help="licence of the trained weights, for the model card")
+    parser.add_argument("--language", metavar="CODE", help="language of the training text, for the model card")
+    add_hub_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over those of the file")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.hub_model_id and not (arguments.push_to_hub or arguments.push_checkpoints):
+        parser.error("--hub_model_id goes with --push_to_hub or --push_checkpoints")
+    return arguments
 
 
 def build_accelerator(settings: LoopSettings) -> Accelerator:
@@ -37,6 +50,73 @@ def build_accelerator(settings: LoopSettings) -> Accelerator:
     return Accelerator(
         mixed_precision=settings.mixed_precision, log_with=settings.trackers or None, project_dir=settings.output_dir
     )
+
+
+def prepare_run(
+    arguments: argparse.Namespace, settings: Any, accelerator: Accelerator
+) -> tuple[Path | None, HubUploads | None]:
+    """Finds out, before any work is done, what would stop the run later: folder, checkpoint, trackers, judge, Hub.
+
+    Returns:
+        the checkpoint to go on from, and on the main process where to upload to; None where there is no such.
+    """
+    checkpoint = check_output_dir(settings, arguments.resume_from_checkpoint, arguments.overwrite_output_dir)
+    check_trackers(settings.loop.trackers)
+    check_judge(settings.evaluation)
+    if not accelerator.is_main_process or not (arguments.push_to_hub or arguments.push_checkpoints):
+        return checkpoint, None
+    return checkpoint, HubUploads(
+        arguments.hub_model_id or Path(settings.loop.output_dir).resolve().name, arguments.hub_private
+    )
+
+
+def build_loop(
+    task: Task,
+    dataset: Dataset[dict[str, torch.Tensor]],
+    sequence_length: int,
+    settings: Any,
+    accelerator: Accelerator,
+    arguments: argparse.Namespace,
+    checkpoint: Path | None,
+    uploads: HubUploads | None,
+) -> TrainingLoop:
+    """The loop of a run, after its cost has been printed."""
+    return TrainingLoop(
+        task,
+        dataset,
+        estimate(task.module, settings.loop, sequence_length, accelerator),
+        accelerator,
+        settings,
+        checkpoint,
+        overwrite=arguments.overwrite_output_dir,
+        on_checkpoint=uploads.push_checkpoint if uploads is not None and arguments.push_checkpoints else None,
+    )
+
+
+def finish_run(
+    pipeline: LDLMPipeline,
+    validation: Dataset[dict[str, torch.Tensor]],
+    settings: Any,
+    evaluation: Evaluation,
+    seconds: float,
+    arguments: argparse.Namespace,
+    uploads: HubUploads | None,
+) -> None:
+    """Saves a trained pipeline with its samples, results and card, and uploads it if that was asked for."""
+    folder = Path(settings.loop.output_dir) / "pipeline"
+    pipeline.save_pretrained(folder)
+    write_results(
+        pipeline,
+        validation,
+        settings,
+        evaluation.values,
+        seconds,
+        license=arguments.license,
+        language=arguments.language,
+        model_id=uploads.model_id if uploads is not None and arguments.push_to_hub else None,
+    )
+    if uploads is not None and arguments.push_to_hub:
+        uploads.push_pipeline(folder)
 
 
 def fit_token_encoder(
@@ -84,6 +164,17 @@ def print_overview(settings: Any, objective: nn.Module, sequence_length: int, ac
         f"{accumulation_steps} accumulated passes, {sequence_length} tokens a sequence; "
         f"{human_count(tokens * settings.loop.max_steps)} tokens in {settings.loop.max_steps:,} steps"
     )
+
+
+def estimate(
+    objective: nn.Module, settings: LoopSettings, sequence_length: int, accelerator: Accelerator
+) -> RunEstimate:
+    """Counts the run's FLOPs, finds its devices' peak, and prints both, with the time that they come to."""
+    device_batch_size, _ = split_batch(settings, accelerator.num_processes)
+    peak = device_peak(accelerator.device, settings.mixed_precision, settings.peak_tflops)
+    result = estimate_run(objective, settings, sequence_length, device_batch_size, accelerator.num_processes, peak)
+    accelerator.print(result.summary())
+    return result
 
 
 def speed_up(objective: nn.Module, settings: LoopSettings) -> None:

@@ -129,7 +129,10 @@ class LoopSettings:
         checkpointing_steps: steps between two checkpoints.
         checkpoints_total_limit: how many are kept; None keeps all.
         max_nonfinite_steps: the run stops after so many steps in a row whose loss or gradient is not finite.
-        trackers: trackers of accelerate that the log goes to, beside `metrics.jsonl`.
+        trackers: trackers of accelerate that the log goes to, beside `metrics.jsonl`: `tensorboard`, `wandb`,
+            `trackio`.
+        peak_tflops: peak of one device in TFLOP/s, which the model FLOPs utilisation is a share of; None looks it up
+            or measures it.
     """
 
     output_dir: str = "runs/ldlm"
@@ -146,6 +149,7 @@ class LoopSettings:
     checkpoints_total_limit: int | None = 3
     max_nonfinite_steps: int = 20
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         # YAML reads a bare `no` as the truth value
@@ -288,7 +292,14 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 def check_ranges(settings: Any) -> None:
     """Raises ValueError for numbers that no run can work with, before any work is done."""
     positive = {
-        "loop": ["max_steps", "batch_size", "device_batch_size", "logging_steps", "checkpointing_steps"],
+        "loop": [
+            "max_steps",
+            "batch_size",
+            "device_batch_size",
+            "logging_steps",
+            "checkpointing_steps",
+            "peak_tflops",
+        ],
         "model": ["sequence_length", "statistics_sequences"],
         "optimizer": ["learning_rate", "initial_learning_rate", "max_grad_norm"],
         "evaluation": ["num_sequences", "grid_size", "batch_size", "num_inference_steps", "judge_batch_size"],

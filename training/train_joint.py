@@ -23,17 +23,20 @@ from components import (
 from evaluation import diffusion_loss_on_grid, held_out_sequences, reconstruction, sample, score
 from launch import (
     build_accelerator,
-    check_judge,
+    build_loop,
+    finish_run,
     fit_token_encoder,
     load_text,
     parse_arguments,
+    prepare_run,
     print_overview,
     speed_up,
 )
 from ldlm_hf import JointObjective, warmup_gate
-from loop import StepLosses, Task, TrainingLoop
-from model_card import samples_text, write_results
+from ldlm_hf.objective.joint import systematic_sample
+from randomness import RowRandomness
 from settings import RunSettings, load_settings
+from task import Evaluation, StepLosses, Task
 
 
 class JointTask(Task):
@@ -61,9 +64,18 @@ class JointTask(Task):
         warmup = self.settings.warmup
         return warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
 
-    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int) -> StepLosses:
-        timesteps = self.timestep_sampler.sample(len(input_ids), device=input_ids.device)
-        losses = module(input_ids, timesteps, self.gate(step))
+    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+        device = input_ids.device
+        timesteps = self.timestep_sampler.quantile(randomness.uniform()).float().to(device, non_blocking=True)
+        probability = self.settings.objective.self_conditioning_probability
+        self_conditioned = systematic_sample(randomness.batch_size, probability, randomness.shared_uniform())
+        losses = module(
+            input_ids,
+            timesteps,
+            self.gate(step),
+            randomness.generators(device),
+            [self_conditioned[row] for row in randomness.rows],
+        )
         return StepLosses(
             total=losses.total,
             values={
@@ -81,6 +93,9 @@ class JointTask(Task):
     def observe(self, *observations: torch.Tensor) -> None:
         self.timestep_sampler.update(*observations)
 
+    def steps_until_observation(self) -> int | None:
+        return self.timestep_sampler.updates_until_refresh
+
     def log_values(self, step: int) -> dict[str, float]:
         return {"gate": self.gate(step), "adaptive_timesteps": float(self.timestep_sampler.is_active)}
 
@@ -90,7 +105,7 @@ class JointTask(Task):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         self.timestep_sampler.load_state_dict(state_dict)
 
-    def evaluate(self, snapshot: nn.Module, step: int) -> dict[str, float]:
+    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         assert isinstance(snapshot, JointObjective)
         evaluation = self.settings.evaluation
         results = reconstruction(snapshot, self.held_out, evaluation.batch_size, self.device)
@@ -100,15 +115,14 @@ class JointTask(Task):
         results |= {f"diffusion_loss/t={t:.2f}": loss for t, loss in grid}
         results["diffusion_loss"] = sum(loss for _, loss in grid) / len(grid)
         if snapshot.token_decoder is None:
-            return results
+            return Evaluation(results, loss_over_time=grid)
+        texts: list[str] = []
         pipeline = build_pipeline(snapshot, self.tokenizer)
         pipeline.set_progress_bar_config(disable=True)
         if step < self.settings.loop.max_steps:
             sequences, texts = sample(pipeline, evaluation, evaluation.num_preview_samples, seed=0)
-            preview = Path(self.settings.loop.output_dir) / f"samples-{step}.md"
-            preview.write_text(samples_text(texts, f"Samples at step {step}"), encoding="utf-8")
             results |= {f"samples/{name}": value for name, value in score(sequences, texts, None, 1).items()}
-        return results
+        return Evaluation(results, texts, grid)
 
 
 def main() -> None:
@@ -125,33 +139,28 @@ def main() -> None:
         print_overview(settings, trained, settings.model.sequence_length, accelerator)
         return
 
-    check_judge(settings.evaluation)
-    corpora = load_text(settings.data, tokenizer, settings.model.sequence_length, accelerator)
+    checkpoint, uploads = prepare_run(arguments, settings, accelerator)
+    length = settings.model.sequence_length
+    corpora = load_text(settings.data, tokenizer, length, accelerator)
     fit_token_encoder(token_encoder, corpora.train, settings, accelerator)
     objective = build_objective(settings, token_encoder)
     speed_up(objective, settings.loop)
-    print_overview(settings, objective, settings.model.sequence_length, accelerator)
+    print_overview(settings, objective, length, accelerator)
     held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
     task = JointTask(objective, settings, tokenizer, held_out, accelerator.device)
-    loop = TrainingLoop(
-        task,
-        corpora.train,
-        accelerator,
-        settings,
-        resume_from_checkpoint=arguments.resume_from_checkpoint,
-        overwrite_output_dir=arguments.overwrite_output_dir,
-    )
-    results = loop.run()
-    if accelerator.is_main_process:
+    loop = build_loop(task, corpora.train, length, settings, accelerator, arguments, checkpoint, uploads)
+    evaluation = loop.run()
+    if evaluation is None or not accelerator.is_main_process:
+        return
+    if settings.train_token_decoder:
+        pipeline = build_pipeline(loop.snapshot, tokenizer)
+        finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
+    else:
         save_components(loop.snapshot, tokenizer, Path(settings.loop.output_dir) / "pipeline")
-        if settings.train_token_decoder:
-            pipeline = build_pipeline(loop.snapshot, tokenizer)
-            write_results(pipeline, held_out, settings, results, loop.seconds)
-        else:
-            print(
-                "The token decoder was left out of training (train_token_decoder=false). To get a pipeline, run "
-                f"training/train_token_decoder.py components={settings.loop.output_dir}/pipeline"
-            )
+        print(
+            "The token decoder was left out of training (train_token_decoder=false). To get a pipeline, run "
+            f"training/train_token_decoder.py components={settings.loop.output_dir}/pipeline"
+        )
 
 
 if __name__ == "__main__":

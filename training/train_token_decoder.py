@@ -9,16 +9,25 @@ both from latents with decoder noise, as in joint training.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import AutoTokenizer
 
 from evaluation import held_out_sequences
-from launch import build_accelerator, check_judge, load_text, parse_arguments, print_overview, speed_up
+from launch import (
+    build_accelerator,
+    build_loop,
+    finish_run,
+    load_text,
+    parse_arguments,
+    prepare_run,
+    print_overview,
+    speed_up,
+)
 from ldlm_hf import (
     DataSettings,
     LDLMLatentDecoder,
@@ -31,8 +40,7 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
 )
 from ldlm_hf.objective.joint import token_cross_entropy
-from loop import StepLosses, Task, TrainingLoop
-from model_card import write_results
+from randomness import RowRandomness
 from settings import (
     ARGUMENT_SECTIONS,
     EvaluationSettings,
@@ -40,6 +48,7 @@ from settings import (
     OptimizerSettings,
     load_settings,
 )
+from task import Evaluation, StepLosses, Task
 
 
 READS = ("hidden_states", "latents")
@@ -98,14 +107,18 @@ class TokenDecoderObjective(nn.Module):
         self.decoder_noise = decoder_noise
 
     def forward(
-        self, input_ids: torch.Tensor, decoder_noise: float | None = None
+        self,
+        input_ids: torch.Tensor,
+        decoder_noise: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy in nats a token and accuracy on token ids (B, L), at the noise of training or another."""
         noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
         with torch.no_grad():
             latents = self.latent_encoder(self.token_encoder(input_ids).hidden_states).latents.float()
             if noise_level:
-                latents = latents + noise_level * torch.randn_like(latents)
+                noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+                latents = latents + noise_level * noise
             decoded = latents if self.latent_decoder is None else self.latent_decoder(latents).hidden_states
         return token_cross_entropy(self.token_decoder(decoded).logits, input_ids)
 
@@ -119,18 +132,18 @@ class TokenDecoderTask(Task):
         self.batch_size = batch_size
         self.device = device
 
-    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int) -> StepLosses:
-        loss, accuracy = module(input_ids)
+    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+        loss, accuracy = module(input_ids, generator=randomness.generators(input_ids.device))
         return StepLosses(total=loss, values={"token_loss": loss, "token_accuracy": accuracy})
 
-    def evaluate(self, snapshot: nn.Module, step: int) -> dict[str, float]:
+    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         loss = correct = 0.0
         for input_ids in self.held_out.split(self.batch_size):
             token_loss, accuracy = snapshot(input_ids.to(self.device), decoder_noise=0.0)
             loss += float(token_loss) * len(input_ids)
             correct += float(accuracy) * len(input_ids)
         count = len(self.held_out)
-        return {"token_loss": loss / count, "reconstruction_accuracy": correct / count}
+        return Evaluation({"token_loss": loss / count, "reconstruction_accuracy": correct / count})
 
 
 def load_components(settings: TokenDecoderSettings) -> dict[str, Any]:
@@ -175,21 +188,14 @@ def main() -> None:
     if arguments.dry_run:
         return
 
+    checkpoint, uploads = prepare_run(arguments, settings, accelerator)
     tokenizer = AutoTokenizer.from_pretrained(settings.components, subfolder="tokenizer")
-    check_judge(settings.evaluation)
     corpora = load_text(settings.data, tokenizer, sequence_length, accelerator)
     held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
     task = TokenDecoderTask(objective, held_out, settings.evaluation.batch_size, accelerator.device)
-    loop = TrainingLoop(
-        task,
-        corpora.train,
-        accelerator,
-        settings,
-        resume_from_checkpoint=arguments.resume_from_checkpoint,
-        overwrite_output_dir=arguments.overwrite_output_dir,
-    )
-    results = loop.run()
-    if accelerator.is_main_process:
+    loop = build_loop(task, corpora.train, sequence_length, settings, accelerator, arguments, checkpoint, uploads)
+    evaluation = loop.run()
+    if evaluation is not None and accelerator.is_main_process:
         snapshot = loop.snapshot.eval()
         pipeline = LDLMPipeline(
             transformer=LDLMTransformer1DModel.from_pretrained(settings.components, subfolder="transformer"),
@@ -200,8 +206,7 @@ def main() -> None:
             token_encoder=snapshot.token_encoder,
             latent_encoder=snapshot.latent_encoder,
         ).to(accelerator.device)
-        pipeline.save_pretrained(Path(settings.loop.output_dir) / "pipeline")
-        write_results(pipeline, held_out, settings, results, loop.seconds)
+        finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ search of stored Hub pages and public code, without a connection to the Hub: non
 
 from __future__ import annotations
 
-from .chunks import StreamedTokenChunks, TokenChunks
+from .chunks import TokenChunks
 from .corpora import TextCorpora, chunk_corpus, load_corpora
 from .detokenizers import DETOKENIZERS, detokenize_lm1b
 from .settings import DataSettings
+from .streaming import StreamedTokenChunks
 
 
 __all__ = [

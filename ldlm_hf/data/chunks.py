@@ -1,21 +1,13 @@
-"""Chunks of L tokens cut from one stream of documents, at random access or as an iterator."""
+"""Chunks of L tokens cut from one stream of documents, at random access."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-
-from .tokenization import DocumentEncoder
-
-
-# Documents tokenised in one call when streaming (ours): enough for the tokenizer's threads, little to hold.
-STREAMING_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -105,45 +97,3 @@ class TokenChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map_record_batches()
-
-
-class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
-    """The same items from a stream of raw documents, tokenised as they come.
-
-    The documents are already this rank's share; the workers of a `DataLoader` divide its files among themselves (more
-    workers than files stand idle). Each worker loses the tail that fills no chunk, and ranks can differ in their
-    number of chunks. Do not pass the loader to `Accelerator.prepare`, which would divide it among the ranks again.
-
-    Args:
-        documents: stream of rows with the text.
-        encoder: text → tokens.
-        layout: what a chunk is made of.
-    """
-
-    def __init__(self, documents: datasets.IterableDataset, encoder: DocumentEncoder, layout: ChunkLayout) -> None:
-        self.documents = documents
-        self.encoder = encoder
-        self.layout = layout
-
-    def set_epoch(self, epoch: int) -> None:
-        """The order of epoch `epoch`: the same seed and epoch give the same items in the same order."""
-        self.documents.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        size = self.layout.stream_tokens
-        waiting: list[int] = []
-        for tokens in iterate_tokens(self.documents, self.encoder):
-            waiting.extend(tokens)
-            whole = len(waiting) - len(waiting) % size
-            for start in range(0, whole, size):
-                yield self.layout.assemble(np.array(waiting[start : start + size]))
-            del waiting[:whole]
-
-
-def iterate_tokens(documents: datasets.IterableDataset, encoder: DocumentEncoder) -> Iterator[list[int]]:
-    """The tokens of each document of a stream, in order."""
-    rows = iter(documents)
-    while batch := list(islice(rows, STREAMING_BATCH_SIZE)):
-        # A row that lacks the column shows as None, which the encoder refuses by name.
-        columns = {name: [row.get(name) for row in batch] for name in batch[0]}
-        yield from encoder(columns)["input_ids"]

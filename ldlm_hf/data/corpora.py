@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 
-from .chunks import ChunkLayout, StreamedTokenChunks, TokenChunks, iterate_tokens
+from .chunks import ChunkLayout, TokenChunks
 from .settings import DataSettings
-from .sources import load_split
+from .sources import load_documents, load_stream
+from .streaming import DocumentFiles, HeldOutTexts, StreamedTokenChunks
 from .tokenization import DocumentEncoder, chunk_start_id, document_end_id, require_text_column, tokenize_documents
 
 
@@ -62,10 +61,10 @@ def load_corpora(
     if settings.streaming:
         return _stream_corpora(settings, encoder, layout, rank, world_size)
 
-    documents = cast(datasets.Dataset, load_split(settings, settings.train_split, rank))
+    documents = load_documents(settings, settings.train_split, rank)
     validation_documents: datasets.Dataset | None = None
     if settings.validation_split is not None:
-        validation_documents = cast(datasets.Dataset, load_split(settings, settings.validation_split, rank))
+        validation_documents = load_documents(settings, settings.validation_split, rank)
     elif settings.holds_out:
         documents, validation_documents = hold_out(documents, settings)
 
@@ -170,50 +169,23 @@ def _require_one_chunk(num_tokens: int, layout: ChunkLayout, part: str, settings
 def _stream_corpora(
     settings: DataSettings, encoder: DocumentEncoder, layout: ChunkLayout, rank: int, world_size: int
 ) -> TextCorpora:
-    documents = cast(datasets.IterableDataset, load_split(settings, settings.train_split, rank))
-    validation_documents: datasets.IterableDataset | None = None
+    rows, names = load_stream(settings, settings.train_split)
+    held_out: HeldOutTexts | None = None
+    validation_rows: datasets.IterableDataset | None = None
     if settings.validation_split is not None:
-        validation_documents = cast(datasets.IterableDataset, load_split(settings, settings.validation_split, rank))
+        validation_rows, _ = load_stream(settings, settings.validation_split)
     elif settings.holds_out:
-        require_text_column(settings.text_column, list(next(iter(documents), {settings.text_column: ""})))
-        validation_documents = documents.filter(HashSelection(settings, held_out=True))
-        documents = documents.filter(HashSelection(settings, held_out=False))
+        require_text_column(settings.text_column, list(next(iter(rows), {settings.text_column: ""})))
+        held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
+        validation_rows = rows.filter(held_out, input_columns=settings.text_column)
 
     validation: TokenChunks | None = None
-    if validation_documents is not None:
-        rows = list(islice(validation_documents, settings.max_validation_documents))
-        in_memory = datasets.Dataset.from_list(rows)
+    if validation_rows is not None:
+        in_memory = datasets.Dataset.from_list(list(islice(validation_rows, settings.max_validation_documents)))
         validation = _chunk(in_memory, encoder, layout, "validation part", settings)
 
-    documents = split_dataset_by_node(documents, rank, world_size)
+    files = DocumentFiles(rows, settings.text_column, held_out, names)
+    train = StreamedTokenChunks(files, encoder, layout, settings.shuffle_buffer, settings.seed, rank, world_size)
     part = "training part" if world_size == 1 else f"training part of rank {rank}"
-    _require_one_chunk(_count_tokens(documents, encoder, layout.stream_tokens), layout, part, settings)
-    if settings.shuffle_buffer > 0:
-        documents = documents.shuffle(seed=settings.seed, buffer_size=settings.shuffle_buffer)
-    return TextCorpora(StreamedTokenChunks(documents, encoder, layout), validation)
-
-
-def _count_tokens(documents: datasets.IterableDataset, encoder: DocumentEncoder, enough: int) -> int:
-    """Tokens of a stream, counted until there are `enough`."""
-    count = 0
-    for tokens in iterate_tokens(documents, encoder):
-        count += len(tokens)
-        if count >= enough:
-            break
-    return count
-
-
-@dataclass(frozen=True)
-class HashSelection:
-    """Whether a row of a stream belongs to the held-out part (or to the rest), by its text alone.
-
-    Equal texts fall on the same side, and every rank and worker decides alike without knowing the row's position.
-    """
-
-    settings: DataSettings
-    held_out: bool
-
-    def __call__(self, row: dict[str, Any]) -> bool:
-        key = f"{self.settings.seed}:{row[self.settings.text_column]}"
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") / 2**64 < self.settings.holdout_fraction) is self.held_out
+    _require_one_chunk(train.count_tokens(layout.stream_tokens), layout, part, settings)
+    return TextCorpora(train, validation)

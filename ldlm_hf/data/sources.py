@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import glob
 import gzip
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -23,8 +25,8 @@ ENDINGS = ".txt, .jsonl, .json (each also with .gz), .parquet, .arrow"
 READ_BYTES = 1 << 20
 
 
-def load_split(settings: DataSettings, split: str, rank: int = 0) -> datasets.Dataset | datasets.IterableDataset:
-    """The documents of one split, memory-mapped, or as a stream where `settings.streaming` is set.
+def load_documents(settings: DataSettings, split: str, rank: int = 0) -> datasets.Dataset:
+    """The documents of one split, memory-mapped.
 
     Args:
         settings: validated settings.
@@ -36,30 +38,62 @@ def load_split(settings: DataSettings, split: str, rank: int = 0) -> datasets.Da
         ValueError: a file of unknown ending or that is not UTF-8 or not what its ending says; an unknown split; a Hub
             dataset that is a loading script.
     """
-    arguments: dict[str, Any] = {"path": settings.source, "name": settings.config_name, "revision": settings.revision}
-    if is_local(settings.source):
-        folder = Path(settings.source).expanduser()
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            return _load_saved(settings, folder, split)
-        builder, files = find_files(settings.source)
-        if builder in TEXT_BUILDERS and rank == 0 and split == settings.train_split:  # once, not for each split
-            with_text = [holds_utf8_text(file) for file in files]  # every file is decoded before any is judged
-            if not any(with_text):
-                raise ValueError(
-                    f"source={settings.source!r}: the corpus is empty or blank. Name a file that holds text."
-                )
-        if folder.is_dir():  # datasets reads splits from the names in a folder
-            arguments = {"path": str(folder), "name": settings.config_name}
-        else:
-            arguments = {"path": builder, "data_files": {"train": [str(file) for file in files]}}
-    try:
+    if _is_saved(settings.source):
+        return _load_saved(settings, split)
+    if is_local(settings.source) and rank == 0 and split == settings.train_split:  # once, not for each split
+        _check_text_files(settings.source)
+    arguments = _loader_arguments(settings)
+    with _explained_errors(settings, split):
         loaded = datasets.load_dataset(
-            **arguments,
-            split=split,
-            cache_dir=settings.cache_dir,
-            streaming=settings.streaming,
-            num_proc=None if settings.streaming else settings.num_proc,
+            **arguments, split=split, cache_dir=settings.cache_dir, num_proc=settings.num_proc
         )
+    return cast(datasets.Dataset, loaded)
+
+
+def load_stream(settings: DataSettings, split: str) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
+    """The documents of one split as a stream, of which nothing is read yet, and the names of its files.
+
+    There are no names where a file (an archive) is not one shard of the stream.
+
+    Raises:
+        OSError, ValueError: as `load_documents`, but for what only reading the files shows; or the source is a folder
+            that `save_to_disk` wrote.
+    """
+    if _is_saved(settings.source):
+        raise ValueError(
+            f"source={settings.source!r} was written by save_to_disk and is memory-mapped as it is: set "
+            "streaming=false."
+        )
+    arguments = _loader_arguments(settings)
+    with _explained_errors(settings, split):
+        builder = datasets.load_dataset_builder(**arguments, cache_dir=settings.cache_dir)
+        rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
+    names = tuple((builder.config.data_files or {}).get(split, ()))
+    return rows, names if len(names) == rows.num_shards else ()
+
+
+def _loader_arguments(settings: DataSettings) -> dict[str, Any]:
+    if not is_local(settings.source):
+        return {"path": settings.source, "name": settings.config_name, "revision": settings.revision}
+    builder, files = find_files(settings.source)
+    folder = Path(settings.source).expanduser()
+    if folder.is_dir():  # datasets reads splits from the names in a folder
+        return {"path": str(folder), "name": settings.config_name}
+    return {"path": builder, "data_files": {"train": [str(file) for file in files]}}
+
+
+def _check_text_files(source: str) -> None:
+    builder, files = find_files(source)
+    if builder in TEXT_BUILDERS:
+        with_text = [holds_utf8_text(file) for file in files]  # every file is decoded before any is judged
+        if not any(with_text):
+            raise ValueError(f"source={source!r}: the corpus is empty or blank. Name a file that holds text.")
+
+
+@contextlib.contextmanager
+def _explained_errors(settings: DataSettings, split: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OSError(
             f"source={settings.source!r}: {error}. Check the name, revision={settings.revision!r} and the "
@@ -70,7 +104,6 @@ def load_split(settings: DataSettings, split: str, rank: int = 0) -> datasets.Da
             f"source={settings.source!r}, config_name={settings.config_name!r}, split {split!r}: "
             f"{_explain(error)} {_remedy(error)}"
         ) from error
-    return cast("datasets.Dataset | datasets.IterableDataset", loaded)
 
 
 def _explain(error: BaseException) -> str:
@@ -86,13 +119,13 @@ def _remedy(error: BaseException) -> str:
     return "Check that the files are what their ending says and that config_name is one of the dataset's."
 
 
-def _load_saved(settings: DataSettings, folder: Path, split: str) -> datasets.Dataset:
-    if settings.streaming:
-        raise ValueError(
-            f"source={settings.source!r} was written by save_to_disk and is memory-mapped as it is: set "
-            "streaming=false."
-        )
-    loaded = datasets.load_from_disk(str(folder))
+def _is_saved(source: str) -> bool:
+    folder = Path(source).expanduser()
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _load_saved(settings: DataSettings, split: str) -> datasets.Dataset:
+    loaded = datasets.load_from_disk(str(Path(settings.source).expanduser()))
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
     if split not in splits:
         raise ValueError(

@@ -62,11 +62,8 @@ class DocumentEncoder:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
         require_text_column(self.text_column, list(batch))
         texts = batch[self.text_column]
-        if others := [value for value in texts if not isinstance(value, str)]:
-            raise ValueError(
-                f"text_column={self.text_column!r}: a row holds {others[0]!r:.80} ({type(others[0]).__name__}) in "
-                "place of a text. Name a column of texts, or remove such rows."
-            )
+        for value in texts:
+            require_text(self.text_column, value, "a row")
         if self.detokenizer is not None:
             texts = [DETOKENIZERS[self.detokenizer](text) for text in texts]
         # verbose=False: a document may well be longer than the model; it is cut into chunks afterwards.
@@ -86,6 +83,14 @@ class DocumentEncoder:
 def require_text_column(text_column: str, columns: list[str]) -> None:
     if text_column not in columns:
         raise ValueError(f"text_column={text_column!r}: the corpus has no such column. It has {sorted(columns)}.")
+
+
+def require_text(text_column: str, value: Any, row: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(
+            f"text_column={text_column!r}: {row} holds {value!r:.80} ({type(value).__name__}) in place of a text. "
+            "Name a column of texts, or remove such rows."
+        )
 
 
 def tokenize_documents(

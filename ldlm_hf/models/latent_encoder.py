@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..hub.safe_loading import SafeLoadingMixin, check_settings
 from .layers import PerceiverLayer, SelfAttentionLayer, SequenceMapper, initialize_layer
 
 
@@ -52,6 +53,7 @@ class LDLMLatentConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ):
+        check_settings(LDLMLatentConfig.__init__, locals())
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture={architecture!r} is unknown; it is one of {', '.join(ARCHITECTURES)}.")
         if architecture == "self_attention" and num_latents != sequence_length:
@@ -98,7 +100,7 @@ class LDLMLatentEncoderOutput(ModelOutput):
     latents: torch.Tensor | None = None
 
 
-class LDLMLatentPreTrainedModel(PreTrainedModel):
+class LDLMLatentPreTrainedModel(SafeLoadingMixin, PreTrainedModel):
     """What latent encoder and latent decoder share: projections to and from the layers' width, and the layers."""
 
     base_model_prefix = "ldlm_latent"

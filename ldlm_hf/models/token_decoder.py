@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..hub.safe_loading import SafeLoadingMixin, check_settings
 from .latent_encoder import check_attention_heads
 from .layers import RMSNorm, TokenDecoderLayer, initialize_layer
 
@@ -40,6 +41,7 @@ class LDLMTokenDecoderConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ):
+        check_settings(LDLMTokenDecoderConfig.__init__, locals())
         check_attention_heads(hidden_size, num_attention_heads)
         if num_hidden_layers < 0:
             raise ValueError(f"num_hidden_layers={num_hidden_layers} must be 0 (the head alone) or more.")
@@ -65,7 +67,7 @@ class LDLMTokenDecoderOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class LDLMTokenDecoder(PreTrainedModel):
+class LDLMTokenDecoder(SafeLoadingMixin, PreTrainedModel):
     r"""
     The token decoder of LDLM: bidirectional layers with RMSNorm and SwiGLU, and a vocabulary head without bias. It has
     no positions of its own: its input carries them.

@@ -9,13 +9,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import ModelOutput
 
+from ..hub.safe_loading import SafeLoadingMixin, check_settings
 from ..pretrained_sources import resolve_pretrained_source
 
 
 REPRESENTATIONS = ("hidden", "embedding", "scratch")
+UNMASKED_ATTENTION = "ldlm_unmasked"
 
 
 class LDLMTokenEncoderConfig(PretrainedConfig):
@@ -52,6 +64,7 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         num_statistics_tokens: int = 0,
         **kwargs: Any,
     ):
+        check_settings(LDLMTokenEncoderConfig.__init__, locals())
         if representation not in REPRESENTATIONS:
             raise ValueError(
                 f"representation={representation!r} is unknown; it is one of {', '.join(REPRESENTATIONS)}."
@@ -88,7 +101,7 @@ class LDLMTokenEncoderOutput(ModelOutput):
     hidden_states: torch.Tensor | None = None
 
 
-class LDLMTokenEncoder(PreTrainedModel):
+class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
     r"""
     The frozen token encoder of LDLM: runs a pretrained language model up to one layer and standardises what it finds
     there. Both the latent encoder's input and the target of the hidden-state loss (Section 6, Eq. 2).
@@ -118,10 +131,13 @@ class LDLMTokenEncoder(PreTrainedModel):
     def __init__(self, config: LDLMTokenEncoderConfig):
         super().__init__(config)
         if config.representation == "hidden" and config.backbone_config is not None:
-            backbone_config = dict(config.backbone_config)
-            backbone_class = CONFIG_MAPPING[backbone_config.pop("model_type")]
-            self.backbone = AutoModel.from_config(backbone_class(**backbone_config))
+            self.backbone = AutoModel.from_config(
+                language_model_config(config.backbone_config), trust_remote_code=False
+            )
             drop_parts_behind_blocks(self.backbone, config.apply_final_norm)
+            if needs_no_mask(self.backbone.config):
+                AttentionInterface.register(UNMASKED_ATTENTION, attend_without_mask)
+                self.backbone.set_attn_implementation(UNMASKED_ATTENTION)
         else:
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
@@ -334,6 +350,42 @@ class LDLMTokenEncoder(PreTrainedModel):
             standardised = (hidden_states.float() - self.mean.float()) / self.std.float()
             hidden_states = standardised.to(hidden_states.dtype)  # (B, L, D)
         return LDLMTokenEncoderOutput(hidden_states=hidden_states) if return_dict else (hidden_states,)
+
+
+def language_model_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """A language model's configuration from its settings; ValueError if transformers has no language model of their
+    `model_type`. Others may load further models, of their own choice, when they are built."""
+    model_type = settings.get("model_type")
+    config_class = CONFIG_MAPPING[model_type] if model_type in list(CONFIG_MAPPING) else None
+    is_language_model = config_class in MODEL_FOR_CAUSAL_LM_MAPPING or config_class in MODEL_FOR_MASKED_LM_MAPPING
+    if config_class is None or not is_language_model:
+        raise ValueError(
+            f"backbone_config: model_type={model_type!r} is no causal or masked language model of this version of "
+            "transformers."
+        )
+    return config_class(**{key: value for key, value in settings.items() if key != "model_type"})
+
+
+def needs_no_mask(backbone_config: PretrainedConfig) -> bool:
+    """Whether all layers attend to everything, or everything before: without padding, then, no mask says more."""
+    layer_types = getattr(backbone_config, "layer_types", None) or ["full_attention"]
+    return set(layer_types) == {"full_attention"} and getattr(backbone_config, "sliding_window", None) is None
+
+
+def attend_without_mask(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA over (B, H, L, D/H), causal where the language model is.
+
+    For the attentions that it knows, transformers first looks for packed sequences among the positions. A look at
+    values waits until an accelerator has done everything that was queued; for this attention it does not look.
+    """
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
 def find_blocks(backbone: PreTrainedModel, num_blocks: int) -> tuple[nn.Module, nn.ModuleList]:

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..hub.safe_loading import SafeLoadingMixin, check_settings
 from .layers import AdaLayerNormModulation, DiffusionTransformerBlock, initialize_layer, modulate
 
 
@@ -24,7 +25,7 @@ class LDLMTransformer1DModelOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class LDLMTransformer1DModel(ModelMixin, ConfigMixin):
+class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     r"""
     The denoiser of LDLM (Section 4.2 of the paper, sizes in App. C): DiT blocks with adaLN-zero over the
     noisy latents, which enter together with the self-condition through one linear layer.
@@ -55,6 +56,7 @@ class LDLMTransformer1DModel(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         frequency_embedding_size: int = 256,
     ):
+        check_settings(LDLMTransformer1DModel.__init__, locals())
         super().__init__()
         width = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(2 * in_channels, width)

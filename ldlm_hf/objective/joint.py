@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..models.latent_decoder import LDLMLatentDecoder
@@ -31,7 +33,8 @@ class JointObjectiveSettings:
             stop-gradient between latent decoder and token decoder is lifted (Section 6).
         decoder_noise: delta, the standard deviation of the noise on the latent decoder's input (Section 5.4). 3.0 is a
             third party's transcription of the paper's; far too large for a small run, see training/configs/README.md.
-        self_conditioning_probability: share of the examples whose denoiser sees its own first estimate.
+        self_conditioning_probability: probability with which an example's denoiser sees its own first estimate; the
+            examples of a batch are drawn systematically, so that their number is always the same to within one.
         diffusion_weight: weight of the diffusion loss (the paper's weights are all 1).
         hidden_weight: weight of the hidden-state loss.
         token_weight: weight of the token loss.
@@ -177,14 +180,20 @@ class JointObjective(nn.Module):
         input_ids: torch.Tensor,
         timesteps: torch.Tensor,
         gate: float | torch.Tensor = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        self_conditioned: Sequence[bool] | None = None,
     ) -> JointLosses:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): token ids.
             timesteps (`torch.Tensor` of shape `(B,)`): times in [0, 1] of the diffusion loss.
             gate: gamma in [0, 1], the share of the diffusion loss's gradient that reaches the latents (Eq. 28).
-            generator: source of all noise; the global one by default.
+            generator:
+                Source of all noise; the global one by default. A list gives each example a stream of its own, so that
+                its losses do not depend on the batch that it is in.
+            self_conditioned (`Sequence[bool]` of length `B`):
+                Which examples are denoised with their own first estimate; drawn by default. No tensor: what DDP moves
+                to an accelerator cannot be looked at without waiting for it.
         """
         settings = self.settings
         hidden_states = self.token_encoder(input_ids).hidden_states.float()  # (B, L, D)
@@ -192,15 +201,20 @@ class JointObjective(nn.Module):
         latents = self.latent_encoder(hidden_states).latents.float()  # (B, N, d_z)
 
         # 1. reconstruction from noisy latents
-        noise = randn_like(latents, generator)
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         predicted = self.latent_decoder(latents + settings.decoder_noise * noise).hidden_states  # (B, L, D)
         hidden_loss = mean_squared_error(predicted, hidden_states).mean()
         token_loss, token_accuracy = self.token_losses(predicted, input_ids)
 
         # 2. diffusion
         target = scale_gradient(latents, gate)
-        noisy_latents = self.scheduler.add_noise(target, randn_like(latents, generator), timesteps)
-        self_condition = self.draw_self_condition(noisy_latents, timesteps, generator)
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+        noisy_latents = self.scheduler.add_noise(target, noise, timesteps)
+        if self_conditioned is None:
+            source = generator[0] if isinstance(generator, list) else generator
+            offset = torch.rand((), generator=source, device="cpu" if source is None else source.device)
+            self_conditioned = systematic_sample(len(latents), settings.self_conditioning_probability, float(offset))
+        self_condition = self.first_estimate(noisy_latents, timesteps, self_conditioned)
         clean_latents = self.transformer(noisy_latents, timesteps, self_condition).sample  # (B, N, d_z)
         diffusion_per_example = mean_squared_error(clean_latents, target).flatten(1).mean(1)  # (B,)
         diffusion_loss = diffusion_per_example.mean()
@@ -229,39 +243,46 @@ class JointObjective(nn.Module):
         predicted, input_ids = predicted[:num_examples], input_ids[:num_examples]
         return token_cross_entropy(self.token_decoder(predicted).logits, input_ids)
 
-    def draw_self_condition(
-        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, generator: torch.Generator | None
+    def first_estimate(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, self_conditioned: Sequence[bool]
     ) -> torch.Tensor:
-        """A first estimate of the clean latents for the examples whose coin says so, zeros for the others.
+        """The self-condition: a first estimate of the clean latents for the chosen examples, zeros for the others.
 
-        The extra pass has no gradient and runs on the chosen examples only. The coins are tossed on the CPU: looking
-        at them there does not stall an accelerator's queue.
+        The extra pass has no gradient and runs on the chosen examples only.
         """
         self_condition = torch.zeros_like(noisy_latents)
-        probability = self.settings.self_conditioning_probability
-        if probability == 0:
+        if self.settings.self_conditioning_probability == 0:
             return self_condition
-        coin_device = "cpu" if generator is None else generator.device
-        coins = torch.rand(noisy_latents.shape[0], generator=generator, device=coin_device).cpu() < probability
+        device = noisy_latents.device
         # ranks of a sharded run must call the denoiser equally often, so one example stands in where none was drawn
-        chosen = coins.nonzero().flatten() if coins.any() else torch.zeros(1, dtype=torch.long)
-        chosen, coins = chosen.to(noisy_latents.device), coins.to(noisy_latents.device)
-        device_type = noisy_latents.device.type
+        places = torch.tensor([place for place, drawn in enumerate(self_conditioned) if drawn] or [0])
+        chosen = places.to(device, non_blocking=True)
         # autocast would keep the weights that this pass casts, which have no graph, for the pass that is trained
         without_cache = torch.autocast(
-            device_type,
-            dtype=torch.get_autocast_dtype(device_type),
-            enabled=torch.is_autocast_enabled(device_type),
+            device.type,
+            dtype=torch.get_autocast_dtype(device.type),
+            enabled=torch.is_autocast_enabled(device.type),
             cache_enabled=False,
         )
         with torch.no_grad(), without_cache:
             estimate = self.transformer(noisy_latents[chosen].detach(), timesteps[chosen]).sample
-            return self_condition.index_copy(0, chosen, estimate.to(noisy_latents.dtype) * coins[chosen, None, None])
+            return self_condition.index_copy(0, chosen, estimate.to(noisy_latents.dtype) * any(self_conditioned))
 
 
-def randn_like(tensor: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Standard normal noise of a tensor's shape, type and device."""
-    return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype, device=tensor.device)
+def systematic_sample(num_examples: int, probability: float, offset: float) -> list[bool]:
+    """Chooses each example with the same probability, and in any run of n of them n times that, to within one.
+
+    A batch that is split over devices and passes then costs the same in each, and its tensors keep their shapes.
+
+    Args:
+        num_examples: B.
+        probability: of each example.
+        offset: uniform in [0, 1); decides which.
+    """
+    return [
+        math.floor((place + 1) * probability + offset) > math.floor(place * probability + offset)
+        for place in range(num_examples)
+    ]
 
 
 def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

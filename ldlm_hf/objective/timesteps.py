@@ -37,6 +37,7 @@ class UniformTimestepSampler:
     """Draws t uniformly from [0, 1]; the counterpart of [`AdaptiveTimestepSampler`] without state."""
 
     is_active = False
+    updates_until_refresh = None
 
     def sample(
         self,
@@ -115,6 +116,11 @@ class AdaptiveTimestepSampler:
     def edge_losses(self) -> torch.Tensor:
         """Running loss estimate at each edge, float64 of shape (num_bins + 1,); NaN where no time was near yet."""
         return self._weighted_losses / self._weights
+
+    @property
+    def updates_until_refresh(self) -> int:
+        """Calls of `update` until the probabilities change; before that, draws do not depend on them."""
+        return self.update_every - self.num_updates % self.update_every
 
     def sample(
         self,

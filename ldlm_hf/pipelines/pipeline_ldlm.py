@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +12,11 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
+from ..hub.repository import keep_card, upload_repository, write_repository_code
+from ..hub.safe_loading import check_model_index
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -84,6 +89,11 @@ class LDLMPipeline(DiffusionPipeline):
         )
         self.check_components()
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        check_model_index(cls, config_dict)
+        return super().extract_init_dict(config_dict, **kwargs)
+
     def check_components(self) -> None:
         """Raises ValueError where tokenizer, decoders and denoiser do not fit each other."""
         vocab_size = self.token_decoder.config.vocab_size
@@ -114,6 +124,78 @@ class LDLMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"The transformer's in_channels={channels} differs from the {decoded_size} that the decoder reads "
                 "(latent decoder latent_size, or token decoder token_hidden_size without a latent decoder)."
+            )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves as [`~diffusers.DiffusionPipeline.save_pretrained`] does, and makes the folder a repository that loads
+        with `trust_remote_code=True` where `ldlm_hf` is not installed: with its code, and with the model card of the
+        folder that the pipeline was loaded from, unless it has a card already.
+
+        Args:
+            push_to_hub: upload the folder, as it is then.
+            kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
+                `create_pr` of the upload, as in [`~LDLMPipeline.push_to_hub`].
+        """
+        super().save_pretrained(
+            save_directory,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            use_flashpack=use_flashpack,
+        )
+        write_repository_code(self, save_directory)
+        keep_card(save_directory, self.config.get("_name_or_path"))
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            upload_repository(save_directory, repo_id, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """Uploads the pipeline to the Hub, with its code and its model card.
+
+        Args:
+            repo_id: "organisation/name", or a name in one's own namespace; created if it does not exist.
+            commit_message: "Upload pipeline" by default.
+            private: whether a new repository is private; `None` is the organisation's default.
+            token: of the Hub; `None` is the stored one.
+            create_pr: open a pull request instead of committing.
+            safe_serialization: safetensors instead of pickles.
+            variant: part of the weights' file names, such as `"fp16"` for a pipeline in half precision.
+            max_shard_size: largest file of weights, such as `"5GB"`.
+            revision: branch to commit to; created if it does not exist.
+
+        Returns:
+            The commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            return upload_repository(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
             )
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -12,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..hub.safe_loading import check_settings, read_json
 from . import tangent
 
 
@@ -53,6 +56,7 @@ class TangentEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, tangent_d: float = 3.0, beta_t_max: float = 0.95, t_min: float = 0.05):
+        check_settings(TangentEulerMaruyamaScheduler.__init__, locals())
         if not tangent_d > 0:
             raise ValueError(f"tangent_d={tangent_d} must be positive.")
         if not 0 < beta_t_max < 1:
@@ -64,6 +68,10 @@ class TangentEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.empty(0)
         self._begin_index: int | None = None
         self._step_index: int | None = None
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return read_json(json_file)
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from torch.utils.data import DataLoader
 
 from ldlm_hf.data import DataSettings, load_corpora
 
@@ -121,81 +120,15 @@ def test_validation_part_can_be_cut_short(corpus_file, documents, word_tokenizer
     assert loaded_documents(corpora.train) == documents[:27]
 
 
-@pytest.fixture
-def sharded_source(tmp_path, documents) -> str:
-    """Four files of unequal length."""
-    for number, part in enumerate((documents[:5], documents[5:18], documents[18:27], documents[27:])):
-        (tmp_path / f"part-{number}.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
-    return str(tmp_path / "part-*.txt")
-
-
-def stream_settings(source: str, tmp_path: Path, **changes) -> DataSettings:
-    return DataSettings(
-        **{"source": source, "streaming": True, "shuffle_buffer": 0, "cache_dir": str(tmp_path / "cache"), **changes}
-    )
-
-
-def test_stream_without_shuffling_is_the_token_stream(
-    sharded_source, documents, word_tokenizer, stream_of, tokens_of, tmp_path
-):
-    train = load_corpora(stream_settings(sharded_source, tmp_path), word_tokenizer, LENGTH).train
-    expected = stream_of(documents)
-    assert tokens_of(train) == expected[: len(expected) // LENGTH * LENGTH]
-    marked = load_corpora(stream_settings(sharded_source, tmp_path, chunk_markers=True), word_tokenizer, LENGTH).train
-    assert {(chunk["input_ids"][0].item(), chunk["input_ids"][-1].item()) for chunk in marked} == {(51, 52)}
-
-
-@pytest.mark.parametrize("world_size", [2, 3])  # 3 does not divide the four files: rows are dealt out in turn
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_ranks_and_workers_share_a_stream_out(
-    sharded_source, documents, word_tokenizer, stream_of, tmp_path, world_size, num_workers
-):
-    seen: Counter[int] = Counter()
-    for rank in range(world_size):
-        settings = stream_settings(sharded_source, tmp_path, shuffle_buffer=10)
-        train = load_corpora(settings, word_tokenizer, 1, rank=rank, world_size=world_size).train
-        loader = DataLoader(train, batch_size=None, num_workers=num_workers)
-        seen += Counter(item["input_ids"].item() for item in loader)
-    assert seen == Counter(stream_of(documents))  # each token once: no share is read twice, none is left out
-
-
-def test_stream_order_follows_seed_and_epoch(sharded_source, word_tokenizer, tokens_of, tmp_path):
-    def order(epoch: int, **changes) -> list[int]:
-        settings = stream_settings(sharded_source, tmp_path, **{"shuffle_buffer": 20, **changes})
-        train = load_corpora(settings, word_tokenizer, 1).train
-        train.set_epoch(epoch)
-        return tokens_of(train)
-
-    assert order(0) == order(0) and order(3) == order(3)
-    assert len({tuple(order(0)), tuple(order(1)), tuple(order(0, seed=5)), tuple(order(0, shuffle_buffer=0))}) == 4
-    assert Counter(order(0)) == Counter(order(1))
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_stream_holds_out_the_same_documents_on_every_rank(
-    sharded_source, documents, word_tokenizer, stream_of, tokens_of, tmp_path, world_size
-):
-    settings = stream_settings(
-        sharded_source,
-        tmp_path,
-        holdout_fraction=0.3,
-        holdout_selection="random",
-        max_validation_documents=1000,
-    )
-    seen: Counter[int] = Counter()
-    for rank in range(world_size):
-        corpora = load_corpora(settings, word_tokenizer, 1, rank=rank, world_size=world_size)
-        held_out = loaded_documents(corpora.validation)
-        assert 3 <= len(held_out) <= 20
-        seen += Counter(tokens_of(corpora.train))
-    rest = [text for text in documents if text not in held_out]
-    assert len(rest) == len(documents) - len(held_out)
-    assert seen == Counter(stream_of(rest))
-
-
 def test_stream_validates_on_the_start_of_another_split(documents, word_tokenizer, tmp_path):
     (tmp_path / "train.txt").write_text("\n".join(documents[:30]), encoding="utf-8")
     (tmp_path / "test.txt").write_text("\n".join(documents[30:]), encoding="utf-8")
-    settings = stream_settings(str(tmp_path), tmp_path, validation_split="test", max_validation_documents=3)
+    settings = DataSettings(
+        source=str(tmp_path),
+        streaming=True,
+        validation_split="test",
+        max_validation_documents=3,
+        cache_dir=str(tmp_path / "cache"),
+    )
     corpora = load_corpora(settings, word_tokenizer, LENGTH)
     assert loaded_documents(corpora.validation) == documents[30:33]

@@ -160,13 +160,19 @@ def test_second_file_of_a_pattern_is_checked_too(tmp_path, corpus_file, load):
         load(tmp_path / "corpus*.txt")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("streaming", "message"),
+    [
+        (False, "the corpus is empty or blank. Name a file"),
+        (True, "the training part is empty or blank, it gives no tokens. Use more"),
+    ],
+)
 @pytest.mark.parametrize("content", ["", "\n\n", "  \n\t\n \u00a0 \n"])
-def test_empty_and_blank_corpora(content, streaming, tmp_path, load):
+def test_empty_and_blank_corpora(content, streaming, message, tmp_path, load):
     (tmp_path / "corpus.txt").write_text(content, encoding="utf-8")
     (tmp_path / "corpus.txt.gz").write_bytes(gzip.compress(content.encode()))
     for name in ("corpus.txt", "corpus.txt.gz"):
-        with pytest.raises(ValueError, match=f"source='.*{name}': the corpus is empty or blank. Name a file"):
+        with pytest.raises(ValueError, match=f"source='.*{name}': {message}"):
             load(tmp_path / name, streaming=streaming)
 
 
@@ -193,12 +199,12 @@ def test_missing_text_column_of_a_stream_that_holds_out(tmp_path, load):
         load(tmp_path / "corpus.jsonl", streaming=True, **hold_out)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("streaming", "row"), [(False, "a row"), (True, "row 0 of .*corpus.jsonl")])
 @pytest.mark.parametrize("value", [None, 7, ["w1"]])
-def test_rows_without_text(value, streaming, tmp_path, load):
+def test_rows_without_text(value, streaming, row, tmp_path, load):
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": value, "number": 1}) + "\n")
     with pytest.raises(
-        ValueError, match="text_column='text': a row holds .* in place of a text. Name a column of texts"
+        ValueError, match=f"text_column='text': {row} holds .* in place of a text. Name a column of texts"
     ):
         load(tmp_path / "corpus.jsonl", streaming=streaming)
 

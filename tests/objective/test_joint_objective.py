@@ -20,6 +20,7 @@ from ldlm_hf import (
     LDLMTokenEncoder,
     LDLMTransformer1DModel,
 )
+from ldlm_hf.objective.joint import systematic_sample
 
 
 PARTS = ["token_encoder", "latent_encoder", "latent_decoder", "token_decoder", "transformer"]
@@ -243,11 +244,11 @@ def record_calls(transformer: nn.Module) -> list[tuple]:
     return calls
 
 
-def test_self_conditioning_is_drawn_for_each_example_and_runs_on_those_only(make_objective, random_tokens):
+def test_self_conditioning_is_drawn_for_half_of_the_examples_and_runs_on_those_only(make_objective, random_tokens):
     objective = make_objective(self_conditioning_probability=0.5)
     calls = record_calls(objective.transformer)
     input_ids, timesteps = random_tokens(16), torch.linspace(0.1, 0.9, 16)
-    drawn = 0
+    drawn = torch.zeros(16)
     for seed in range(20):
         calls.clear()
         objective(input_ids, timesteps, generator=torch.Generator().manual_seed(seed))
@@ -262,9 +263,38 @@ def test_self_conditioning_is_drawn_for_each_example_and_runs_on_those_only(make
             estimate = objective.transformer(first_latents, first_times).sample
         torch.testing.assert_close(self_condition[chosen], estimate)
         assert not self_condition.requires_grad
-        drawn += int(chosen.sum())
-    # 320 coins: within four standard deviations of half
-    assert abs(drawn - 160) < 4 * (320 / 4) ** 0.5
+        assert int(chosen.sum()) == 8
+        drawn += chosen
+    assert drawn.min() > 0
+    assert drawn.max() < 20
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.7, 1.0])
+def test_systematic_sample_spreads_evenly_and_favours_none(probability: float):
+    offsets = [(place + 0.5) / 1000 for place in range(1000)]
+    draws = torch.tensor([systematic_sample(24, probability, offset) for offset in offsets]).double()
+    torch.testing.assert_close(draws.mean(0), torch.full((24,), probability).double(), atol=2e-3, rtol=0)
+    for length in (1, 4, 8, 24):
+        counts = draws.unfold(1, length, 1).sum(-1)
+        assert counts.max() - counts.min() <= 1
+        assert (counts - probability * length).abs().max() < 1
+
+
+def test_each_example_has_the_same_losses_alone_and_in_any_batch(make_objective, random_tokens):
+    objective = make_objective()
+    input_ids, gate, choice = random_tokens(), 1.0, [True, False, True]
+
+    def losses(rows: list[int]):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        drawn = [choice[row] for row in rows]
+        return objective(input_ids[rows], TIMESTEPS[rows], gate, generators, drawn)
+
+    together = losses([0, 1, 2])
+    alone = [losses([row]) for row in range(3)]
+    torch.testing.assert_close(together.diffusion_per_example, torch.cat([one.diffusion_per_example for one in alone]))
+    for name in ("total", "hidden", "token", "diffusion", "token_accuracy"):
+        torch.testing.assert_close(getattr(together, name), sum(getattr(one, name) for one in alone) / 3)
+    assert not torch.allclose(losses([2, 1, 0]).diffusion_per_example, together.diffusion_per_example)
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, [3]), (1.0, [3, 3])])
@@ -277,7 +307,7 @@ def test_self_conditioning_never_and_always(make_objective, run, probability: fl
 
 
 def test_every_rank_calls_the_denoiser_equally_often(make_objective, random_tokens):
-    """Where no coin fell, one example stands in: sharded weights are gathered by all ranks or by none."""
+    """Where none was drawn, one example stands in: sharded weights are gathered by all ranks or by none."""
     objective = make_objective(self_conditioning_probability=1e-9)
     calls = record_calls(objective.transformer)
     objective(random_tokens(), TIMESTEPS, generator=torch.Generator().manual_seed(0))

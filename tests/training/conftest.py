@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 TRAINING = Path(__file__).parents[2] / "training"
-sys.path.insert(0, str(TRAINING))
+sys.path[:0] = [str(TRAINING), str(TRAINING.parent / "checks")]
 
 
 @pytest.fixture(scope="session")

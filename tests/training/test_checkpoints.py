@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import damage, find_checkpoints, remove_unfinished, resolve_checkpoint, write_checkpoint
+from checkpoints import (
+    damage,
+    find_checkpoints,
+    remove_unfinished,
+    resolve_checkpoint,
+    temporary_path,
+    write_checkpoint,
+)
 
 
 def write(folder: Path, step: int, limit: int | None = None) -> Path:
     def save(target: Path) -> None:
         (target / "model.safetensors").write_bytes(b"weights" * 100)
 
-    return write_checkpoint(folder, step, limit, is_main=True, save=save, wait=lambda: None)
+    return write_checkpoint(folder, step, limit, is_main=True, save=save, agree=lambda problem: problem)
 
 
 def test_oldest_are_removed_beyond_the_limit(tmp_path: Path) -> None:
@@ -62,8 +69,22 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_whole(tmp_path: Path) ->
         (target / "model.safetensors").write_bytes(b"half")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match="no space"):
-        write_checkpoint(tmp_path, 10, None, is_main=True, save=save, wait=lambda: None)
+    with pytest.raises(OSError, match=r"step 10 could not be written: OSError: no space.*checkpoint-5 is untouched"):
+        write_checkpoint(tmp_path, 10, None, is_main=True, save=save, agree=lambda problem: problem)
     assert resolve_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-5"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    temporary_path(tmp_path, 10).mkdir()
     remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_problem_of_another_process_is_everybodys(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"rank 3 has no space.*none before it"):
+        write_checkpoint(
+            tmp_path, 10, None, is_main=True, save=lambda folder: None, agree=lambda problem: "rank 3 has no space"
+        )
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,345 @@
+"""Drives the page of `ldlm_hf.app` in a real browser, and compares the texts that it shows with the pipeline's own.
+
+    python checks/app_screenshot.py --pipeline runs/demo/pipeline [--seed 0] [--num_inference_steps 128]
+
+It serves the page, opens it in a headless Chromium, generates with a seed, and with two in two tabs at once, stops a
+generation, interpolates between two texts, and enters one that is too long. Other processes print what the pipeline
+gives for the same seeds and texts. What was seen is written to checks/app_screenshot.md, with three pictures. The exit
+status is not zero if a text differs, or anything else is not as it should be.
+
+Needs the extra `app`, `pip install selenium`, and Chromium with its driver (Debian: chromium, chromium-driver).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import torch
+from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "training"))
+
+from benchmark import describe_machine, markdown_table  # noqa: E402
+
+
+WIDTH, HEIGHT = 1100, 720
+MAX_PICTURE_BYTES = 200_000
+NUM_TEXTS, DECODE_EVERY, NUM_POINTS = 2, 8, 5
+FIRST_TEXT = "The Congress has passed laws for the peace and the prosperity of our people."
+SECOND_TEXT = "Our army and our navy are ready to defend the freedom of all nations in the world."
+BROWSER_OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    f"--window-size={WIDTH},{HEIGHT}",
+]
+# the pieces of a text in the order of the page; gradio shows a line break as an element of its own
+READ_TEXT = """
+return [...arguments[0].querySelectorAll(".textfield .text, .textfield br")]
+    .map(node => node.tagName === "BR" ? "\\n" : node.textContent).join("")
+"""
+PLAIN_PROGRAM = """
+import json, sys, torch
+from ldlm_hf import LDLMPipeline
+
+path, batch_size, num_inference_steps, seed = sys.argv[1], *map(int, sys.argv[2:])
+pipe = LDLMPipeline.from_pretrained(path)
+output = pipe(batch_size, num_inference_steps, generator=torch.Generator().manual_seed(seed))
+print(json.dumps(output.texts))
+"""
+RECONSTRUCTION_PROGRAM = """
+import json, sys
+from ldlm_hf import LDLMPipeline
+
+pipe = LDLMPipeline.from_pretrained(sys.argv[1])
+print(json.dumps([pipe.decode(pipe.encode(text))[0] for text in sys.argv[2:]]))
+"""
+
+
+def run_program(program: str, *arguments: object) -> Any:
+    """What a program prints, run in a process of its own."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def served_page(pipeline: str) -> Iterator[str]:
+    """Runs the command of the page; gives its address once it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "ldlm_hf.app", "--pipeline", pipeline, "--port", str(port), "--device", "cpu"]
+    url = f"http://127.0.0.1:{port}/"
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+
+            def answers(_: None) -> bool:
+                if server.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"The page's server has ended:\n{log.read()}")
+                with urlopen(url):
+                    return True
+
+            WebDriverWait(None, timeout=120, ignored_exceptions=[OSError]).until(answers)
+            yield url
+        finally:
+            server.terminate()
+
+
+@contextmanager
+def browser() -> Iterator[webdriver.Chrome]:
+    """A headless Chromium without a past."""
+    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    missing = [name for name, path in paths.items() if path is None]
+    if missing:
+        raise OSError(f"Not on PATH: {' and '.join(missing)}. On Debian: apt install chromium chromium-driver.")
+    with tempfile.TemporaryDirectory() as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = paths["chromium"]
+        for option in [*BROWSER_OPTIONS, f"--user-data-dir={profile}"]:
+            options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        driver = webdriver.Chrome(options=options, service=Service(paths["chromedriver"]))
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+class Page:
+    """One tab with the page."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str):
+        self.driver = driver
+        driver.switch_to.new_window("tab")
+        self.window = driver.current_window_handle
+        driver.get(url)
+        self.wait(lambda: driver.find_elements(By.ID, "generate"))
+
+    def show(self) -> None:
+        """Brings this tab to the front."""
+        self.driver.switch_to.window(self.window)
+
+    def wait(self, condition: Callable[[], Any], seconds: float = 300) -> Any:
+        return WebDriverWait(
+            self.driver, seconds, poll_frequency=0.05, ignored_exceptions=[NoSuchElementException]
+        ).until(lambda _: condition())
+
+    def enter(self, element_id: str, value: object) -> None:
+        """Types a value into the field with this id."""
+        field = self.driver.find_element(By.CSS_SELECTOR, f"#{element_id} :is(input[type=number], textarea)")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(str(value), Keys.TAB)
+
+    def press(self, element_id: str) -> None:
+        self.driver.find_element(By.ID, element_id).click()
+
+    def start(self, num_inference_steps: int, seed: int) -> None:
+        """Asks for a generation."""
+        values = {"steps": num_inference_steps, "texts": NUM_TEXTS, "decode-every": DECODE_EVERY, "seed": seed}
+        for element_id, value in values.items():
+            self.enter(element_id, value)
+        self.press("generate")
+
+    @property
+    def status(self) -> str:
+        return self.driver.find_element(By.ID, "status").text
+
+    def boxes(self, name: str) -> list[WebElement]:
+        """The boxes with texts that the page shows."""
+        found = self.driver.find_elements(By.CSS_SELECTOR, f"[id^={name}-]")
+        return [box for box in found if box.is_displayed()]
+
+    def texts(self, name: str) -> list[str]:
+        return [self.driver.execute_script(READ_TEXT, box) for box in self.boxes(name)]
+
+    def num_highlighted(self) -> int:
+        return len(self.driver.find_elements(By.CSS_SELECTOR, ".textfield .highlighted"))
+
+    def picture(self, name: str) -> str:
+        """Writes a picture of the whole page."""
+        height = self.driver.execute_script("return document.documentElement.scrollHeight")
+        size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        path = HERE / f"app_screenshot_{name}.png"
+        self.driver.save_screenshot(str(path))
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        if path.stat().st_size > MAX_PICTURE_BYTES:
+            raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes, more than {MAX_PICTURE_BYTES}.")
+        return path.name
+
+
+def foreign_hosts(driver: webdriver.Chrome, url: str) -> list[str]:
+    """Hosts other than the page's own that its tabs asked anything of."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    requests = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    addresses = [urlsplit(request["request"]["url"]) for request in requests if request["documentURL"].startswith(url)]
+    hosts = {address.netloc for address in addresses if address.scheme not in ("data", "blob")}
+    return sorted(hosts - {urlsplit(url).netloc})
+
+
+def report(
+    arguments: argparse.Namespace,
+    texts: dict[str, list[str]],
+    status: str,
+    error: str,
+    pictures: dict[str, str],
+    checks: dict[str, bool],
+    versions: dict[str, str],
+) -> str:
+    """What was seen, as Markdown."""
+    weights = next(Path(arguments.pipeline, "transformer").glob("*.safetensors"))
+    cells = [[text.replace("|", "\\|").replace("\n", "<br>") for text in column] for column in texts.values()]
+    rows = [[number, *row] for number, row in enumerate(zip(*cells, strict=True), start=1)]
+    images = "\n\n".join(f"{caption}:\n\n![{caption}]({name})" for name, caption in pictures.items())
+    seen = [[name, "yes" if passed else "NO"] for name, passed in checks.items()]
+    machine = describe_machine(torch.device("cpu")) | versions
+    return f"""# The page in a browser, beside what the pipeline prints
+
+Written by
+
+    python checks/app_screenshot.py --pipeline PIPELINE --seed {arguments.seed} \\
+        --num_inference_steps {arguments.num_inference_steps}
+
+with a pipeline the SHA-256 of whose `transformer/{weights.name}` is
+`{hashlib.sha256(weights.read_bytes()).hexdigest()}`. The page was served by
+`python -m ldlm_hf.app --pipeline PIPELINE` and driven in a headless Chromium; the pipeline printed its texts in
+another process.
+
+## The same texts
+
+Seed {arguments.seed}, {arguments.num_inference_steps} steps, {NUM_TEXTS} texts; every {DECODE_EVERY} steps the
+prediction was decoded for the page.
+
+{markdown_table(["", *texts], rows)}
+
+The page's own line at the end: "{status}".
+
+## Pictures
+
+{images}
+
+## What was checked
+
+{markdown_table(["", "seen"], seen)}
+
+The error for an over-long text: "{error}"
+
+## Where
+
+{markdown_table(["", ""], list(machine.items()))}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compares what the page shows with what the pipeline prints.")
+    parser.add_argument("--pipeline", required=True, help="folder of a pipeline with its encoders")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_inference_steps", type=int, default=128)
+    arguments = parser.parse_args()
+    steps, seeds = arguments.num_inference_steps, (arguments.seed, arguments.seed + 1)
+
+    printed = [run_program(PLAIN_PROGRAM, arguments.pipeline, NUM_TEXTS, steps, seed) for seed in seeds]
+    reconstructed = run_program(RECONSTRUCTION_PROGRAM, arguments.pipeline, FIRST_TEXT, SECOND_TEXT)
+    checks: dict[str, bool] = {}
+    with served_page(arguments.pipeline) as url, browser() as driver:
+        page, other = Page(driver, url), Page(driver, url)
+
+        # 1. The text emerges
+        page.show()
+        page.start(steps, seeds[0])
+        page.wait(lambda: page.status.startswith("Step ") and int(page.status.split()[1]) >= steps // 2)
+        checks["changed tokens were highlighted on the way"] = page.num_highlighted() > 0
+        pictures = {page.picture("emerging"): "While the text emerges: tokens that changed are highlighted"}
+        page.wait(lambda: "tokens/s" in page.status)
+        pictures[page.picture("final")] = "At the end"
+        status, shown = page.status, page.texts("generated")
+        checks["the page's texts are those that the pipeline printed in another process"] = shown == printed[0]
+
+        # 2. Two tabs at once
+        page.start(steps, seeds[1])
+        other.show()
+        other.start(steps, seeds[0])
+        other.wait(lambda: "tokens/s" in other.status)
+        in_other = other.texts("generated")
+        page.show()
+        page.wait(lambda: "tokens/s" in page.status)
+        checks["two tabs that generated at once show the texts of their own seeds"] = (
+            page.texts("generated") == printed[1] and in_other == printed[0]
+        )
+
+        # 3. Stop
+        page.start(1024, seeds[0])
+        page.wait(lambda: page.status.startswith("Step "))
+        page.press("stop")
+        page.wait(lambda: "tokens/s" in page.status or "Stopped" in page.status)
+        checks["Stop stopped a generation of 1,024 steps"] = page.status.startswith("Stopped after ")
+
+        # 4. Interpolation
+        other.show()
+        driver.find_element(By.XPATH, "//button[@role='tab' and contains(., 'Interpolate')]").click()
+        other.wait(lambda: driver.find_element(By.ID, "interpolate").is_displayed())
+        other.enter("points", NUM_POINTS)
+        other.enter("first", FIRST_TEXT)
+        other.enter("second", SECOND_TEXT)
+        other.press("interpolate")
+        other.wait(lambda: len(other.boxes("point")) == NUM_POINTS)
+        pictures[other.picture("interpolation")] = "Interpolation between two texts"
+        ends = other.texts("point")[:: NUM_POINTS - 1]
+        checks["the interpolation's ends are the reconstructions that the pipeline printed"] = ends == reconstructed
+        limit = int(re.search(r"at most (\d+) tokens", driver.find_element(By.ID, "first").text)[1])
+        other.enter("first", "peace " * (limit + 1))
+        other.press("interpolate")
+        error = other.wait(lambda: driver.find_element(By.CSS_SELECTOR, "[data-testid=toast-body]").text)
+        error = error.splitlines()[-1]
+        checks["an over-long text gives an error in the page that says so"] = "more than the model's" in error
+
+        # 5. The page keeps to itself
+        foreign = foreign_hosts(driver, url)
+        checks["no tab asked anything of another host"] = not foreign
+        complaints = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+        checks["the browser's log has no error"] = not complaints
+        chromium = driver.capabilities["browserVersion"]
+    texts = {"shown in the page": shown, "printed by the pipeline": printed[0]}
+    versions = {name: importlib.metadata.version(name) for name in ("gradio", "selenium")} | {"chromium": chromium}
+    (HERE / "app_screenshot.md").write_text(report(arguments, texts, status, error, pictures, checks, versions))
+    for name, passed in checks.items():
+        print(f"{'yes' if passed else 'NO '}  {name}")
+    if not all(checks.values()):
+        sys.exit(f"texts: {texts}\nrequests to: {foreign}\nbrowser's log: {complaints}")
+
+
+if __name__ == "__main__":
+    main()

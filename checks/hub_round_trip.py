@@ -1,0 +1,721 @@
+"""Publishes a tiny pipeline and loads it again in every way that is promised, each time in a fresh process.
+
+    python checks/hub_round_trip.py [--olah_python .venv-olah/bin/python]
+
+The processes talk to a hub on this machine (checks/loopback_hub.py) by the real `huggingface_hub` client, or to olah,
+an independent program that serves the same git repositories. olah lives in an environment of its own, which is made
+where it does not exist. What was done and what came of it is printed and written to checks/hub_round_trip.md; the exit
+status is 1 if any of it was not what is expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import venv
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loopback_hub import LoopbackHub, client_environment
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REPORT = Path(__file__).with_suffix(".md")
+OLAH = "olah==0.5.4"
+USERS = {"hf_org": "org", "hf_other": "other"}
+SEED = 0
+TIMEOUT = 600  # seconds
+MODELS = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process: what it does, in which surroundings, and what has to come of it.
+
+    Attributes:
+        code: what is done. It leaves a pipeline as `pipe`, or components as `models`, by name.
+        expected: which of the published samples the pipeline must give ("float32" and others, see `publish`), or
+            "weights": the components must have the published weights. A pattern for an error's text otherwise.
+        source: where files come from: "folder", "hub" or "olah".
+        installed: whether `ldlm_hf` can be imported.
+        token: access token of the client.
+        home: name of the client's cache; a new one by default.
+        offline: whether `HF_HUB_OFFLINE=1` is set.
+        not_fetched: patterns of files that must not have been downloaded.
+        silent: whether the hub must not have been asked for anything.
+    """
+
+    code: str
+    expected: str = "float32"
+    source: str = "hub"
+    installed: bool = True
+    token: str | None = "hf_org"
+    home: str | None = None
+    offline: bool = False
+    not_fetched: tuple[str, ...] = ()
+    silent: bool = False
+
+    @property
+    def trusted(self) -> bool:
+        """Whether repository code may be executed."""
+        return "trust_remote_code=True" in self.code
+
+
+ENCODER_WEIGHTS = ("token_encoder/*", "latent_encoder/*")
+FULL_WEIGHTS = ("*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
+NO_TRUST = r"ValueError: .*trust_remote_code=True"
+ABSENT = {"installed": False}
+FOLDER: dict[str, Any] = {"source": "folder", "silent": True}
+OLAH_MAIN = {"source": "olah", "token": None}
+
+# cases of one chain follow each other; chains run side by side
+CHAINS: list[list[Case]] = [
+    # a local folder
+    [Case('pipe = LDLMPipeline.from_pretrained("./tiny")', **FOLDER)],
+    [Case('pipe = DiffusionPipeline.from_pretrained("./tiny")', **FOLDER)],
+    [Case('pipe = DiffusionPipeline.from_pretrained("./tiny")', NO_TRUST, **ABSENT, **FOLDER)],
+    [Case('pipe = DiffusionPipeline.from_pretrained("./tiny", trust_remote_code=True)', **ABSENT, **FOLDER)],
+    # by id, and again without the network
+    [
+        Case('pipe = LDLMPipeline.from_pretrained("org/tiny")', home="installed"),
+        Case('pipe = LDLMPipeline.from_pretrained("org/tiny")', home="installed", offline=True, silent=True),
+        Case('pipe = LDLMPipeline.from_pretrained("org/tiny", local_files_only=True)', home="installed", silent=True),
+    ],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", trust_remote_code=True)',
+            home="absent",
+            **ABSENT,
+        ),
+        # diffusers (get_cached_module_file) asks the hub for the commit of a pipeline's code, cached or not
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", trust_remote_code=True)',
+            "OfflineModeIsEnabled",
+            home="absent",
+            offline=True,
+            silent=True,
+            **ABSENT,
+        ),
+        Case(
+            'folder = os.path.dirname(hf_hub_download("org/tiny", "model_index.json"))\n'
+            "pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)",
+            home="absent",
+            offline=True,
+            silent=True,
+            **ABSENT,
+        ),
+        Case('pipe = DiffusionPipeline.from_pretrained("org/tiny")', NO_TRUST, home="absent", **ABSENT),
+    ],
+    [Case('pipe = DiffusionPipeline.from_pretrained("org/tiny")')],
+    [Case('pipe = DiffusionPipeline.from_pretrained("org/tiny", trust_remote_code=True)')],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny")', "OSError|LocalEntryNotFound", offline=True, silent=True)],
+    # parts, types and files
+    [
+        Case(
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", token_encoder=None, latent_encoder=None)',
+            not_fetched=ENCODER_WEIGHTS,
+        )
+    ],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", token_encoder=None, latent_encoder=None, '
+            "trust_remote_code=True)",
+            not_fetched=ENCODER_WEIGHTS,
+            **ABSENT,
+        )
+    ],
+    [
+        Case(
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", variant="fp16", torch_dtype=torch.float16)',
+            "float16",
+            not_fetched=FULL_WEIGHTS,
+        )
+    ],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", variant="fp16", torch_dtype=torch.float16, '
+            "trust_remote_code=True)",
+            "float16",
+            not_fetched=FULL_WEIGHTS,
+            **ABSENT,
+        )
+    ],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/sharded")', not_fetched=FULL_WEIGHTS)],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/sharded", trust_remote_code=True)',
+            not_fetched=FULL_WEIGHTS,
+            **ABSENT,
+        )
+    ],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny", torch_dtype=torch.bfloat16)', "bfloat16")],
+    [
+        Case(
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", '
+            'torch_dtype={"transformer": torch.bfloat16, "default": torch.float32})',
+            "mixed",
+        )
+    ],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", '
+            'torch_dtype={"transformer": torch.bfloat16, "default": torch.float32}, trust_remote_code=True)',
+            "mixed",
+            **ABSENT,
+        )
+    ],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny", device_map="cpu")')],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/sharded", device_map="balanced")')],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/sharded", device_map="cpu", trust_remote_code=True)',
+            **ABSENT,
+        )
+    ],
+    # private repositories and revisions
+    [Case('pipe = LDLMPipeline.from_pretrained("org/private")')],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/private")', "(?i)error.*401", token=None)],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/private")', "(?i)error.*404", token="hf_other")],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny", revision="v1")', "v1")],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", revision=FIRST_COMMIT, trust_remote_code=True)',
+            "v1",
+            **ABSENT,
+        )
+    ],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny", revision="v9")', "(?i)revision.*not found|v9")],
+    # single components
+    [
+        Case(
+            'models = {"transformer": LDLMTransformer1DModel.from_pretrained("org/tiny", subfolder="transformer")}',
+            "weights",
+            not_fetched=("*_encoder/*", "*_decoder/*", "*.py"),
+        )
+    ],
+    [
+        Case(
+            'scheduler = TangentEulerMaruyamaScheduler.from_pretrained("org/tiny", subfolder="scheduler")\n'
+            'latent_decoder = LDLMLatentDecoder.from_pretrained("org/tiny", subfolder="latent_decoder")\n'
+            'pipe = LDLMPipeline.from_pretrained("org/v1", scheduler=scheduler, latent_decoder=latent_decoder, '
+            "token_encoder=None, latent_encoder=None, "
+            'transformer=LDLMTransformer1DModel.from_pretrained("org/tiny", subfolder="transformer"), '
+            'token_decoder=LDLMTokenDecoder.from_pretrained("org/tiny", subfolder="token_decoder"))',
+        )
+    ],
+    [
+        Case(
+            f'models = {{name: AutoModel.from_pretrained("org/tiny", subfolder=name) for name in {MODELS}}}',
+            "weights",
+            not_fetched=("*.py",),
+        )
+    ],
+    [
+        Case(
+            'models = {name: AutoModel.from_pretrained("org/tiny", subfolder=name, trust_remote_code=True) '
+            f"for name in {MODELS}}}",
+            "weights",
+            **ABSENT,
+        )
+    ],
+    [
+        Case(
+            'models = {"latent_decoder": AutoModel.from_pretrained("org/tiny", subfolder="latent_decoder")}',
+            NO_TRUST,
+            not_fetched=("*.py",),
+            **ABSENT,
+        )
+    ],
+    # published and saved again, from each way of loading
+    [
+        Case(
+            'pipe = LDLMPipeline.from_pretrained("org/tiny")\n'
+            'pipe.push_to_hub("org/again")\n'
+            'pipe.save_pretrained("./again")'
+        ),
+        Case('pipe = DiffusionPipeline.from_pretrained("org/again", trust_remote_code=True)', **ABSENT),
+        Case('pipe = LDLMPipeline.from_pretrained("./again")', **FOLDER),
+    ],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", trust_remote_code=True)\n'
+            'pipe.push_to_hub("org/absent-again")\n'
+            'pipe.save_pretrained("./absent-again")',
+            **ABSENT,
+        ),
+        Case('pipe = LDLMPipeline.from_pretrained("org/absent-again")'),
+        Case('pipe = DiffusionPipeline.from_pretrained("org/absent-again", trust_remote_code=True)', **ABSENT),
+        Case('pipe = LDLMPipeline.from_pretrained("./absent-again")', **FOLDER),
+    ],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("./tiny", trust_remote_code=True)\n'
+            'pipe.push_to_hub("org/from-folder", private=True, max_shard_size="10KB")',
+            source="folder",
+            **ABSENT,
+        ),
+        Case('pipe = DiffusionPipeline.from_pretrained("org/from-folder", trust_remote_code=True)', **ABSENT),
+    ],
+    # through olah
+    [
+        Case('pipe = LDLMPipeline.from_pretrained("org/tiny", revision="main")', home="olah", **OLAH_MAIN),
+        Case(
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", revision="main")',
+            home="olah",
+            offline=True,
+            **OLAH_MAIN,
+        ),
+    ],
+    [Case('pipe = DiffusionPipeline.from_pretrained("org/tiny", revision="main")', NO_TRUST, **ABSENT, **OLAH_MAIN)],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", revision="main", trust_remote_code=True)',
+            **ABSENT,
+            **OLAH_MAIN,
+        )
+    ],
+    [
+        Case(
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", revision="main", variant="fp16", '
+            "torch_dtype=torch.float16)",
+            "float16",
+            **OLAH_MAIN,
+        )
+    ],
+    [
+        Case(
+            'pipe = DiffusionPipeline.from_pretrained("org/sharded", revision="main", trust_remote_code=True)',
+            **ABSENT,
+            **OLAH_MAIN,
+        )
+    ],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny", revision="v1")', "v1", **OLAH_MAIN)],
+    [
+        Case(
+            'models = {"transformer": LDLMTransformer1DModel.from_pretrained("org/tiny", revision="main", '
+            'subfolder="transformer")}',
+            "weights",
+            **OLAH_MAIN,
+        )
+    ],
+    [
+        Case(
+            'models = {"latent_decoder": AutoModel.from_pretrained("org/tiny", revision="main", '
+            'subfolder="latent_decoder", trust_remote_code=True)}',
+            "weights",
+            **ABSENT,
+            **OLAH_MAIN,
+        )
+    ],
+]
+
+
+# --- inside a process ------------------------------------------------------------------------------------------------
+
+
+def build_pipeline(seed: int) -> Any:
+    """A tiny pipeline of all components, with random weights."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    import ldlm_hf
+
+    torch.manual_seed(seed)
+    vocabulary = {"<unk>": 0, "<eos>": 1} | {f"w{index}": index for index in range(2, 40)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backbone_config = GPT2Config(
+        vocab_size=40, n_positions=16, n_embd=32, n_layer=4, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(backbone_config).save_pretrained(folder)
+        token_encoder = ldlm_hf.LDLMTokenEncoder.from_backbone(folder)
+    token_encoder.fit_statistics([torch.randint(2, 40, (8, 8)) for _ in range(4)])
+    widths = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48, "token_hidden_size": 32}
+    sizes = widths | {"num_hidden_layers": 2, "sequence_length": 8, "num_latents": 6, "latent_size": 16}
+    pipe = ldlm_hf.LDLMPipeline(
+        token_encoder=token_encoder,
+        latent_encoder=ldlm_hf.LDLMLatentEncoder(ldlm_hf.LDLMLatentEncoderConfig(**sizes)),
+        latent_decoder=ldlm_hf.LDLMLatentDecoder(ldlm_hf.LDLMLatentDecoderConfig(**sizes)),
+        token_decoder=ldlm_hf.LDLMTokenDecoder(
+            ldlm_hf.LDLMTokenDecoderConfig(vocab_size=40, num_hidden_layers=1, **widths)
+        ),
+        transformer=ldlm_hf.LDLMTransformer1DModel(
+            in_channels=16, num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=6
+        ),
+        scheduler=ldlm_hf.TangentEulerMaruyamaScheduler(),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>"),
+    )
+    with torch.no_grad():
+        for component in (pipe.transformer, pipe.latent_decoder, pipe.token_decoder):
+            # off their start, at which the denoiser gives zeros
+            for parameter in component.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return pipe
+
+
+def sample(pipe: Any) -> dict[str, Any]:
+    """What a pipeline samples from the seed: token ids, and a digest of the numbers that they come from."""
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    options = {"batch_size": 4, "num_inference_steps": 8}
+    sequences = pipe(**options, generator=torch.Generator().manual_seed(SEED), output_type="seq").sequences
+    latents = pipe(**options, generator=torch.Generator().manual_seed(SEED), output_type="latent").latents
+    with torch.no_grad():
+        hidden_states = pipe.latent_decoder(latents.to(pipe.latent_decoder.dtype)).hidden_states
+        logits = pipe.token_decoder(hidden_states.to(pipe.token_decoder.dtype)).logits
+    return {"sequences": sequences.tolist(), "digest": digest({"latents": latents, "logits": logits.float()})}
+
+
+def digest(tensors: Mapping[str, Any]) -> str:
+    """Of named tensors, bit for bit."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def publish() -> dict[str, Any]:
+    """Publishes the pipelines that the cases load; gives their samples, their weights' digests and a commit."""
+    import torch
+    from huggingface_hub import HfApi
+
+    first, pipe = build_pipeline(seed=1), build_pipeline(seed=0)
+    published = {"v1": sample(first), "float32": sample(pipe)}
+    first.push_to_hub("org/tiny")
+    first.push_to_hub("org/v1")
+    commit = HfApi().model_info("org/tiny").sha
+    HfApi().create_tag("org/tiny", tag="v1")
+    pipe.push_to_hub("org/tiny")
+    pipe.push_to_hub("org/sharded", max_shard_size="10KB")
+    pipe.push_to_hub("org/private", private=True)
+    pipe.save_pretrained("./tiny")
+    weights = {name: digest(pipe.components[name].state_dict()) for name in (*MODELS, "transformer")}
+    pipe.transformer.to(torch.bfloat16)
+    published["mixed"] = sample(pipe)
+    published["bfloat16"] = sample(pipe.to(torch.bfloat16))
+    half = build_pipeline(seed=0).to(torch.float16)
+    published["float16"] = sample(half)
+    half.push_to_hub("org/tiny", variant="fp16")
+    return published | {"weights": weights, "first_commit": commit}
+
+
+def run_in_process(code: str, first_commit: str) -> None:
+    """Executes the code of a case and prints what came of it, as JSON."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+    from transformers import AutoModel
+
+    torch.set_num_threads(1)
+    names: dict[str, Any] = {"torch": torch, "DiffusionPipeline": DiffusionPipeline, "AutoModel": AutoModel}
+    names |= {"os": os, "hf_hub_download": hf_hub_download, "FIRST_COMMIT": first_commit, "publish": publish}
+    installed = importlib.util.find_spec("ldlm_hf") is not None
+    if installed:
+        import ldlm_hf
+
+        names |= {name: getattr(ldlm_hf, name) for name in ldlm_hf.__all__ if name.startswith(("LDLM", "Tangent"))}
+    found: dict[str, Any] = {"installed": installed}
+    try:
+        exec(code, names)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    else:
+        if "pipe" in names:
+            found["value"] = sample(names["pipe"])
+        elif "models" in names:
+            found["value"] = {name: digest(model.state_dict()) for name, model in names["models"].items()}
+        else:
+            found["value"] = names["published"]
+    places = ("diffusers_modules.", "transformers_modules.")
+    found["executed"] = [name for name in sys.modules if name.startswith(places)]
+    print(json.dumps(found))
+
+
+# --- the processes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RoundTrip:
+    """A folder with everything that the processes use, and what was published from it.
+
+    Attributes:
+        folder: holds the hub's storage, the clients' caches and the working directory of the processes.
+        olah: address of olah, which serves the hub's storage; None without it.
+        published: see `publish`.
+    """
+
+    folder: Path
+    olah: str | None = None
+    published: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("storage", "work"):
+            (self.folder / name).mkdir(exist_ok=True)
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "storage"
+
+    def publish(self) -> None:
+        """Fills the hub.
+
+        Raises:
+            RuntimeError: the pipeline could not be published, or its samples could not tell right from wrong.
+        """
+        found, _ = self.run(Case("published = publish()"))
+        if "error" in found:
+            raise RuntimeError(f"Publishing failed: {found['error']}")
+        self.published = found["value"]
+        digests = [one["digest"] for one in self.published.values() if "digest" in one]
+        if len(set(digests)) < len(digests):
+            raise RuntimeError("Two of the published pipelines sample the same, so that no mistake would be seen.")
+
+    def run(self, case: Case) -> tuple[dict[str, Any], LoopbackHub]:
+        """Runs one case in a process; gives what the process found, and the hub with its records."""
+        home = Path(tempfile.mkdtemp(dir=self.folder)) if case.home is None else self.folder / case.home
+        with LoopbackHub(self.storage, USERS) as hub:
+            endpoint = self.olah if case.source == "olah" and self.olah else hub.endpoint
+            environment = client_environment(endpoint, home, case.token) | {"OMP_NUM_THREADS": "1"}
+            # a package that is installed in editable form shows itself by a .pth file, which -S leaves unread
+            places = [place for place in map(os.path.abspath, sys.path) if case.installed or not holds_package(place)]
+            environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY)] * case.installed + places)
+            if case.offline:
+                environment["HF_HUB_OFFLINE"] = "1"
+            command = [sys.executable, *([] if case.installed else ["-S"]), __file__, "--process", case.code]
+            command += ["--first_commit", self.published.get("first_commit", "")]
+            result = subprocess.run(
+                command,
+                env=environment,
+                cwd=self.folder / "work",
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        if result.returncode != 0:
+            return {"error": f"exit status {result.returncode}: {result.stderr}", "executed": []}, hub
+        return json.loads(result.stdout.splitlines()[-1]), hub
+
+    def judge(self, case: Case, found: dict[str, Any], hub: LoopbackHub) -> tuple[str, list[str]]:
+        """The outcome of a case in words, and what is wrong with it."""
+        wrong = []
+        if case.expected in self.published:
+            outcome, right = self.compare(case, found)
+        else:
+            outcome = self.shorten(found.get("error", "no error"))
+            right = "error" in found and re.search(case.expected, outcome) is not None
+        if not right:
+            wrong.append(f"expected: {case.expected}")
+        if found.get("installed", case.installed) != case.installed:
+            wrong.append("the package could be imported" if not case.installed else "the package was not found")
+        may_execute = case.trusted and not case.installed and "error" not in found
+        if bool(found["executed"]) != may_execute:
+            wrong.append(f"code of the repository that was executed: {', '.join(found['executed']) or 'none'}")
+        fetched = sorted({name for _, name in hub.downloads for one in case.not_fetched if fnmatch.fnmatch(name, one)})
+        if fetched:
+            wrong.append(f"downloaded: {', '.join(fetched)}")
+        if case.silent and hub.requests:
+            wrong.append(f"asked the hub: {hub.requests[0]}")
+        return outcome, wrong
+
+    def compare(self, case: Case, found: dict[str, Any]) -> tuple[str, bool]:
+        """What the process found beside what was published."""
+        if "error" in found:
+            return self.shorten(found["error"]), False
+        if case.expected == "weights":
+            published = {name: self.published["weights"].get(name) for name in found["value"]}
+            equal = bool(published) and found["value"] == published
+            return f"weights {'equal' if equal else 'DIFFER'}", equal
+        equal = found["value"] == self.published[case.expected]
+        return f"samples {'equal' if equal else 'DIFFER'} ({case.expected})", equal
+
+    def shorten(self, error: str) -> str:
+        """An error in one line, without the places of this machine."""
+        line = " ".join(error.split()).replace(str(self.folder), "…")
+        line = re.sub(r"http://127\.0\.0\.1:\d+", "http://hub", line)
+        return line if len(line) < 240 else f"{line[:150]} … {line[-80:]}"
+
+
+def holds_package(place: str) -> bool:
+    """Whether `ldlm_hf` would be found at a place of the import path."""
+    return (Path(place) / "ldlm_hf").exists()
+
+
+def run_chain(trip: RoundTrip, chain: list[Case]) -> list[tuple[Case, str, list[str]]]:
+    """Runs cases one after the other."""
+    rows = []
+    for case in chain:
+        found, hub = trip.run(case)
+        outcome, wrong = trip.judge(case, found, hub)
+        print(f"{'FAILED' if wrong else 'ok':6} {describe(case)}: {case.code} → {outcome}", *wrong, sep="\n       ")
+        rows.append((case, outcome, wrong))
+    return rows
+
+
+def describe(case: Case) -> str:
+    """The surroundings of a case in words."""
+    words = ["package" if case.installed else "no package", case.source]
+    if case.offline:
+        words.append("HF_HUB_OFFLINE=1")
+    if case.source == "hub" and case.token != "hf_org":
+        words.append("no token" if case.token is None else "another user's token")
+    return ", ".join(words)
+
+
+@contextmanager
+def serve_by_olah(python: Path, storage: Path, folder: Path) -> Iterator[str]:
+    """Starts olah on the hub's storage, as a mirror that asks no other server; gives its address."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = (
+        f'[basic]\nhost = "127.0.0.1"\nport = {port}\nrepos-path = "{folder}/cache"\n'
+        f'mirrors-path = ["{storage}"]\n[accessibility]\noffline = true\n'
+    )
+    (folder / "olah.toml").write_text(settings)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-m", "olah.server", "--config", folder / "olah.toml", "--log-path", folder / "logs"]
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until_served(f"{address}/api/models/org/tiny/revision/main", process)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_served(address: str, process: subprocess.Popen) -> None:
+    """Returns when an address answers.
+
+    Raises:
+        RuntimeError: the process has ended, or it does not answer within a minute.
+    """
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(address):
+                return
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"olah answers {error.code} to {address}") from error
+        except urllib.error.URLError:
+            if process.poll() is not None:
+                raise RuntimeError(f"olah ended with status {process.returncode}") from None
+            time.sleep(0.5)
+    raise RuntimeError("olah does not answer")
+
+
+def install_olah(python: Path) -> None:
+    """Makes the environment of olah if there is none."""
+    if not python.exists():
+        venv.create(python.parents[1], with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", OLAH], check=True)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def describe_machine(olah_python: Path) -> str:
+    """Processor and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    packages = ("torch", "diffusers", "transformers", "accelerate", "huggingface_hub")
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    question = "import importlib.metadata; print(importlib.metadata.version('olah'))"
+    olah = subprocess.run([olah_python, "-c", question], capture_output=True, text=True, check=True).stdout.strip()
+    git = subprocess.run(["git", "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
+    return (
+        f"{next(models, platform.machine())}, {os.cpu_count()} cores; Python {platform.python_version()}, "
+        f"{', '.join(versions)}, olah {olah}, git {git}; seed {SEED}."
+    )
+
+
+def write_report(rows: list[tuple[Case, str, list[str]]], machine: str, seconds: float) -> None:
+    """Writes the table."""
+    failed = sum(bool(wrong) for _, _, wrong in rows)
+    text = f"""# Published, and loaded again
+
+`python checks/hub_round_trip.py` on {machine}
+{len(rows)} cases, {failed} of them not as expected, in {seconds:.0f} s.
+
+Each row is a process of its own. *Folder*: `./tiny`, saved by the package. *Hub*: the real client against
+`checks/loopback_hub.py`. *olah*: the real client against olah, which serves the same git repositories. `org/tiny`
+holds the pipeline and its `fp16` variant, tag `v1` and `org/v1` another one. Samples: 4 texts in 8 steps; their tokens
+are those of the pipeline that was published, and latents and logits are equal bit for bit (in brackets: in which type,
+or to those of `v1`). Code of the repository was executed in the rows that say so, and in no other.
+
+| # | package | files from | trusted | client | what was done | outcome | repository code |
+|--:|---|---|---|---|---|---|---|
+"""
+    for number, (case, outcome, wrong) in enumerate(rows, 1):
+        client = describe(case).split(", ", 2)[2:]
+        cells = [
+            str(number),
+            "yes" if case.installed else "no",
+            case.source,
+            "yes" if case.trusted else "no",
+            "".join(client),
+            "<br>".join(f"`{line}`" for line in case.code.splitlines()),
+            f"**NOT EXPECTED** ({'; '.join(wrong)}): {outcome}" if wrong else outcome,
+            "executed" if case.trusted and not case.installed else "–",
+        ]
+        text += "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
+    REPORT.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Publishes a tiny pipeline and loads it again in every way.")
+    parser.add_argument(
+        "--olah_python",
+        type=Path,
+        default=REPOSITORY / ".venv-olah" / "bin" / "python",
+        help="Python of an environment that has olah; by default one in this repository, made if it is not there",
+    )
+    parser.add_argument("--process", help=argparse.SUPPRESS)
+    parser.add_argument("--first_commit", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.process is not None:
+        run_in_process(options.process, options.first_commit)
+        return 0
+
+    install_olah(options.olah_python)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        trip = RoundTrip(Path(folder))
+        trip.publish()
+        with (
+            serve_by_olah(options.olah_python, trip.storage, Path(folder) / "olah-server") as trip.olah,
+            ThreadPoolExecutor(os.cpu_count()) as executor,
+        ):
+            chains = list(executor.map(lambda chain: run_chain(trip, chain), CHAINS))
+    rows = [row for chain in chains for row in chain]
+    write_report(rows, describe_machine(options.olah_python), time.monotonic() - start)
+    failed = sum(bool(wrong) for _, _, wrong in rows)
+    print(f"{len(rows)} cases, {failed} not as expected; see {REPORT.relative_to(REPOSITORY)}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

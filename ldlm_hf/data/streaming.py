@@ -1,0 +1,347 @@
+"""An endless, shuffled stream of chunks whose position is a few numbers, for corpora larger than the disk.
+
+What each reader gives is a function of its settings and its position alone. A reader is one worker of one rank. In
+each epoch the files are put in an order drawn from (seed, epoch) and dealt out to the readers; a reader goes through
+its documents in blocks, and each block is permuted by (seed, epoch, reader, block). So a position is where its block
+starts, how much of the block was given, and the tokens that have not filled a chunk: no buffer has to be saved.
+
+A restored reader reads its file again up to the block, as Arrow tables that are dropped unseen, takes the block's
+texts and tokenises only what it had not given. (The state of `datasets` keeps no shuffle buffer: a stream that is
+resumed from it loses the documents that were in there.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec.asyn
+import numpy as np
+import pyarrow
+import torch
+
+from .chunks import ChunkLayout
+from .tokenization import DocumentEncoder, require_text, require_text_column
+
+
+# Documents tokenised in one call (ours): enough for the tokenizer's threads, little to hold. Also the block of a
+# stream that is not shuffled.
+TOKENIZED_DOCUMENTS = 64
+# Rows that are taken out of the tables of `datasets` at once (ours).
+READ_ROWS = 1000
+# A reader without a document in one epoch may have some in the next, whose order differs; after so many it never will.
+MAX_EMPTY_EPOCHS = 100
+
+
+@dataclass(frozen=True)
+class HeldOutTexts:
+    """Whether a document of a stream is held out, by its text alone.
+
+    Equal texts fall on the same side, and every rank and worker decides alike without knowing the document's position.
+    """
+
+    seed: int
+    fraction: float
+
+    def __call__(self, text: str) -> bool:
+        digest = hashlib.blake2b(f"{self.seed}:{text}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64 < self.fraction
+
+
+class Document(NamedTuple):
+    """A text, and the position (part of the share, row of its file) at which reading goes on after it."""
+
+    text: str
+    part: int
+    next_row: int
+
+
+def reader_share(num_files: int, reader: int, num_readers: int) -> list[tuple[int, range]]:
+    """A reader's share of an epoch: places in the order of files, and of each those rows r with r mod R in a range.
+
+    Each file counts as R = `num_readers` equal slices and each reader takes `num_files` slices in a row, so that the
+    shares are disjoint, complete, of equal size where the files are, and touch no more files than they must.
+    """
+    first, last = reader * num_files, (reader + 1) * num_files  # slices
+    share = []
+    for place in range(first // num_readers, -(-last // num_readers)):
+        start = place * num_readers
+        share.append((place, range(max(first - start, 0), min(last - start, num_readers))))
+    return share
+
+
+@dataclass(frozen=True)
+class DocumentFiles:
+    """Raw documents, read one file at a time.
+
+    Attributes:
+        rows: stream of rows with the text; each of its shards is a file.
+        text_column: column that holds the text.
+        held_out: documents that are left out, or None.
+        names: of the files, for errors. Empty where they are unknown.
+    """
+
+    rows: datasets.IterableDataset
+    text_column: str = "text"
+    held_out: HeldOutTexts | None = None
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.rows.num_shards
+
+    def name(self, file: int) -> str:
+        """What an error calls a file."""
+        return self.names[file] if self.names else f"file {file + 1} of {len(self)}"
+
+    def read(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[int, str]]:
+        """(row, text) of the rows of a file from `start` on with `row % modulus in residues`, without blank texts.
+
+        Raises:
+            OSError: the file cannot be read, or not further. The message names the file and the rows before.
+            ValueError: the text column is missing, or a row holds something else than text.
+        """
+        for rows, texts in self._texts(file, start, residues, modulus):
+            for row, text in zip(rows, texts, strict=True):
+                require_text(self.text_column, text, f"row {row} of {self.name(file)}")
+                if text.strip() and not (self.held_out is not None and self.held_out(text)):
+                    yield row, text
+
+    def _texts(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[list[int], list[Any]]]:
+        # `iter`, unlike `__iter__`, does not divide the files among the workers of a DataLoader a second time
+        tables = self.rows.shard(len(self), file).with_format("arrow").iter(batch_size=READ_ROWS)
+        first = 0
+        while True:
+            try:
+                if (table := next(tables, None)) is None:
+                    return
+                rows = np.arange(first, first + len(table))
+                rows = rows[(rows >= start) & (rows % modulus >= residues.start) & (rows % modulus < residues.stop)]
+                columns = table.column_names
+                text_columns = table.select([name for name in columns if name == self.text_column])
+                texts = text_columns.take(pyarrow.array(rows - first)).to_pydict()
+            except Exception as error:  # parsers, decompressors and clients each raise errors of their own
+                raise OSError(
+                    f"source: {self.name(file)} cannot be read beyond its row {first} "
+                    f"({type(error).__name__}: {error.__cause__ or error!s:.300}). Mend the file or the connection "
+                    "and go on from the last checkpoint."
+                ) from error
+            require_text_column(self.text_column, columns)
+            yield rows.tolist(), texts[self.text_column]
+            first += len(table)
+
+
+@dataclass
+class StreamPosition:
+    """Where a reader is.
+
+    Attributes:
+        epoch: epochs that were read to their end.
+        part, row: part of the epoch's share and row of its file at which the block starts.
+        block: blocks of the epoch before this one.
+        document: documents of the permuted block of which all tokens were taken.
+        chunks: chunks that were given of `waiting` and the tokens of the next document.
+        waiting: tokens of the documents before that fill no chunk.
+    """
+
+    epoch: int = 0
+    part: int = 0
+    row: int = 0
+    block: int = 0
+    document: int = 0
+    chunks: int = 0
+    waiting: list[int] = field(default_factory=list)
+
+
+class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+    """The items of `TokenChunks` from a stream of documents, tokenised as they come, without an end.
+
+    Ranks and the workers of a `DataLoader` share each epoch out among themselves, whatever the number of files
+    (`reader_share`). A reader that is done with its share begins that of the next epoch, and takes along the tokens
+    that fill no chunk; so no rank ends before another, and nothing is lost. Do not pass the loader to
+    `Accelerator.prepare`, which would divide it among the ranks again.
+
+    Held in memory: the `shuffle_buffer` texts of a block, the table that `datasets` is reading (10 MB of a text file,
+    a row group of a parquet file), and the tokens of 64 documents.
+
+    A connection that fails is tried again by `datasets`, 20 times at intervals of 5 s unless
+    `datasets.config.STREAMING_READ_MAX_RETRIES` and `STREAMING_READ_RETRY_INTERVAL` say otherwise.
+
+    Args:
+        files: the documents of all ranks.
+        encoder: text → tokens.
+        layout: what a chunk is made of.
+        shuffle_buffer: documents in a block; 0: the files' own order.
+        seed: of the order.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        files: DocumentFiles,
+        encoder: DocumentEncoder,
+        layout: ChunkLayout,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.files = files
+        self.encoder = encoder
+        self.layout = layout
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._start: dict[str, Any] | None = None
+        self._latest: ChunkReader | None = None
+
+    def __iter__(self) -> ChunkReader:
+        """The chunks of this process, or of this worker of a `DataLoader`, from the loaded position on.
+
+        Raises:
+            ValueError: the loaded position is of a stream with another layout.
+        """
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
+            self._latest = self.reader(state=self._start)
+        else:
+            self._latest = self.reader(worker.id, worker.num_workers, self._start)
+        return self._latest
+
+    def reader(self, worker: int = 0, num_workers: int = 1, state: dict[str, Any] | None = None) -> ChunkReader:
+        """The chunks of one worker of this rank, from the position of `state` on, or from the start."""
+        position = StreamPosition()
+        if state is not None:
+            self.check_state(state, worker, num_workers)
+            position = StreamPosition(**{**state["position"], "waiting": list(state["position"]["waiting"])})
+        return ChunkReader(self, worker, num_workers, position)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the latest iterator of this process: whole numbers, and at most L - 1 token ids.
+
+        An iterator in a worker of a `DataLoader` has a position of its own, which the main process does not see.
+        """
+        return (self._latest or self.reader(state=self._start)).state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Iterators made from now on begin at this position."""
+        self._start, self._latest = state, None
+
+    def reader_layout(self, worker: int, num_workers: int) -> dict[str, int]:
+        """What has to be equal for a position to mean the same."""
+        return {
+            "files": len(self.files),
+            "shuffle_buffer": self.shuffle_buffer,
+            "seed": self.seed,
+            "stream_tokens": self.layout.stream_tokens,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "worker": worker,
+            "num_workers": num_workers,
+        }
+
+    def check_state(self, state: dict[str, Any], worker: int, num_workers: int) -> None:
+        """Raises ValueError where a saved position does not fit this stream."""
+        here = self.reader_layout(worker, num_workers)
+        differing = [
+            f"{name}={here[name]} (saved: {saved})" for name, saved in state["layout"].items() if here[name] != saved
+        ]
+        if differing:
+            raise ValueError(
+                f"The saved position is of a stream with another layout: {', '.join(differing)}. Its shares and its "
+                "order follow from these; resume with the saved ones, or start a new run."
+            )
+
+    def count_tokens(self, enough: int) -> int:
+        """Tokens of this rank's share of the first epoch, counted until there are `enough`."""
+        count = 0
+        texts = (document.text for document in self.documents(StreamPosition(), self.rank, self.world_size))
+        while count < enough and (batch := list(islice(texts, TOKENIZED_DOCUMENTS))):
+            count += sum(map(len, self.encode(batch)))
+        return count
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        return self.encoder({self.encoder.text_column: texts})["input_ids"]
+
+    def documents(self, position: StreamPosition, reader: int, num_readers: int) -> Iterator[Document]:
+        """The rest of a reader's share of an epoch, in the order of the files, from the start of a block on."""
+        order = np.arange(len(self.files))
+        if self.shuffle_buffer > 0:
+            order = np.random.default_rng([self.seed, position.epoch]).permutation(order)
+        share = reader_share(len(self.files), reader, num_readers)
+        for part in range(position.part, len(share)):
+            place, residues = share[part]
+            start = position.row if part == position.part else 0
+            for row, text in self.files.read(int(order[place]), start, residues, num_readers):
+                yield Document(text, part, row + 1)
+
+
+class ChunkReader(Iterator[dict[str, torch.Tensor]]):
+    """The chunks of one reader, from a position on.
+
+    Args:
+        stream: what is read.
+        worker, num_workers: of this rank; each is a reader.
+        position: where to begin. It moves along with each chunk.
+    """
+
+    def __init__(self, stream: StreamedTokenChunks, worker: int, num_workers: int, position: StreamPosition) -> None:
+        self.stream = stream
+        self.layout = stream.reader_layout(worker, num_workers)
+        self.reader = stream.rank * num_workers + worker
+        self.num_readers = stream.world_size * num_workers
+        self.position = position
+        self._chunks = self._read()
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        return next(self._chunks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last chunk given, and the layout that it belongs to."""
+        return {"layout": self.layout, "position": asdict(self.position)}
+
+    def _read(self) -> Iterator[dict[str, torch.Tensor]]:
+        if torch.utils.data.get_worker_info() is not None:
+            fsspec.asyn.reset_lock()  # or a forked worker would wait for its parent's download thread for ever
+        position, size = self.position, self.stream.layout.stream_tokens
+        for block in self._blocks():
+            for start in range(position.document, len(block), TOKENIZED_DOCUMENTS):
+                for document in self.stream.encode(block[start : start + TOKENIZED_DOCUMENTS]):
+                    tokens = position.waiting + document
+                    whole = len(tokens) // size
+                    for chunk in range(position.chunks, whole):
+                        position.chunks = chunk + 1
+                        yield self.stream.layout.assemble(np.array(tokens[chunk * size : (chunk + 1) * size]))
+                    position.waiting = tokens[whole * size :]
+                    position.chunks = 0
+                    position.document += 1
+
+    def _blocks(self) -> Iterator[list[str]]:
+        """Permuted texts of block after block, epoch after epoch. Moves the position from one block to the next."""
+        position, size = self.position, self.stream.shuffle_buffer or TOKENIZED_DOCUMENTS
+        empty_epochs = 0
+        while empty_epochs < MAX_EMPTY_EPOCHS:
+            documents = self.stream.documents(position, self.reader, self.num_readers)
+            while block := list(islice(documents, size)):
+                texts = [document.text for document in block]
+                if self.stream.shuffle_buffer > 0:
+                    # + 1, since a seed of zeros at its end is the seed without them, here that of the files' order
+                    key = [self.stream.seed, position.epoch, self.reader + 1, position.block]
+                    texts = [texts[index] for index in np.random.default_rng(key).permutation(len(texts))]
+                yield texts
+                position.block += 1
+                position.part, position.row = block[-1].part, block[-1].next_row
+                position.document = 0
+            empty_epochs = empty_epochs + 1 if position.block == 0 else 0
+            position.epoch += 1
+            position.part = position.row = position.block = 0
+        raise ValueError(
+            f"Reader {self.reader + 1} of {self.num_readers} ({self.stream.world_size} ranks × "
+            f"{self.layout['num_workers']} workers) found no text in its share of {MAX_EMPTY_EPOCHS} epochs. Use more "
+            "text, fewer ranks or workers, or streaming=false."
+        )

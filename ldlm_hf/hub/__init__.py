@@ -1,0 +1,1 @@
+"""Publishing on the Hugging Face Hub: repositories that load with this package installed, and without it."""

@@ -1,0 +1,472 @@
+"""The Hub card of a run, written from a template and from what the run has left in its folder.
+
+    python -m ldlm_hf.hub.model_card RUN [--output FOLDER] [--license ID] [--language CODE] [--model_id OWNER/NAME]
+
+reads `settings.yaml`, `metrics.jsonl` and `results.json` of the folder RUN and writes `README.md`, with its pictures
+beside it, into the pipeline's folder `RUN/pipeline` or another. Every number of a card comes from these files. What
+was not measured is left out, and the card says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+
+TEMPLATE = Path(__file__).parent / "model_card_template.md"
+# samples that a card shows
+NUM_SAMPLES = 8
+# columns of a line of a sample
+LINE_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a frozen model or a corpus came from.
+
+    Attributes:
+        name: its Hub id, its place in a package, or the last part of a local path: no card names a machine's folders.
+        is_hub_id: whether the name is an id of the Hub.
+    """
+
+    name: str
+    is_hub_id: bool
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Scores of one set of texts; None was not measured.
+
+    Attributes:
+        num_texts: size of the set.
+        entropy: mean entropy of a text's tokens, in nats.
+        diversity: n-gram diversity of the pooled set.
+        generative_perplexity: of the set under the judge.
+        mauve: against held-out texts that are in no other set.
+    """
+
+    num_texts: int
+    entropy: float | None = None
+    diversity: float | None = None
+    generative_perplexity: float | None = None
+    mauve: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled text with its own scores; None was not measured, or there was nothing to score."""
+
+    text: str
+    perplexity: float | None = None
+    entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What a run leaves as `results.json`: how it was set up, and what was measured at its end.
+
+    Attributes:
+        changed_settings: dotted keys of the settings that differ from the defaults, without the machine's paths.
+        sequence_length: tokens L of a text.
+        corpus: the training text.
+        license: identifier of the model's licence on the Hub; None is not stated.
+        language: code of the language that the model writes; None is not known.
+        model_id: the model's id on the Hub; None has none.
+        token_encoder: the frozen language model of a joint run.
+        components: the trained components that a run which trains a token decoder alone starts from.
+        parameters: component → number of its parameters.
+        hardware: processors that the run was trained on.
+        versions: package → its version.
+        seconds: of training; None is a run that has not taken place.
+        held_out: final evaluation on held-out text, name → value.
+        num_held_out: sequences of that evaluation.
+        judge: of `generative_perplexity` and `mauve`: `name`, and `max_length` and `add_bos` of the former.
+        mauve: what the score depends on beside the judge: `num_texts`, `num_buckets`, `max_length` and `seed`.
+        sample_scores: of the samples.
+        real_scores: of held-out real texts.
+        samples: the samples.
+    """
+
+    changed_settings: dict[str, Any]
+    sequence_length: int
+    corpus: Source
+    license: str | None = None
+    language: str | None = None
+    model_id: str | None = None
+    token_encoder: Source | None = None
+    components: Source | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    hardware: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    held_out: dict[str, float] = field(default_factory=dict)
+    num_held_out: int = 0
+    judge: dict[str, Any] | None = None
+    mauve: dict[str, Any] | None = None
+    sample_scores: TextScores | None = None
+    real_scores: TextScores | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+    def save(self, file: Path) -> None:
+        """Writes the results as JSON."""
+        file.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: Path) -> RunResults:
+        """Reads what `save` has written.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it holds something else.
+        """
+        if not file.is_file():
+            raise OSError(f"{file} is not there: a run writes it at its end, and a card needs it.")
+        parts = {
+            "corpus": Source,
+            "token_encoder": Source,
+            "components": Source,
+            "sample_scores": TextScores,
+            "real_scores": TextScores,
+        }
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            built = {key: part(**values[key]) for key, part in parts.items() if values.get(key) is not None}
+            samples = [Sample(**sample) for sample in values.get("samples", [])]
+            return cls(**(values | built | {"samples": samples}))
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} does not hold the results of a run ({error}); let the run write it.") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a card is written from.
+
+    Attributes:
+        name: of the model.
+        settings: the sections of `settings.yaml`.
+        results: of `results.json`.
+        log: lines of `metrics.jsonl`.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    results: RunResults
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is a model; without one, the card is a template."""
+        return self.results.seconds is not None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a field of [`TextScores`] is reported: `title` in words, `type` on the Hub, digits, and what it means."""
+
+    title: str
+    type: str
+    digits: int
+    needs_judge: bool
+    meaning: str
+
+
+METRICS = {
+    "entropy": Metric(
+        "entropy (nats)",
+        "entropy",
+        3,
+        False,
+        "Entropy is that of the token frequencies within a text, averaged over texts; it falls where a text repeats "
+        "itself, and its highest value here is {highest_entropy:.3f}.",
+    ),
+    "diversity": Metric(
+        "n-gram diversity",
+        "diversity",
+        3,
+        False,
+        "Diversity is the share of unique n-grams of tokens in the pooled set, multiplied over n = 2, 3, 4; it "
+        "compares only between sets of one size.",
+    ),
+    "generative_perplexity": Metric(
+        "generative perplexity",
+        "perplexity",
+        1,
+        True,
+        "Generative perplexity is that of the judge `{judge}` over the whole set; a text is cut to {judge_length} "
+        "tokens, and its first token is {first_token}. Repetitive text scores low too: read it beside the entropy.",
+    ),
+    "mauve": Metric(
+        "MAUVE",
+        "mauve",
+        3,
+        True,
+        "MAUVE (0 to 1, higher is closer) compares a set with {mauve_texts} other held-out texts in the features of "
+        "the same judge ({mauve_buckets} clusters, seed {mauve_seed}).",
+    ),
+}
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads a run's own files.
+
+    Raises:
+        OSError: `settings.yaml`, `metrics.jsonl` or `results.json` is not there.
+        ValueError: one of them does not hold what a run writes.
+    """
+    folder = Path(folder)
+    for name in ("settings.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise OSError(f"{folder} holds no {name}: it is not the folder of a run.")
+    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or not {"data", "loop", "optimizer", "evaluation"} <= settings.keys():
+        raise ValueError(
+            f"{folder / 'settings.yaml'} must hold the sections data, loop, optimizer and evaluation of a run."
+        )
+    log = []
+    for number, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            log.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{folder / 'metrics.jsonl'}, line {number}: not a line of a run's log ({error})."
+            ) from error
+    return Run(folder.resolve().name, settings, RunResults.load(folder / "results.json"), log)
+
+
+def write_card(run: Run, folder: str | Path) -> ModelCard:
+    """Writes a card as `README.md`, and its pictures beside it.
+
+    Args:
+        run: what it tells of.
+        folder: the pipeline's folder, which `push_to_hub` uploads whole; made if it is not there.
+
+    Raises:
+        ValueError: `model_id` is no id of the Hub.
+        ImportError: there is a log to draw, and no matplotlib.
+    """
+    folder = Path(folder)
+    if run.results.model_id is not None:
+        validate_repo_id(run.results.model_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    if run.log:
+        from .training_curves import plot_training_curves
+
+        pictures = plot_training_curves(run.log, folder)
+    card = ModelCard.from_template(
+        card_data(run),
+        template_path=str(TEMPLATE),
+        run=run,
+        name=run.name,
+        license=run.results.license,
+        model_id=run.results.model_id or "path/to/this/folder",
+        num_inference_steps=run.settings["evaluation"]["num_inference_steps"],
+        results_table=results_table(run.results),
+        notes=notes(run.results),
+        facts=facts(run),
+        parameters=run.results.parameters,
+        changed_settings=yaml.safe_dump(run.results.changed_settings, allow_unicode=True).strip(),
+        pictures=pictures,
+        samples=[
+            {"scores": sample_scores(sample), "text": fenced(sample.text)}
+            for sample in run.results.samples[:NUM_SAMPLES]
+        ],
+    )
+    card.save(folder / "README.md")
+    return card
+
+
+def card_data(run: Run) -> ModelCardData:
+    """The metadata: only what is known, and of models and data sets only those that the Hub has."""
+    results = run.results
+    base_models = [
+        source.name for source in (results.token_encoder, results.components) if source and source.is_hub_id
+    ]
+    measured = eval_results(run)
+    return ModelCardData(
+        language=run.results.language,
+        license=run.results.license,
+        library_name="diffusers",
+        pipeline_tag="text-generation",
+        tags=["ldlm", "text-diffusion"],
+        base_model=base_models or None,
+        datasets=[results.corpus.name] if results.corpus.is_hub_id else None,
+        model_name=run.name if measured else None,
+        eval_results=measured or None,
+    )
+
+
+def eval_results(run: Run) -> list[EvalResult]:
+    """The samples' scores for the `model-index`; their names say what they depend on."""
+    results, data = run.results, run.settings["data"]
+    if results.sample_scores is None:
+        return []
+    conditions = (
+        f"{results.sample_scores.num_texts} texts of {results.sequence_length} tokens, "
+        f"{run.settings['evaluation']['num_inference_steps']} steps, seed {run.settings['loop']['seed']}"
+    )
+    found = []
+    for name, metric in measured_metrics(results.sample_scores).items():
+        judge = f", judge {results.judge['name']}" if metric.needs_judge and results.judge else ""
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                # the Hub asks for a data set's id; a local corpus has none
+                dataset_type=results.corpus.name if results.corpus.is_hub_id else "local",
+                dataset_name=results.corpus.name,
+                dataset_config=data["config_name"],
+                dataset_revision=data["revision"],
+                metric_type=metric.type,
+                metric_name=f"{metric.title}{judge}, {conditions}",
+                metric_value=round(getattr(results.sample_scores, name), metric.digits + 1),
+            )
+        )
+    return found
+
+
+def measured_metrics(*sets: TextScores | None) -> dict[str, Metric]:
+    """The metrics that any of the sets has."""
+    return {
+        name: metric
+        for name, metric in METRICS.items()
+        if any(getattr(scores, name, None) is not None for scores in sets)
+    }
+
+
+def results_table(results: RunResults) -> str:
+    """Markdown table of the samples' scores, with real text in a row of its own; empty if nothing was scored."""
+    rows = {"samples": results.sample_scores, "held-out real texts": results.real_scores}
+    columns = measured_metrics(*rows.values())
+    if not columns:
+        return ""
+    lines = ["| texts | number | " + " | ".join(metric.title for metric in columns.values()) + " |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for title, scores in rows.items():
+        if scores is not None:
+            values = [(getattr(scores, name), metric.digits) for name, metric in columns.items()]
+            cells = ["–" if value is None else f"{value:,.{digits}f}" for value, digits in values]
+            lines.append(f"| {title} | {scores.num_texts:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def notes(results: RunResults) -> list[str]:
+    """Lines below the table: what its numbers depend on, what is missing, and the held-out evaluation."""
+    judge, mauve = results.judge or {}, results.mauve or {}
+    measured = measured_metrics(results.sample_scores, results.real_scores)
+    conditions = {
+        "highest_entropy": math.log(results.sequence_length),
+        "judge": judge.get("name"),
+        "judge_length": judge.get("max_length"),
+        "first_token": "scored after a BOS" if judge.get("add_bos") else "not scored, no BOS being added",
+        "mauve_texts": mauve.get("num_texts"),
+        "mauve_buckets": mauve.get("num_buckets"),
+        "mauve_seed": mauve.get("seed"),
+    }
+    lines = [metric.meaning.format(**conditions) for metric in measured.values()]
+    missing = [metric.title for name, metric in METRICS.items() if name not in measured]
+    if missing:
+        lines.append(f"Not measured: {', '.join(missing)}.")
+    if (
+        results.sample_scores
+        and results.real_scores
+        and results.sample_scores.num_texts != results.real_scores.num_texts
+    ):
+        lines.append("The two sets differ in size, so their diversity does not compare.")
+    if results.held_out:
+        values = "; ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.held_out.items())
+        lines.append(f"On {results.num_held_out:,} held-out sequences at the end of training: {values}.")
+    return lines
+
+
+def facts(run: Run) -> list[str]:
+    """How the model was trained, a line each."""
+    results, loop = run.results, run.settings["loop"]
+    last = max((record for record in run.log if "tokens" in record), key=lambda record: record["step"], default={})
+    steps = last.get("step", loop["max_steps"])
+    tokens = last.get("tokens", steps * loop["batch_size"] * results.sequence_length)
+    planned = "" if run.is_trained else "Planned: "
+    lines = [
+        f"{planned}{steps:,} steps of {loop['batch_size']} sequences of {results.sequence_length} tokens "
+        f"({tokens:,} tokens), seed {loop['seed']}."
+    ]
+    if last.get("skipped_steps"):
+        lines.append(
+            f"{last['skipped_steps']:,} of these steps were skipped, their loss or gradient not being finite."
+        )
+    if results.seconds is not None:
+        lines.append(
+            f"{duration(results.seconds)} on {results.hardware}; evaluations and checkpoints on the way count."
+        )
+    precision = {"no": "float32", "bf16": "bfloat16 autocast over float32 weights"}[loop["mixed_precision"]]
+    decay = run.settings["optimizer"]["ema_decay"]
+    lines.append(f"Precision: {precision}. Evaluated and saved is a moving average of the weights, decay {decay}.")
+    for source, role in (
+        (results.corpus, "Training text"),
+        (results.token_encoder, "Frozen token encoder"),
+        (results.components, "Components that the token decoder was trained for, all of them frozen"),
+    ):
+        if source is not None:
+            lines.append(f"{role}: `{source.name}`" + (" on the Hub." if source.is_hub_id else " (not on the Hub)."))
+    if results.versions:
+        lines.append(
+            "With " + ", ".join(f"{package} {version}" for package, version in results.versions.items()) + "."
+        )
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """5400 → '1.5 hours'"""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def sample_scores(sample: Sample) -> str:
+    """A sample's own scores."""
+    perplexity = "not measured" if sample.perplexity is None else f"{sample.perplexity:,.1f}"
+    entropy = "not measured" if sample.entropy is None else f"{sample.entropy:.2f} nats"
+    return f"Gen. PPL {perplexity}, entropy {entropy}"
+
+
+def fenced(text: str) -> str:
+    """A text as a Markdown code block, long lines wrapped, whatever Markdown or HTML it holds itself."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, LINE_WIDTH) or [""]]
+    return "\n".join([f"{fence}text", *lines, fence])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m ldlm_hf.hub.model_card",
+        description="Writes the card of a run again, from the run's own files.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--output", type=Path, help="folder of the card; by default the run's pipeline")
+    parser.add_argument("--name", help="the model's name; by default that of the run's folder")
+    parser.add_argument("--license", help="identifier of the model's licence on the Hub")
+    parser.add_argument("--language", help="code of the language that the model writes")
+    parser.add_argument("--model_id", help="the model's id on the Hub")
+    options = parser.parse_args(arguments)
+    run = read_run(options.run)
+    stated = {name: getattr(options, name) for name in ("license", "language", "model_id")}
+    results = replace(run.results, **{name: value for name, value in stated.items() if value is not None})
+    folder = options.output or options.run / "pipeline"
+    write_card(replace(run, name=options.name or run.name, results=results), folder)
+    print(folder / "README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Self-contained code for repositories on the Hub, generated from the sources of this package.
+
+With it, `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)` works where `ldlm_hf` is not installed. The
+layout is a format, which published repositories keep for good:
+
+    model_index.json            "_class_name": ["pipeline_ldlm", "LDLMPipeline"],
+                                "transformer": ["ldlm_hf", "LDLMTransformer1DModel"], ...
+    pipeline_ldlm.py            the pipeline
+    <component>/ldlm_hf.py      the class of one component, with all that it needs of this package
+    <component>/config.json     of transformers' models, "auto_map": {"AutoModel": "<component>/ldlm_hf.<class>", ...}
+
+diffusers copies each file to one place, executes it there by itself, and forgets where it came from: a file may import
+nothing of its repository, two files do not share their classes, and the file of a component is named like this
+package, so that the installed class is found where there is one. transformers looks for code from the top of the
+repository, whatever the subfolder.
+
+A file holds the definitions that one class needs, in their order and with their comments, under the imports that they
+need. Definitions of several modules come to stand side by side, so a name must mean the same in all of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from transformers import PreTrainedModel
+
+from . import recorded_code
+
+
+PACKAGE = __name__.partition(".")[0]
+LINE_LENGTH = 119
+
+# ("import torch", "") or ("from torch", "nn")
+Import: TypeAlias = tuple[str, str]
+
+
+def class_source(cls: type) -> str | None:
+    """The self-contained file of the class of a pipeline or component.
+
+    Returns:
+        What [`generate`] makes of a class of this package; the recorded text of a class that itself came out of a
+        repository; None for all others, such as a tokenizer's.
+    """
+    if cls.__module__.startswith(f"{PACKAGE}."):
+        return generate(cls)
+    return recorded_code.class_source(cls)
+
+
+@functools.cache
+def generate(cls: type) -> str:
+    """Writes the self-contained file of one class of this package: a pipeline, or a component of one.
+
+    Raises:
+        ValueError: sources that cannot be put into one file: one name with two meanings, imports of this package
+            inside of a function or under another name, or statements other than imports, definitions and assignments
+            at the top of a module.
+    """
+    file = SelfContainedFile(cls)
+    file.require(cls.__module__, cls.__name__)
+    return file.render()
+
+
+@dataclass
+class Definition:
+    """A function, class or assignment at the top of a module.
+
+    Attributes:
+        source: its text, from the comment above it on.
+        names: the names in it.
+        runtime_names: those of them that are not in annotations only.
+        attributes: the pairs (name, attribute) in it.
+    """
+
+    source: str
+    names: set[str]
+    runtime_names: set[str]
+    attributes: set[tuple[str, str]]
+
+
+@dataclass
+class ModuleSource:
+    """A module of this package, taken apart.
+
+    Attributes:
+        docstring: the module's.
+        definitions: by name, in their order.
+        imports: name → imports from elsewhere that bind it.
+        package_imports: name → module of this package that it comes from, and whether it is that module.
+    """
+
+    docstring: str
+    definitions: dict[str, Definition] = field(default_factory=dict)
+    imports: dict[str, set[Import]] = field(default_factory=dict)
+    package_imports: dict[str, tuple[str, bool]] = field(default_factory=dict)
+
+
+@functools.cache
+def read_module(name: str) -> ModuleSource:
+    """Takes the source of a module of this package apart; ValueError where it holds what cannot be moved."""
+    source = inspect.getsource(importlib.import_module(name))
+    tree, lines = ast.parse(source), source.splitlines()
+    module = ModuleSource(ast.get_docstring(tree) or "")
+    end_of_last = 0
+    for statement in tree.body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            read_import(statement, name, module)
+        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+            first_line = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", []))])
+            # comments belong to what follows them
+            comments = [line for line in range(end_of_last + 1, first_line) if lines[line - 1].startswith("#")]
+            text = "\n".join(lines[min([first_line, *comments]) - 1 : statement.end_lineno])
+            definition = read_definition(statement, text, name)
+            module.definitions.update(dict.fromkeys(bound_names(statement, name), definition))
+        end_of_last = statement.end_lineno or statement.lineno
+    return module
+
+
+def read_definition(statement: ast.stmt, source: str, module_name: str) -> Definition:
+    """What a statement refers to."""
+    annotations = []
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and package_module(node, module_name):
+            raise ValueError(
+                f"{module_name}, line {node.lineno}: a self-contained file cannot import {PACKAGE} when it runs; "
+                "import at the top of the module."
+            )
+        annotations += [getattr(node, attribute, None) for attribute in ("annotation", "returns")]
+    annotated = {id(node) for tree in annotations if tree is not None for node in ast.walk(tree)}
+    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    attributes = [node for node in ast.walk(statement) if isinstance(node, ast.Attribute)]
+    return Definition(
+        source,
+        names={node.id for node in names},
+        runtime_names={node.id for node in names if id(node) not in annotated},
+        attributes={(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)},
+    )
+
+
+def bound_names(statement: ast.stmt, module_name: str) -> Iterator[str]:
+    """The names that a statement at the top of a module defines; ValueError unless it defines plain names."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        yield statement.name
+        return
+    targets: list[ast.expr] = []
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    if not targets or not all(isinstance(target, ast.Name) for target in targets):
+        raise ValueError(
+            f"{module_name}, line {statement.lineno}: a self-contained file takes only imports, functions, classes "
+            "and assignments of plain names from the top of a module."
+        )
+    yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def package_module(statement: ast.Import | ast.ImportFrom, module_name: str) -> str | None:
+    """The module of this package that a statement imports or imports from; None if it does not."""
+    if isinstance(statement, ast.Import):
+        names = [alias.name for alias in statement.names]
+    else:
+        # all modules here lie in packages, none is one
+        relative = "." * statement.level + (statement.module or "")
+        names = [importlib.util.resolve_name(relative, module_name.rpartition(".")[0])]
+    return next((name for name in names if name.partition(".")[0] == PACKAGE), None)
+
+
+def read_import(statement: ast.Import | ast.ImportFrom, module_name: str, module: ModuleSource) -> None:
+    """Notes what an import at the top of a module binds."""
+    origin = package_module(statement, module_name)
+    if origin is not None and (isinstance(statement, ast.Import) or any(alias.asname for alias in statement.names)):
+        raise ValueError(
+            f"{module_name}, line {statement.lineno}: names of {PACKAGE} keep their names in a self-contained file; "
+            "write `from module import name`."
+        )
+    for alias in statement.names:
+        renamed = f" as {alias.asname}" if alias.asname else ""
+        bound = alias.asname or alias.name.partition(".")[0]
+        if origin is not None:
+            is_module = inspect.ismodule(getattr(importlib.import_module(origin), alias.name))
+            module.package_imports[bound] = (f"{origin}.{bound}" if is_module else origin, is_module)
+        elif isinstance(statement, ast.Import):
+            module.imports.setdefault(bound, set()).add((f"import {alias.name}{renamed}", ""))
+        else:
+            module.imports.setdefault(bound, set()).add((f"from {statement.module}", alias.name + renamed))
+
+
+class SelfContainedFile:
+    """Gathers, name by name, what a class needs, and writes it down."""
+
+    # modules that are others in a generated file
+    replacements = {__name__: recorded_code.__name__}
+
+    def __init__(self, cls: type):
+        self.cls = cls
+        self.definitions: dict[str, set[str]] = {}  # module → names
+        self.namespaces: dict[str, dict[str, set[str]]] = {}  # module → name that it is imported by → attributes
+        self.imports: set[Import] = {("from pathlib", "Path")}
+        self.components: set[str] = set()
+        self.meanings: dict[str, tuple[object, str]] = {"Path": (Path, "pathlib")}
+
+    def claim(self, name: str, module_name: str) -> bool:
+        """Takes a name for what it means in a module.
+
+        Returns:
+            Whether it is new.
+
+        Raises:
+            ValueError: it has another meaning already.
+        """
+        value = getattr(importlib.import_module(module_name), name)
+        known, where = self.meanings.get(name, (value, module_name))
+        if known is not value:
+            raise ValueError(
+                f"{name!r} is one thing in {where} and another in {module_name}; both come to stand in the "
+                f"self-contained file of {self.cls.__name__}, so rename one."
+            )
+        is_new = name not in self.meanings
+        self.meanings[name] = (known, where)
+        return is_new
+
+    def require(self, module_name: str, name: str) -> None:
+        """Adds a definition, and all that it refers to."""
+        module_name = self.replacements.get(module_name, module_name)
+        if name in self.definitions.setdefault(module_name, set()):
+            return
+        self.claim(name, module_name)
+        self.definitions[module_name].add(name)
+        module = read_module(module_name)
+        definition = module.definitions[name]
+        for used in sorted(definition.names):
+            if used in module.definitions:
+                self.require(module_name, used)
+            elif used in module.imports:
+                # the same thing may be imported from several places
+                if self.claim(used, module_name):
+                    self.imports |= module.imports[used]
+            elif used in module.package_imports:
+                self.require_import(module_name, used, definition)
+
+    def require_import(self, module_name: str, name: str, definition: Definition) -> None:
+        """Adds what a definition refers to by a name that its module imports from this package."""
+        origin, is_module = read_module(module_name).package_imports[name]
+        if is_module:
+            self.claim(name, module_name)
+            self.imports.add(("from types", "SimpleNamespace"))
+            used = {member for owner, member in definition.attributes if owner == name}
+            self.namespaces.setdefault(origin, {}).setdefault(name, set()).update(used)
+            for member in sorted(used):
+                self.require(origin, member)
+        elif self.is_component(module_name, name):
+            if name in definition.runtime_names:
+                raise ValueError(
+                    f"{self.cls.__name__} refers to {name} outside of annotations; the file of a pipeline does not "
+                    "know the classes of its components."
+                )
+            self.claim(name, module_name)
+            self.components.add(name)
+        else:
+            self.require(origin, name)
+
+    def is_component(self, module_name: str, name: str) -> bool:
+        """Whether a name is the class of a component of the pipeline that this file is for."""
+        value = getattr(importlib.import_module(module_name), name)
+        component_classes = (ModelMixin, SchedulerMixin, PreTrainedModel)
+        is_pipeline = issubclass(self.cls, DiffusionPipeline)
+        return is_pipeline and inspect.isclass(value) and issubclass(value, component_classes)
+
+    def sorted_modules(self) -> list[str]:
+        """The modules that definitions are taken from, each behind those that it imports."""
+        modules: list[str] = []
+
+        def visit(module_name: str) -> None:
+            for origin, _ in read_module(module_name).package_imports.values():
+                replaced = self.replacements.get(origin, origin)
+                if replaced in self.definitions and replaced not in modules:
+                    visit(replaced)
+            modules.append(module_name)
+
+        visit(self.cls.__module__)
+        return modules
+
+    def render(self) -> str:
+        """The text of the file."""
+        version = sys.modules[PACKAGE].__version__
+        path = self.cls.__module__.replace(".", "/") + ".py"
+        header = (
+            f"# Generated by {PACKAGE} {version} from {path}, where it is to be edited.\n"
+            "# SPDX-License-Identifier: Apache-2.0\n"
+            f'"""{read_module(self.cls.__module__).docstring}"""\n\n'
+            f"from __future__ import annotations\n\n{render_imports(self.imports)}\n"
+        )
+        blocks = []
+        if self.components:
+            stand_ins = "\n".join(f"{name} = object" for name in sorted(self.components))
+            blocks.append(f"# the classes themselves lie in the components' folders\n{stand_ins}")
+        for module_name in self.sorted_modules():
+            blocks += self.render_module(module_name)
+        name = self.cls.__name__
+        blocks.append(
+            "# what saving a pipeline writes beside its weights\n"
+            f'{name}._repository_code = Path(__file__).read_text(encoding="utf-8")'
+        )
+        return header + "\n\n" + "\n\n\n".join(blocks) + "\n"
+
+    def render_module(self, module_name: str) -> Iterator[str]:
+        """The parts of one module, its docstring as a comment above them, since the file has one of its own."""
+        module = read_module(module_name)
+        comment = ""
+        if module_name != self.cls.__module__:
+            lines = [f"from {module_name.replace('.', '/')}.py:", "", *module.docstring.splitlines()]
+            comment = "\n".join(f"# {line}".rstrip() for line in lines) + "\n\n\n"
+        wanted = {id(module.definitions[name]): module.definitions[name] for name in self.definitions[module_name]}
+        for definition in dict.fromkeys(map(id, module.definitions.values())):
+            if definition in wanted:
+                yield comment + wanted[definition].source
+                comment = ""
+        for name, members in sorted(self.namespaces.get(module_name, {}).items()):
+            arguments = ", ".join(f"{member}={member}" for member in sorted(members))
+            yield f"{name} = SimpleNamespace({arguments})"
+
+
+def render_imports(imports: set[Import]) -> str:
+    """Import statements, one a module, the standard library's first."""
+    names: dict[str, list[str]] = {}
+    for statement, name in sorted(imports):
+        names.setdefault(statement, []).append(name)
+    groups: dict[bool, list[str]] = {False: [], True: []}
+    for statement in sorted(names, key=lambda statement: (statement.startswith("from"), statement)):
+        line = statement if names[statement] == [""] else f"{statement} import {', '.join(names[statement])}"
+        if len(line) > LINE_LENGTH:
+            line = f"{statement} import (\n    " + ",\n    ".join(names[statement]) + ",\n)"
+        is_third_party = statement.split()[1].partition(".")[0] not in sys.stdlib_module_names
+        groups[is_third_party].append(line)
+    return "\n\n".join("\n".join(lines) for lines in groups.values() if lines)

@@ -1,0 +1,195 @@
+"""A run's log as pictures, for its model card. Needs matplotlib, which the extra `training` installs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+try:
+    import matplotlib.style
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+except ImportError as error:
+    raise ImportError(
+        "The pictures of a model card need matplotlib, which is not installed: pip install 'ldlm_hf[training]'."
+    ) from error
+
+
+HELD_OUT_PREFIX = "eval/"
+GRID_PREFIX = "eval/diffusion_loss/t="
+# evaluations that one picture tells apart
+MAX_GRID_CURVES = 6
+# more points of a curve than this are averaged in groups: they would only blacken the picture
+MAX_POINTS = 400
+WIDTH = 9.0  # inches
+DPI = 100
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside a card.
+
+    Attributes:
+        file: name of the PNG file.
+        caption: what it shows, for a reader who may not see it.
+    """
+
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes over the optimiser's steps.
+
+    Attributes:
+        label: of the vertical axis, with its unit.
+        curves: key of the log → name of the curve.
+        logarithmic: whether the vertical axis is.
+        limits: of the vertical axis; None fits them to the curves.
+    """
+
+    label: str
+    curves: dict[str, str]
+    logarithmic: bool = False
+    limits: tuple[float, float] | None = None
+
+
+PANELS = (
+    Panel(
+        "training loss",
+        {
+            "token_loss": "tokens (nats a token)",
+            "hidden_loss": "hidden states (MSE)",
+            "diffusion_loss": "diffusion (MSE of latents)",
+        },
+        logarithmic=True,
+    ),
+    Panel(
+        "token accuracy (share)",
+        {
+            "token_accuracy": "training text, noisy latents",
+            "eval/reconstruction_accuracy": "held-out text, clean latents",
+        },
+        limits=(-0.03, 1.03),
+    ),
+    Panel("gate (share of the gradient)", {"gate": "diffusion loss → encoder"}, limits=(-0.03, 1.03)),
+    Panel("standard deviation of latents", {"latent_std": "training text"}),
+)
+
+
+def plot_training_curves(log: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
+    """Writes the pictures that a log has the numbers for, as PNG files of less than 100 KB.
+
+    Args:
+        log: lines of `metrics.jsonl`.
+        folder: where to write them; it exists.
+
+    Returns:
+        Which pictures were written: losses, token accuracy, gate and scale of the latents over steps; and the held-out
+        diffusion loss over t, one curve an evaluation. The same log gives the same files.
+    """
+    pictures = []
+    # a figure of its own, not pyplot's: no display, and no settings of the user's
+    with matplotlib.style.context("default", after_reset=True):
+        panels = [panel for panel in PANELS if any(series(log, key)[0] for key in panel.curves)]
+        if panels:
+            save(plot_over_steps(log, panels), folder / "training_curves.png")
+            caption = "Over the steps of training: " + ", ".join(panel.label.partition(" (")[0] for panel in panels)
+            group = max(group_size(len(series(log, key)[0])) for panel in panels for key in panel.curves)
+            caption += f" (each point the mean of {group} lines of the log)." if group > 1 else "."
+            pictures.append(Picture("training_curves.png", caption))
+        evaluations = [record for record in log if any(key.startswith(GRID_PREFIX) for key in record)]
+        if evaluations:
+            save(plot_diffusion_loss(evaluations), folder / "diffusion_loss.png")
+            caption = "Held-out diffusion loss over the time t, after several numbers of training steps."
+            pictures.append(Picture("diffusion_loss.png", caption))
+    return pictures
+
+
+def series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one key of the log."""
+    points = [(record["step"], record[key]) for record in log if key in record and not record.get("skipped")]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def group_size(num_points: int) -> int:
+    """How many neighbouring points of a curve are drawn as one."""
+    return max(1, math.ceil(num_points / MAX_POINTS))
+
+
+def group_means(values: Sequence[float]) -> list[float]:
+    """Means of neighbouring values, at most `MAX_POINTS` of them."""
+    size = group_size(len(values))
+    return [statistics.fmean(values[first : first + size]) for first in range(0, len(values), size)]
+
+
+def plot_over_steps(log: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> Figure:
+    """One pair of axes a panel, two in a row."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, 3.0 * rows), layout="constrained")
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for key, name in panel.curves.items():
+            steps, values = series(log, key)
+            if steps:
+                held_out = key.startswith(HELD_OUT_PREFIX)
+                marker = "o" if held_out else None
+                axes.plot(
+                    group_means(steps), group_means(values), linewidth=1.2, marker=marker, markersize=4, label=name
+                )
+        if panel.logarithmic:
+            axes.set_yscale("log")
+        if panel.limits is not None:
+            axes.set_ylim(*panel.limits)
+        finish(axes, "optimiser step", panel.label)
+    return figure
+
+
+def plot_diffusion_loss(evaluations: Sequence[dict[str, Any]]) -> Figure:
+    """The held-out diffusion loss over t, for evaluations spread over the run, its first and last among them."""
+    if len(evaluations) > MAX_GRID_CURVES:
+        spread = len(evaluations) - 1
+        places = [round(place * spread / (MAX_GRID_CURVES - 1)) for place in range(MAX_GRID_CURVES)]
+        evaluations = [evaluations[place] for place in places]
+    figure = Figure(figsize=(WIDTH * 0.7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["viridis"]
+    for place, record in enumerate(evaluations):
+        grid = sorted((float(key[len(GRID_PREFIX) :]), loss) for key, loss in record.items() if GRID_PREFIX in key)
+        # dark is late; the lightest part of the colour map does not show on white
+        shade = 0.9 * (1 - place / max(1, len(evaluations) - 1))
+        axes.plot(
+            *zip(*grid, strict=True), color=colours(shade), linewidth=1.4, label=f"after step {record['step']:,}"
+        )
+    axes.set_yscale("log")
+    finish(axes, "time t (0: clean, 1: noise)", "held-out diffusion loss (MSE of latents)")
+    return figure
+
+
+def finish(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, a faint grid and a legend."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a PNG of few colours and no metadata, which changes only where the picture does."""
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)

@@ -1,0 +1,66 @@
+"""A pipeline is published and loaded again over HTTP: the short form of checks/hub_round_trip.py."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_round_trip import NO_TRUST, Case, RoundTrip, run_chain
+from loopback_hub import LoopbackHub
+
+
+LOAD = 'pipe = LDLMPipeline.from_pretrained("org/tiny")'
+LOAD_BY_DIFFUSERS = 'pipe = DiffusionPipeline.from_pretrained("org/tiny")'
+LOAD_WITH_TRUST = 'pipe = DiffusionPipeline.from_pretrained("org/tiny", trust_remote_code=True)'
+
+
+def test_a_published_pipeline_loads_in_fresh_processes(tmp_path: Path):
+    trip = RoundTrip(tmp_path)
+    trip.publish()
+    chains = [
+        [Case(LOAD, home="cache"), Case(LOAD, home="cache", offline=True, silent=True)],
+        [Case(LOAD_BY_DIFFUSERS, NO_TRUST, installed=False), Case(LOAD_WITH_TRUST, installed=False)],
+    ]
+    with ThreadPoolExecutor(2) as executor:
+        rows = [row for chain in executor.map(partial(run_chain, trip), chains) for row in chain]
+    assert [(outcome, wrong) for _, outcome, wrong in rows if wrong] == []
+    assert len(rows) == 4
+
+
+FOUND = {"installed": True, "executed": [], "value": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("case", "found", "seen", "expected"),
+    [
+        (Case(LOAD), FOUND, [], None),
+        (Case(LOAD), FOUND | {"value": [1, 3]}, [], "expected: float32"),
+        (Case(LOAD), {"installed": True, "executed": [], "error": "OSError: no"}, [], "expected: float32"),
+        (Case(LOAD, "OSError"), {"installed": True, "executed": [], "error": "OSError: no"}, [], None),
+        (Case(LOAD, "OSError"), FOUND, [], "expected: OSError"),
+        (Case(LOAD), FOUND | {"installed": False}, [], "the package was not found"),
+        (Case(LOAD, installed=False), FOUND, [], "the package could be imported"),
+        (Case(LOAD), FOUND | {"executed": ["diffusers_modules.evil"]}, [], "executed: diffusers_modules.evil"),
+        (Case(LOAD_WITH_TRUST, installed=False), FOUND | {"installed": False}, [], "executed: none"),
+        (Case(LOAD, not_fetched=("*.py",)), FOUND, ["config.json", "a/b.py"], "downloaded: a/b.py"),
+        (Case(LOAD, not_fetched=("*.bin",)), FOUND, ["config.json", "a/b.py"], None),
+        (Case(LOAD, silent=True), FOUND, ["config.json"], "asked the hub"),
+    ],
+)
+def test_what_is_not_as_expected_is_reported(
+    tmp_path: Path, case: Case, found: dict[str, Any], seen: list[str], expected: str | None
+):
+    hub = LoopbackHub(
+        tmp_path,
+        downloads=[("org/tiny", name) for name in seen],
+        requests=[("GET", f"/org/tiny/resolve/main/{name}", 200) for name in seen],
+    )
+    _, wrong = RoundTrip(tmp_path, published={"float32": [1, 2]}).judge(case, found, hub)
+    if expected is None:
+        assert wrong == []
+    else:
+        assert len(wrong) == 1
+        assert expected in wrong[0]

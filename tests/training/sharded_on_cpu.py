@@ -1,0 +1,36 @@
+"""`train_joint.py` with FSDP over CPU processes, which accelerate's own switches only offer for accelerators."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+
+import launch
+import train_joint
+
+
+def build_sharded_accelerator(settings: launch.LoopSettings) -> Accelerator:
+    accelerator = launch.build_accelerator(settings)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        # as in training/accelerate/fsdp.yaml
+        transformer_cls_names_to_wrap=["PerceiverLayer", "DiffusionTransformerBlock", "TokenDecoderLayer"],
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+train_joint.build_accelerator = build_sharded_accelerator
+train_joint.main()

@@ -1,0 +1,293 @@
+"""The FLOP counter against counts by hand, and what a run's estimate makes of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import flops
+from ldlm_hf import (
+    JointObjective,
+    JointObjectiveSettings,
+    LDLMLatentEncoder,
+    LDLMLatentEncoderConfig,
+    LDLMTokenDecoder,
+    LDLMTokenDecoderConfig,
+    LDLMTokenEncoder,
+)
+from settings import LoopSettings
+from train_token_decoder import TokenDecoderObjective
+
+
+# the sizes of `make_components`: L tokens, N latents, width and inner width of the layers, width of hidden states and
+# latents, vocabulary
+LENGTH, LATENTS, WIDTH, INNER, TOKEN_WIDTH, LATENT_WIDTH, VOCABULARY = 8, 6, 24, 48, 32, 16, 40
+BATCH = 3
+
+
+def product(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs
+
+
+def attention(queries: int, keys: int, width: int) -> int:
+    """QK^T and PV"""
+    return 2 * product(queries, width, keys)
+
+
+def perceiver(context: int, queries: int) -> int:
+    """Two layers, without the projections before and behind them."""
+    layer = product(queries, WIDTH, 3 * WIDTH) + product(context, WIDTH, 2 * WIDTH) + product(queries, WIDTH, WIDTH)
+    layer += attention(queries, context + queries, WIDTH) + 2 * product(queries, WIDTH, INNER)
+    return 2 * layer
+
+
+def by_hand() -> dict[str, tuple[int, int]]:
+    """FLOPs of one example, forward and backward: twice the forward, less the gradients of inputs that need none."""
+    language_model = 2 * (12 * product(LENGTH, TOKEN_WIDTH, TOKEN_WIDTH) + attention(LENGTH, LENGTH, TOKEN_WIDTH) // 2)
+    encoder_in = product(LENGTH, TOKEN_WIDTH, WIDTH)
+    encoder = encoder_in + perceiver(LENGTH, LATENTS) + product(LATENTS, WIDTH, LATENT_WIDTH)
+    decoder = product(LATENTS, LATENT_WIDTH, WIDTH) + perceiver(LATENTS, LENGTH) + product(LENGTH, WIDTH, TOKEN_WIDTH)
+    token_decoder = product(LENGTH, TOKEN_WIDTH, WIDTH) + product(LENGTH, WIDTH, VOCABULARY)
+    token_decoder += 4 * product(LENGTH, WIDTH, WIDTH) + attention(LENGTH, LENGTH, WIDTH)
+    token_decoder += 3 * product(LENGTH, WIDTH, INNER)
+    time_in = product(1, 256, WIDTH)
+    block = product(1, WIDTH, 6 * WIDTH) + 12 * product(LATENTS, WIDTH, WIDTH) + attention(LATENTS, LATENTS, WIDTH)
+    denoiser = time_in + product(1, WIDTH, WIDTH) + product(LATENTS, 2 * LATENT_WIDTH, WIDTH) + 2 * block
+    denoiser += product(1, WIDTH, 2 * WIDTH) + product(LATENTS, WIDTH, LATENT_WIDTH)
+    return {
+        "token_encoder": (language_model, 0),
+        "latent_encoder": (encoder, 2 * encoder - encoder_in),
+        "latent_decoder": (decoder, 2 * decoder),
+        # its input is detached
+        "token_decoder": (token_decoder, 2 * token_decoder - product(LENGTH, TOKEN_WIDTH, WIDTH)),
+        "transformer": (denoiser, 2 * denoiser - time_in),
+    }
+
+
+def counted(objective: nn.Module, batch_size: int = BATCH) -> dict[str, flops.PartFlops]:
+    return {part.name: part for part in flops.count_flops(objective, batch_size, LENGTH).parts}
+
+
+def test_joint_objective(make_components: Callable) -> None:
+    settings = JointObjectiveSettings(self_conditioning_probability=0.25)
+    parts = counted(JointObjective(**make_components(), settings=settings))
+    extra = parts.pop("self-conditioning pass")
+    assert {name: (part.forward, part.backward) for name, part in parts.items()} == {
+        name: (BATCH * forward, BATCH * backward) for name, (forward, backward) in by_hand().items()
+    }
+    assert (extra.forward, extra.backward) == (0.25 * parts["transformer"].forward, 0)
+    assert not any(part.recomputed for part in parts.values())
+
+
+def test_variants(make_components: Callable) -> None:
+    components = make_components()
+    plain = JointObjectiveSettings(self_conditioning_probability=0.0)
+    parts = counted(JointObjective(**components, settings=plain))
+    assert "self-conditioning pass" not in parts
+
+    # the token loss on two examples of three
+    shared = counted(JointObjective(**components, settings=replace(plain, token_share=0.5)))
+    assert 3 * shared["token_decoder"].forward == 2 * parts["token_decoder"].forward
+    # its gradient goes on to the latents, through the first projection of the token decoder
+    token_loss = counted(JointObjective(**components, settings=replace(plain, reconstruction="hidden+token")))
+    more = token_loss["token_decoder"].backward - parts["token_decoder"].backward
+    assert more == BATCH * product(LENGTH, TOKEN_WIDTH, WIDTH)
+
+    without_token_decoder = counted(JointObjective(**components | {"token_decoder": None}, settings=plain))
+    assert without_token_decoder == {name: part for name, part in parts.items() if name != "token_decoder"}
+
+
+def test_gradient_checkpointing_is_told_apart(make_components: Callable) -> None:
+    objective = JointObjective(**make_components())
+    plain = flops.count_flops(objective, BATCH, LENGTH)
+    objective.transformer.enable_gradient_checkpointing()
+    objective.latent_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = flops.count_flops(objective, BATCH, LENGTH)
+    assert checkpointed.per_token == plain.per_token
+    parts = {part.name: part for part in checkpointed.parts}
+    outside_blocks = product(LATENTS, 2 * LATENT_WIDTH, WIDTH) + product(LATENTS, WIDTH, LATENT_WIDTH)
+    outside_blocks += product(1, 256, WIDTH) + 3 * product(1, WIDTH, WIDTH)
+    assert parts["transformer"].recomputed == parts["transformer"].forward - BATCH * outside_blocks
+    # no gradient needs what the last product of a layer gives, so it is left out
+    last_products = 2 * product(LATENTS, INNER, WIDTH)
+    assert parts["latent_encoder"].recomputed == BATCH * (perceiver(LENGTH, LATENTS) - last_products)
+    assert checkpointed.recomputed_per_token == (
+        sum(parts[name].recomputed for name in ("transformer", "latent_encoder")) / (BATCH * LENGTH)
+    )
+    assert objective.transformer.gradient_checkpointing, "the objective itself is left as it is"
+
+
+@pytest.mark.parametrize("reads", ["hidden_states", "latents"])
+def test_token_decoder_objective(make_components: Callable, reads: str) -> None:
+    components = make_components()
+    del components["transformer"], components["scheduler"]
+    if reads == "latents":
+        sizes = components["latent_encoder"].config.to_diff_dict() | {"num_latents": LENGTH}
+        components["latent_encoder"] = LDLMLatentEncoder(LDLMLatentEncoderConfig(**sizes))
+        components["latent_decoder"] = None
+        sizes = components["token_decoder"].config.to_diff_dict() | {"token_hidden_size": LATENT_WIDTH}
+        components["token_decoder"] = LDLMTokenDecoder(LDLMTokenDecoderConfig(**sizes))
+    parts = counted(TokenDecoderObjective(**components, decoder_noise=1.0))
+    expected = by_hand()
+    frozen = {"token_encoder": expected["token_encoder"][0]}
+    if reads == "hidden_states":
+        frozen |= {name: expected[name][0] for name in ("latent_encoder", "latent_decoder")}
+        trained = expected["token_decoder"]
+    else:
+        encoder_in, encoder_out = product(LENGTH, TOKEN_WIDTH, WIDTH), product(LENGTH, WIDTH, LATENT_WIDTH)
+        frozen["latent_encoder"] = encoder_in + perceiver(LENGTH, LENGTH) + encoder_out
+        narrower = product(LENGTH, TOKEN_WIDTH, WIDTH) - product(LENGTH, LATENT_WIDTH, WIDTH)
+        trained = (expected["token_decoder"][0] - narrower, expected["token_decoder"][1] - narrower)
+    assert {name: (part.forward, part.backward) for name, part in parts.items()} == {
+        **{name: (BATCH * forward, 0) for name, forward in frozen.items()},
+        "token_decoder": tuple(BATCH * number for number in trained),
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_language_models(backbone_folders: dict[str, Path], make_components: Callable, family: str) -> None:
+    token_encoder = LDLMTokenEncoder.from_backbone(str(backbone_folders[family]))
+    token_encoder.config.num_statistics_tokens = 1
+    weights = sum(
+        parameter.numel()
+        for name, parameter in token_encoder.backbone.named_parameters()
+        if parameter.ndim == 2 and not name.startswith(("wte", "wpe", "embed"))
+    )
+    scores = 2 * attention(LENGTH, LENGTH, TOKEN_WIDTH)  # of the two blocks that are kept
+    parts = counted(JointObjective(**make_components() | {"token_encoder": token_encoder}), batch_size=1)
+    assert parts["token_encoder"].forward == 2 * LENGTH * weights + (scores if family == "bert" else scores // 2)
+
+
+def test_counting_leaves_no_trace(make_components: Callable) -> None:
+    objective = JointObjective(**make_components())
+    before = {name: parameter.clone() for name, parameter in objective.named_parameters()}
+    random_state = torch.get_rng_state()
+    flops.count_flops(objective, BATCH, LENGTH)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is None and torch.equal(parameter, before[name]), name
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in objective.modules())
+    assert objective.token_encoder.backbone.config._attn_implementation == "sdpa"
+    assert objective.settings.self_conditioning_probability == 0.5
+
+
+def test_command_at_the_papers_geometry(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    estimates = []
+    estimate_run = flops.estimate_run
+    monkeypatch.setattr(flops, "estimate_run", lambda *args: estimates.append(estimate_run(*args)) or estimates[-1])
+    config = str(repository / "training" / "configs" / "openwebtext_1024.yaml")
+    arguments = ["flops.py", "--config", config, "--device_name", "NVIDIA A100-SXM4-80GB", "--num_devices", "64"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    flops.main()
+    printed = capsys.readouterr().out
+    (estimate,) = estimates
+    # training/benchmark.py executed 4.61 TFLOP for 2,048 tokens, where both of its two examples drew self-conditioning
+    parts = {part.name: part for part in estimate.pass_flops.parts}
+    extra = parts["self-conditioning pass"].forward / estimate.pass_flops.num_tokens
+    assert 2048 * (estimate.pass_flops.per_token + extra) / 1e12 == pytest.approx(4.614, abs=1e-3)
+    # the paper's 5 days on 64 A100 are the share that the summary calls the paper's
+    share = estimate.seconds_at(1.0) / (5 * 86400)
+    assert share == pytest.approx(flops.PAPER_UTILIZATION, abs=0.005)
+    for name in parts:
+        assert f"| {name} |" in printed
+    for text in ("2.147 GFLOP a token", "64 x 312 TFLOP/s", "524,288 tokens", "39.2 hours at 40%", "5.0 days at 13%"):
+        assert text in printed
+
+
+def test_command_errors(repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["flops.py", "--device_name", "Voodoo 2"])
+    with pytest.raises(SystemExit):
+        flops.main()
+    assert "--device_name 'Voodoo 2' is not in the table: A10, A100" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["flops.py", "model.backbone=/nowhere"])
+    with pytest.raises(OSError, match="--backbone_config '{model_type: gpt2"):
+        flops.main()
+    monkeypatch.setattr(sys, "argv", ["flops.py", "--backbone_config", "{n_layer: 2}"])
+    with pytest.raises(ValueError, match="model_type"):
+        flops.main()
+
+
+def test_command_with_given_sizes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backbone that cannot be reached, gradient checkpointing, and the peak of this machine."""
+    layers = "hidden_size: 24, num_hidden_layers: 1, num_attention_heads: 2"
+    overrides = [f"model.{name}={{{layers}}}" for name in ("latent_encoder", "latent_decoder", "token_decoder")]
+    overrides += ["model.transformer={num_layers: 1, num_attention_heads: 2, attention_head_dim: 12}"]
+    overrides += ["model.backbone=org/private", "model.sequence_length=16", "loop.device_batch_size=4"]
+    overrides += ["loop.gradient_checkpointing=true", "loop.mixed_precision=no", "loop.peak_tflops=0.5"]
+    backbone = "{model_type: gpt2, n_embd: 32, n_layer: 4, n_head: 2, vocab_size: 96}"
+    monkeypatch.setattr(sys, "argv", ["flops.py", "--backbone_config", backbone, *overrides])
+    flops.main()
+    printed = capsys.readouterr().out
+    assert "gradient checkpointing computes" in printed
+    assert "1 x 500 GFLOP/s (loop.peak_tflops)" in printed
+
+
+@pytest.mark.parametrize(
+    ("device_name", "precision", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100 80GB PCIe", "tf32", 156),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200", "fp32", 67),
+        ("NVIDIA A10", "bf16", 125),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),
+        ("NVIDIA H20", "bf16", None),
+    ],
+)
+def test_data_sheets(device_name: str, precision: str, tflops: float | None) -> None:
+    peak = flops.data_sheet_peak(device_name, precision)
+    assert (peak and peak.flops_per_second) == (tflops and tflops * 1e12)
+    assert peak is None or "data sheet" in peak.source
+
+
+@pytest.mark.parametrize(("mixed_precision", "name"), [("no", "float32"), ("bf16", "bfloat16")])
+def test_measured_peak(mixed_precision: str, name: str) -> None:
+    peak = flops.device_peak(torch.device("cpu"), mixed_precision)
+    assert peak.flops_per_second > 0
+    assert peak.source.startswith("measured") and name in peak.source
+
+
+def test_given_peak() -> None:
+    assert flops.device_peak(torch.device("cpu"), "bf16", 312.0) == flops.DevicePeak(312e12, "loop.peak_tflops")
+    with pytest.raises(ValueError, match=r"loop.peak_tflops=0 must be positive"):
+        flops.device_peak(torch.device("cpu"), "bf16", 0)
+
+
+def test_run_estimate() -> None:
+    part = flops.PartFlops("all", forward=1e12, backward=2e12, recomputed=1e12)
+    estimate = flops.RunEstimate(
+        pass_flops=flops.PassFlops((part,), num_tokens=1000),
+        tokens_per_step=10_000,
+        max_steps=100,
+        peak=flops.DevicePeak(1e14, "a table"),
+        num_devices=3,
+    )
+    assert estimate.pass_flops.per_token == 3e9
+    # what is computed twice is no use
+    assert estimate.model_flops_utilization(tokens_per_second=1e4) == pytest.approx(0.1)
+    assert estimate.seconds_at(0.1) == pytest.approx(100)
+    assert estimate.seconds_left(step=60, tokens_per_second=1e4) == pytest.approx(40)
+    summary = estimate.summary()
+    for text in ("3 GFLOP a token", "30 TFLOP a step", "3e+15 FLOP in 100 steps (1M tokens)", "computes 1 GFLOP"):
+        assert text in summary
+    assert "300 TFLOP/s, 3 x 100 TFLOP/s (a table)" in summary
+    assert "25.0 seconds at 40%" in summary
+
+
+def test_run_estimate_of_an_objective(make_components: Callable) -> None:
+    objective = JointObjective(**make_components())
+    loop = LoopSettings(batch_size=12, max_steps=5)
+    peak = flops.DevicePeak(1e9, "a table")
+    estimate = flops.estimate_run(objective, loop, LENGTH, BATCH, num_devices=2, peak=peak)
+    assert (estimate.tokens_per_step, estimate.max_steps, estimate.peak_of_all) == (12 * LENGTH, 5, 2e9)
+    assert estimate.pass_flops == flops.count_flops(objective, BATCH, LENGTH)

@@ -1,0 +1,103 @@
+"""The folder of a run: whose it is, and its log."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from checkpoints import remove_unfinished, resolve_checkpoint
+from settings import differences, to_yaml
+
+
+# settings that a resumed run may change, since they do not touch what is computed
+RESUMABLE_CHANGES = (
+    "evaluation.",
+    "loop.checkpointing_steps",
+    "loop.checkpoints_total_limit",
+    "loop.dataloader_workers",
+    "loop.device_batch_size",
+    "loop.logging_steps",
+    "loop.max_nonfinite_steps",
+    "loop.max_steps",
+    "loop.output_dir",
+    "loop.peak_tflops",
+    "loop.trackers",
+)
+
+
+def check_output_dir(settings: Any, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, if any; writes nothing, so that it can be asked before any work is done.
+
+    Raises:
+        ValueError: the folder holds another run.
+        OSError: the checkpoint is missing or damaged.
+    """
+    output_dir = Path(settings.loop.output_dir)
+    checkpoint = None
+    if resume_from_checkpoint is not None:
+        checkpoint = resolve_checkpoint(output_dir, resume_from_checkpoint)
+    saved = output_dir / "settings.yaml"
+    if not saved.is_file() or (overwrite and checkpoint is None):
+        return checkpoint
+    changed = differences(settings, saved.read_text(encoding="utf-8"))
+    changed = [key for key in changed if not key.startswith(RESUMABLE_CHANGES)]
+    if resume_from_checkpoint is None:
+        raise ValueError(
+            f"loop.output_dir={str(output_dir)!r} holds another run"
+            + (f", whose settings differ in {', '.join(changed)}" if changed else "")
+            + ". Name another folder, go on with --resume_from_checkpoint latest, or delete that run with "
+            "--overwrite_output_dir."
+        )
+    if changed:
+        raise ValueError(
+            f"loop.output_dir={str(output_dir)!r} holds a run whose settings differ in {', '.join(changed)}; resume "
+            "with the settings that are saved there as settings.yaml."
+        )
+    return checkpoint
+
+
+def claim_output_dir(settings: Any, delete_other_run: bool) -> None:
+    """Makes the folder this run's own: without another's files and half-written checkpoints, with its settings."""
+    output_dir = Path(settings.loop.output_dir)
+    if delete_other_run and (output_dir / "settings.yaml").is_file():
+        shutil.rmtree(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(output_dir)
+    (output_dir / "settings.yaml").write_text(to_yaml(settings), encoding="utf-8")
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, in the order of the steps.
+
+    A full disk does not end a run of days: what cannot be written waits, and is written with the next record.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting: list[str] = []
+
+    def rewind(self, step: int) -> None:
+        """Drops what is behind a step: a process that was killed may have logged beyond its last checkpoint."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        # the last line may be half a one
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> str | None:
+        """Appends a line; what went wrong, if it could not."""
+        self.waiting.append(json.dumps(record) + "\n")
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write("".join(self.waiting))
+        except OSError as error:
+            if self.path.is_file():
+                with self.path.open("r+", encoding="utf-8") as log:
+                    log.truncate(size)
+            return str(error)
+        self.waiting.clear()
+        return None
