@@ -438,10 +438,6 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         token = {"type": "access_token", "accessToken": {"displayName": "loopback", "role": "write"}}
         self.send_json({"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": token})
 
-    @route("GET", "/api/telemetry/.*")
-    def telemetry(self) -> None:
-        self.send_json({})
-
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> None:
         try:

@@ -21,7 +21,6 @@ import argparse
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +144,7 @@ def count_by_part(
     if isinstance(objective, JointObjective):
         objective.settings = replace(objective.settings, self_conditioning_probability=0.0)
         inputs.append(torch.empty(batch_size, device="meta"))
-    # the objective draws on the CPU too, and the run's random state is not ours
+    # the objective may draw on the CPU
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         ledger = PartLedger(objective, counter)
         losses = objective(*inputs)
@@ -195,7 +194,9 @@ def counted_attention(
     transformers builds a mask for the attentions that it knows, and for that looks at values, which meta tensors lack;
     for this one it builds none. A causal product has half as many entries, as if it had half as many keys.
     """
-    if is_causal if is_causal is not None else getattr(module, "is_causal", True):
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if is_causal:
         half = key.shape[2] // 2
         key, value = key[:, :, :half], value[:, :, :half]
     return sdpa_attention_forward(module, query, key, value, None, is_causal=False, **kwargs)
@@ -298,8 +299,9 @@ def data_sheet_peak(device_name: str, precision: str) -> DevicePeak | None:
 def measured_peak(device: torch.device, precision: str) -> DevicePeak:
     """The rate of a square matrix product, the smallest of 256, 512, ... 8,192 that takes at least 5 ms."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)  # the run's random state is not ours
     for size in (256 * 2**power for power in range(6)):
-        matrix = torch.randn(size, size, device=device).to(dtype)
+        matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
         timer = torch.utils.benchmark.Timer(
             "torch.mm(matrix, matrix, out=output)",
             globals={"torch": torch, "matrix": matrix, "output": torch.empty_like(matrix)},
@@ -464,22 +466,25 @@ def read_backbone_config(settings: ModelSettings, given: str | None) -> Pretrain
         ) from error
 
 
-def parts_table(flops: PassFlops) -> str:
-    """Markdown table of the parts: MFLOP a token, and shares of the model FLOPs."""
-    rows: list[Sequence[str]] = [
-        ["part", "forward", "backward", "both, MFLOP a token", "share", "computed a second time"],
-        ["---", "---:", "---:", "---:", "---:", "---:"],
-    ]
+def parts_table(flops: PassFlops, objective: nn.Module) -> str:
+    """Markdown table of the parts: trained parameters, MFLOP a token, and shares of the model FLOPs."""
+    trained = {
+        name: sum(parameter.numel() for parameter in component.parameters() if parameter.requires_grad)
+        for name, component in objective.named_children()
+    }
     totals = [sum(getattr(part, name) for part in flops.parts) for name in ("forward", "backward", "recomputed")]
+    trained["all"] = sum(trained.values())
+    rows = [["part", "trained parameters", "forward", "backward", "both", "share", "computed again"]]
+    rows.append(["---", *["---:"] * 6])
     for part in (*flops.parts, PartFlops("all", *totals)):
-        both = (part.forward + part.backward) / flops.num_tokens
-        numbers = [value / flops.num_tokens / 1e6 for value in (part.forward, part.backward)]
+        both = part.forward + part.backward
+        numbers = [value / flops.num_tokens / 1e6 for value in (part.forward, part.backward, both)]
         rows.append(
             [
                 part.name,
+                human_count(trained[part.name]) if trained.get(part.name) else "",
                 *(f"{number:.1f}" for number in numbers),
-                f"{both / 1e6:.1f}",
-                f"{both / flops.per_token:.1%}",
+                f"{both / flops.num_tokens / flops.per_token:.1%}",
                 f"{part.recomputed / flops.num_tokens / 1e6:.1f}",
             ]
         )
@@ -514,7 +519,8 @@ def main() -> None:
         parser.error(f"--device_name {arguments.device_name!r} is not in the table: {known}.")
     device_batch_size, _ = split_batch(loop, arguments.num_devices)
     estimate = estimate_run(objective, loop, length, device_batch_size, arguments.num_devices, peak)
-    print(parts_table(estimate.pass_flops))
+    print("MFLOP a token:\n")
+    print(parts_table(estimate.pass_flops, objective))
     print()
     print(estimate.summary())
 

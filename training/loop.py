@@ -123,7 +123,7 @@ class TrainingLoop:
         self.optimizer = build_optimizer(task.module, settings.optimizer)
         self.module, self.optimizer = accelerator.prepare(task.module, self.optimizer)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self.ema = EMAModel(self.parameters, decay=settings.optimizer.ema_decay, foreach=True)
+        self.ema = EMAModel(self.local_parameters(), decay=settings.optimizer.ema_decay, foreach=True)
         self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
         accelerator.register_save_state_pre_hook(self.save_trained_weights)
         accelerator.register_load_state_pre_hook(self.load_trained_weights)
@@ -219,7 +219,7 @@ class TrainingLoop:
         self.optimizer.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.parameters)
+        self.ema.step(self.local_parameters())
         self.not_read_back.append(
             TakenStep(
                 self.step + 1,
@@ -231,6 +231,10 @@ class TrainingLoop:
         if len(self.not_read_back) == self.task.steps_until_observation():
             self.read_back()
         return {**totals, "gradient_norm": gradient_norm}
+
+    def local_parameters(self) -> list[torch.Tensor]:
+        """The trained parameters; of sharded ones this rank's part, since averaging knows plain tensors only."""
+        return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in self.parameters]
 
     def read_back(self) -> None:
         """Brings what the steps since the last call have shown to the host, and to the task; waits for the device."""
@@ -313,14 +317,14 @@ class TrainingLoop:
     def evaluate(self) -> Evaluation:
         """Evaluates the averaged weights on the main process; the others wait."""
         self.read_back()
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        self.ema.store(self.local_parameters())
+        self.ema.copy_to(self.local_parameters())
         state = self.accelerator.get_state_dict(self.module)
         result = Evaluation({})
         if self.snapshot is not None:
             self.snapshot.load_state_dict(state)
             self.snapshot.eval()
-        self.ema.restore(self.parameters)
+        self.ema.restore(self.local_parameters())
         if self.snapshot is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 result = self.task.evaluate(self.snapshot, self.step)
@@ -434,12 +438,12 @@ class TrainingLoop:
 
     def averaged_weights(self) -> dict[str, torch.Tensor]:
         """This rank's averaged weights, by their place among the trained parameters."""
-        return {str(index): local(weight).contiguous() for index, weight in enumerate(self.ema.shadow_params)}
+        return {str(index): weight.contiguous() for index, weight in enumerate(self.ema.shadow_params)}
 
     def load_averaged_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Takes them over."""
         for index, weight in enumerate(self.ema.shadow_params):
-            local(weight).copy_(weights[str(index)])
+            weight.copy_(weights[str(index)])
 
     def save_trained_weights(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         """accelerate's hook before saving: the frozen language model comes from its own source, so leave it out."""
@@ -504,8 +508,3 @@ def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

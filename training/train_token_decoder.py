@@ -39,7 +39,7 @@ from ldlm_hf import (
     LDLMTransformer1DModel,
     TangentEulerMaruyamaScheduler,
 )
-from ldlm_hf.objective.joint import token_cross_entropy
+from ldlm_hf.objective.joint import layers_to_shard, token_cross_entropy
 from randomness import RowRandomness
 from settings import (
     ARGUMENT_SECTIONS,
@@ -105,6 +105,10 @@ class TokenDecoderObjective(nn.Module):
         self.latent_decoder = None if latent_decoder is None else latent_decoder.requires_grad_(False)
         self.token_decoder = token_decoder
         self.decoder_noise = decoder_noise
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        return layers_to_shard(self)
 
     def forward(
         self,

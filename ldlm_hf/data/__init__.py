@@ -5,6 +5,9 @@ Shapes: L tokens a chunk. An item is `{"input_ids": int64 tensor (L,)}`; a `Data
     corpora = load_corpora(DataSettings(source="corpus.txt.gz", holdout_fraction=0.1), tokenizer, sequence_length=128)
     corpora.train[0]["input_ids"]
 
+A corpus larger than the disk is read with `streaming=True`: `corpora.train` is then an endless iterator, shared out by
+rank and worker, and its `state_dict()` is the position that it goes on from.
+
 In a distributed run let one process build the cache (`with accelerator.main_process_first(): load_corpora(...)`).
 Processes that build it at the same time do the work twice but cannot damage it: files are renamed into place.
 

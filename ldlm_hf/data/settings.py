@@ -36,8 +36,10 @@ class DataSettings:
             gives no tokens, not even this one (ours).
         chunk_markers: MDLM's "wrap": each chunk is BOS + L-2 tokens + EOS (CLS and SEP for a BERT-type tokenizer). Off
             by default: the paper's wording fits chunks without them.
-        streaming: read the training part as a stream, for corpora that do not fit on the disk.
-        shuffle_buffer: documents in the shuffle buffer of a stream; 0: no shuffling (ours; the paper gives none).
+        streaming: read the training part as a stream, for corpora that do not fit on the disk. Its files are opened as
+            they are read: what is wrong in the middle of one shows when the run comes there.
+        shuffle_buffer: documents of a stream that are read and put in a random order at a time, by each rank and
+            worker, besides the order of the files; 0: no shuffling (ours; the paper gives none).
         num_proc: processes that read and tokenise. None: this one; a fast tokenizer still uses all cores.
         cache_dir: where datasets and token streams are cached. None: the cache folder of `datasets`.
         seed: of the `random` hold-out and of the order of a stream.

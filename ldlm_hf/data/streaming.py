@@ -33,7 +33,7 @@ from .tokenization import DocumentEncoder, require_text, require_text_column
 TOKENIZED_DOCUMENTS = 64
 # Rows that are taken out of the tables of `datasets` at once (ours).
 READ_ROWS = 1000
-# A reader without a document in one epoch may have some in the next, whose order differs; after so many it never will.
+# A reader without a document in one epoch may have some in the next, whose order differs; we give up after so many.
 MAX_EMPTY_EPOCHS = 100
 
 
@@ -231,6 +231,9 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
         """Iterators made from now on begin at this position."""
         self._start, self._latest = state, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": None}  # an iterator stays in its process
+
     def reader_layout(self, worker: int, num_workers: int) -> dict[str, int]:
         """What has to be equal for a position to mean the same."""
         return {
@@ -274,11 +277,11 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
         if self.shuffle_buffer > 0:
             order = np.random.default_rng([self.seed, position.epoch]).permutation(order)
         share = reader_share(len(self.files), reader, num_readers)
-        for part in range(position.part, len(share)):
-            place, residues = share[part]
-            start = position.row if part == position.part else 0
+        first_part, start = position.part, position.row  # the position moves on between two documents
+        for part, (place, residues) in enumerate(share[first_part:], first_part):
             for row, text in self.files.read(int(order[place]), start, residues, num_readers):
                 yield Document(text, part, row + 1)
+            start = 0
 
 
 class ChunkReader(Iterator[dict[str, torch.Tensor]]):

@@ -50,10 +50,10 @@ HUB_ARGUMENTS = ("revision", "cache_dir", "token", "force_download", "local_file
 
 MAX_JSON_BYTES = 2**20
 MAX_JSON_DEPTH = 32
-MAX_TOKENIZER_BYTES = 2**26
-# room for the names of all tensors, where each has about 500 bytes
-MAX_HEADER_BYTES = 2**24
+# of a file with an entry for each tensor, 256 bytes for each of the most that a model may have, or each special token
+MAX_TABLE_BYTES = 2**23
 MAX_TENSORS = 2**15
+MAX_TOKENIZER_BYTES = 2**26
 
 # settings with which a file could make transformers or diffusers load code, other weights or other classes, or (the
 # last) write a list of any length; none of them describes a model of this package
@@ -180,12 +180,14 @@ def is_tokenizer(class_name: Any) -> bool:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises ValueError where a folder has tokenizer files that no tokenizer can be read from, or too large ones."""
+    """Raises ValueError or OSError where files of a tokenizer are no files, too large, or cannot be read as one."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_size(path, MAX_TOKENIZER_BYTES)
     if (folder / "tokenizer_config.json").exists():
-        read_json(folder / "tokenizer_config.json")
+        read_json(folder / "tokenizer_config.json", MAX_TABLE_BYTES)
     path = folder / "tokenizer.json"
     if path.exists():
-        check_size(path, MAX_TOKENIZER_BYTES)
         try:
             Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more special
@@ -349,7 +351,7 @@ def read_shapes(folder: Path, weights_name: str, variant: str | None) -> dict[st
             )
         return read_header(whole)
 
-    content = read_json(index, MAX_HEADER_BYTES)
+    content = read_json(index, MAX_TABLE_BYTES)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not isinstance(content.get("metadata"), dict):
         raise ValueError(f"{index} lacks its objects 'weight_map' and 'metadata'; write the weights again.")
@@ -360,11 +362,13 @@ def read_shapes(folder: Path, weights_name: str, variant: str | None) -> dict[st
         if not (folder / name).is_file():
             raise OSError(f"{index} names {name}, but there is no such file; download it again.")
         shapes |= read_header(folder / name)
+        if len(shapes) > MAX_TENSORS:
+            raise ValueError(
+                f"{index} names more than {MAX_TENSORS} tensors, which is the most that a model may have."
+            )
     if shapes.keys() != weight_map.keys():
         first = min(shapes.keys() ^ weight_map.keys())
         raise ValueError(f"{index} and its files do not hold the same tensors: {first!r} is in one of the two only.")
-    if len(shapes) > MAX_TENSORS:
-        raise ValueError(f"{index} names {len(shapes)} tensors; a model has at most {MAX_TENSORS}.")
     return shapes
 
 
@@ -372,9 +376,9 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a safetensors file, by its header; the weights are not read."""
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-    if header_size > MAX_HEADER_BYTES:
+    if header_size > MAX_TABLE_BYTES:
         raise ValueError(
-            f"{path} would have a header of {header_size} bytes, more than the {MAX_HEADER_BYTES} that are read. "
+            f"{path} would have a header of {header_size} bytes, more than the {MAX_TABLE_BYTES} that are read. "
             "Whatever its name, it is no safetensors file, or a broken one."
         )
     try:

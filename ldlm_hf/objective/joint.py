@@ -175,6 +175,10 @@ class JointObjective(nn.Module):
             ("transformer in_channels", self.transformer.config.in_channels),
         )
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        return layers_to_shard(self)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -267,6 +271,12 @@ class JointObjective(nn.Module):
         with torch.no_grad(), without_cache:
             estimate = self.transformer(noisy_latents[chosen].detach(), timesteps[chosen]).sample
             return self_condition.index_copy(0, chosen, estimate.to(noisy_latents.dtype) * any(self_conditioned))
+
+
+def layers_to_shard(objective: nn.Module) -> list[str]:
+    """Classes of the layers that FSDP shards one by one; where accelerate is told none, it asks the model for them."""
+    declared = {name for child in objective.children() for name in getattr(child, "_no_split_modules", None) or ()}
+    return sorted(declared & {type(module).__name__ for module in objective.modules()})
 
 
 def systematic_sample(num_examples: int, probability: float, offset: float) -> list[bool]:

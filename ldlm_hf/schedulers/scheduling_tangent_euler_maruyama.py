@@ -70,7 +70,8 @@ class TangentEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        # diffusers before 0.42 adds an argument, for archives
         return read_json(json_file)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ import http.server
 import io
 import itertools
 import json
+import pickle
 import random
 import threading
 from collections import Counter
@@ -136,6 +137,17 @@ def test_order_follows_seed_and_epoch(load_stream) -> None:
     assert all(Counter(other) == Counter(orders[0]) for other in orders)
 
 
+def test_every_block_of_every_epoch_has_a_permutation_of_its_own(word_tokenizer, tmp_path) -> None:
+    source = write_files(tmp_path, [[f"w{number}" for number in range(50)]], ".txt")
+    settings = DataSettings(source=source, streaming=True, shuffle_buffer=10, cache_dir=str(tmp_path / "cache"))
+    stream = load_corpora(settings, word_tokenizer, 2).train
+    words = [chunk[0] for chunk in take(iter(stream), 100)]
+    blocks = [words[start : start + 10] for start in range(0, 100, 10)]  # five an epoch
+    for index, block in enumerate(blocks):
+        assert sorted(block) == list(range(index % 5 * 10, index % 5 * 10 + 10))
+    assert len({tuple(word % 10 for word in block) for block in blocks}) == 10
+
+
 def test_loader_workers_are_the_readers_in_turn(load_stream) -> None:
     stream = load_stream(3, shuffle_buffer=10)
     loader = DataLoader(stream, batch_size=None, num_workers=2)
@@ -174,6 +186,7 @@ def test_iterating_again_begins_at_the_loaded_position(load_stream) -> None:
     assert take(iter(again), 7) == take(itertools.islice(iter(stream), 20, None), 7)
     again.load_state_dict(start)
     assert take(iter(again), 20) == chunks
+    assert take(iter(pickle.loads(pickle.dumps(again))), 20) == chunks  # as a spawned worker gets it
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def test_a_published_pipeline_loads_in_fresh_processes(tmp_path: Path):
     trip.publish()
     chains = [
         [Case(LOAD, home="cache"), Case(LOAD, home="cache", offline=True, silent=True)],
-        [Case(LOAD_BY_DIFFUSERS, NO_TRUST, installed=False), Case(LOAD_WITH_TRUST, installed=False)],
+        [Case(LOAD_BY_DIFFUSERS, error=NO_TRUST, installed=False), Case(LOAD_WITH_TRUST, installed=False)],
     ]
     with ThreadPoolExecutor(2) as executor:
         rows = [row for chain in executor.map(partial(run_chain, trip), chains) for row in chain]
@@ -30,17 +30,31 @@ def test_a_published_pipeline_loads_in_fresh_processes(tmp_path: Path):
     assert len(rows) == 4
 
 
-FOUND = {"installed": True, "executed": [], "value": [1, 2]}
+PUBLISHED = {"sequences": [[1, 2]], "latents": [0.5, -0.5], "weights": {"transformer": "abc"}}
+FOUND = {"installed": True, "executed": [], "value": PUBLISHED}
+FAILED = {"installed": True, "executed": [], "error": "OSError: no such file"}
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    """What a process found, its pipeline changed."""
+    return FOUND | {"value": PUBLISHED | parts}
 
 
 @pytest.mark.parametrize(
     ("case", "found", "seen", "expected"),
     [
         (Case(LOAD), FOUND, [], None),
-        (Case(LOAD), FOUND | {"value": [1, 3]}, [], "expected: float32"),
-        (Case(LOAD), {"installed": True, "executed": [], "error": "OSError: no"}, [], "expected: float32"),
-        (Case(LOAD, "OSError"), {"installed": True, "executed": [], "error": "OSError: no"}, [], None),
-        (Case(LOAD, "OSError"), FOUND, [], "expected: OSError"),
+        (Case(LOAD), changed(latents=[0.5, -0.500001]), [], None),
+        (Case(LOAD), changed(latents=[0.5, -0.51]), [], "expected: float32"),
+        (Case(LOAD), changed(sequences=[[1, 3]]), [], "expected: float32"),
+        (Case(LOAD), changed(weights={"transformer": "abd"}), [], "expected: float32"),
+        (Case(LOAD), changed(weights={}), [], "expected: float32"),
+        (Case(LOAD), FOUND | {"value": {"transformer": "abc"}}, [], None),
+        (Case(LOAD), FOUND | {"value": {"token_decoder": "abc"}}, [], "expected: float32"),
+        (Case(LOAD), FAILED, [], "expected: float32"),
+        (Case(LOAD, error="OSError"), FAILED, [], None),
+        (Case(LOAD, error="ValueError"), FAILED, [], "expected: ValueError"),
+        (Case(LOAD, error="OSError"), FOUND, [], "expected: OSError"),
         (Case(LOAD), FOUND | {"installed": False}, [], "the package was not found"),
         (Case(LOAD, installed=False), FOUND, [], "the package could be imported"),
         (Case(LOAD), FOUND | {"executed": ["diffusers_modules.evil"]}, [], "executed: diffusers_modules.evil"),
@@ -58,7 +72,7 @@ def test_what_is_not_as_expected_is_reported(
         downloads=[("org/tiny", name) for name in seen],
         requests=[("GET", f"/org/tiny/resolve/main/{name}", 200) for name in seen],
     )
-    _, wrong = RoundTrip(tmp_path, published={"float32": [1, 2]}).judge(case, found, hub)
+    _, wrong = RoundTrip(tmp_path, published={"float32": PUBLISHED}).judge(case, found, hub)
     if expected is None:
         assert wrong == []
     else:

@@ -155,13 +155,15 @@ def test_variant_and_shards_stand_beside_the_same_configuration(folder: Path):
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_code_is_written_afresh(folder: Path):
+def test_code_is_written_afresh_and_no_random_number_drawn(folder: Path):
     code = (folder / "transformer" / "ldlm_hf.py").read_text()
     (folder / "transformer" / "ldlm_hf.py").write_text("of an older version")
     (folder / "pipeline_ldlm.py").unlink()
+    random_state = torch.get_rng_state()
     prepare_repository(folder)
     assert (folder / "transformer" / "ldlm_hf.py").read_text() == code
     assert (folder / "pipeline_ldlm.py").exists()
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -35,7 +35,7 @@ from ldlm_hf.hub.safe_loading import check_settings, limited_construction, read_
 
 
 # these take seconds each, most of it for writing what is hostile; the command runs them
-SLOW = ("200 000 tensors", "10^6 tensors", "2^15 tensors", "100 MB", "MiB")
+SLOW = ("100 000 tensors", "10^6 tensors", "2^15 tensors", "100 MB", "MiB")
 
 
 @pytest.fixture(scope="module")

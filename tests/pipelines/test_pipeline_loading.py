@@ -32,7 +32,7 @@ def saved(make_pipeline, tmp_path: Path) -> tuple[Path, list[list[int]]]:
 
 def test_model_index_names_the_package(saved: tuple[Path, list]):
     index = json.loads((saved[0] / "model_index.json").read_text())
-    assert index["_class_name"] == "LDLMPipeline"
+    assert index["_class_name"] == ["pipeline_ldlm", "LDLMPipeline"]
     expected = {
         "transformer": "LDLMTransformer1DModel",
         "latent_decoder": "LDLMLatentDecoder",
@@ -49,10 +49,10 @@ def test_weights_are_safetensors_and_no_file_names_a_place_on_this_machine(
     saved: tuple[Path, list], backbone_folders: dict[str, Path]
 ):
     files = [path for path in saved[0].rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".py"}
     assert sum(path.suffix == ".safetensors" for path in files) == 5
     for path in files:
-        if path.suffix == ".json":
+        if path.suffix != ".safetensors":
             assert str(saved[0].parent) not in path.read_text(), path.name
             assert str(backbone_folders["gpt2"]) not in path.read_text(), path.name
 

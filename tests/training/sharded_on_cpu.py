@@ -19,11 +19,10 @@ import train_joint
 
 def build_sharded_accelerator(settings: launch.LoopSettings) -> Accelerator:
     accelerator = launch.build_accelerator(settings)
+    # as in training/accelerate/fsdp.yaml
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        # as in training/accelerate/fsdp.yaml
-        transformer_cls_names_to_wrap=["PerceiverLayer", "DiffusionTransformerBlock", "TokenDecoderLayer"],
         state_dict_type="FULL_STATE_DICT",
         cpu_ram_efficient_loading=False,
     )

@@ -167,13 +167,14 @@ def test_language_models(backbone_folders: dict[str, Path], make_components: Cal
 def test_counting_leaves_no_trace(make_components: Callable) -> None:
     objective = JointObjective(**make_components())
     before = {name: parameter.clone() for name, parameter in objective.named_parameters()}
-    random_state = torch.get_rng_state()
+    language_model = objective.token_encoder.backbone
+    attention_before, random_state = language_model.config._attn_implementation, torch.get_rng_state()
     flops.count_flops(objective, BATCH, LENGTH)
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, parameter in objective.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name]), name
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in objective.modules())
-    assert objective.token_encoder.backbone.config._attn_implementation == "sdpa"
+    assert language_model.config._attn_implementation == attention_before
     assert objective.settings.self_conditioning_probability == 0.5
 
 
@@ -252,7 +253,9 @@ def test_data_sheets(device_name: str, precision: str, tflops: float | None) -> 
 
 @pytest.mark.parametrize(("mixed_precision", "name"), [("no", "float32"), ("bf16", "bfloat16")])
 def test_measured_peak(mixed_precision: str, name: str) -> None:
+    random_state = torch.get_rng_state()
     peak = flops.device_peak(torch.device("cpu"), mixed_precision)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert peak.flops_per_second > 0
     assert peak.source.startswith("measured") and name in peak.source
 
