@@ -164,6 +164,7 @@ def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: i
     generator = random.Random(seed)
     result = SoakResult(steps=steps)
     common = [*arguments, f"loop.max_steps={steps}"]
+    folder.mkdir(parents=True, exist_ok=True)
     whole, killed = folder / "whole", folder / "killed"
     log = folder / "log.txt"
     statuses = start([*common, f"loop.output_dir={whole}"], log).wait(timeout=3600)
@@ -251,8 +252,8 @@ def disk_full(arguments: Sequence[str], folder: Path) -> str:
         process.terminate()
     assert ranks.wait(timeout=120) == [0, 0], "the run did not go on"
     assert step_of(later) > failed_at["step"] and damage(later) is None, later.name
-    said = failed_at["checkpoint_failed"].split(" while ")[0]
-    return f'no room to write at step {failed_at["step"]}: "{said}"; training went on, and {later.name} is whole'
+    said = failed_at["checkpoint_failed"]
+    return f'no room to write at step {failed_at["step"]}: "{said}" Training went on, and {later.name} is whole'
 
 
 def main() -> None:

@@ -188,7 +188,8 @@ def speed_up(objective: nn.Module, settings: LoopSettings) -> None:
         if settings.compile:
             for block in module.modules():
                 if type(block).__name__ in getattr(module, "_repeated_blocks", ()):
-                    block.compile()
+                    # shapes stay the same from step to step, and a graph break shall not go unnoticed
+                    block.compile(fullgraph=True, dynamic=False)
 
 
 def load_text(

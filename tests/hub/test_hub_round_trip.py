@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hub_round_trip import NO_TRUST, Case, RoundTrip, run_chain
 from loopback_hub import LoopbackHub
 

@@ -23,12 +23,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard, SpaceCard, constants
-from loopback_hub import LoopbackHub
 from safetensors.torch import load_file
 
 import ldlm_hf
 from ldlm_hf import LDLMPipeline
 from ldlm_hf.hub.publish import main, prepare_repository, space_files
+from loopback_hub import LoopbackHub
 
 
 CARD = "---\nlicense: mit\nlibrary_name: diffusers\npipeline_tag: text-generation\n---\n# Tiny\n"

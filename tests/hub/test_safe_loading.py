@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from hostile_repositories import CANARY, CASES, Case, attempt, make_repository, put_pickle
-from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
+from hostile_repositories import CANARY, CASES, Case, attempt, make_repository, put_pickle
 from ldlm_hf import (
     LDLMLatentDecoder,
     LDLMLatentDecoderConfig,
@@ -32,6 +31,7 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
 )
 from ldlm_hf.hub.safe_loading import check_settings, limited_construction, read_json
+from loopback_hub import LoopbackHub
 
 
 # these take seconds each, most of it for writing what is hostile; the command runs them

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from soak import SoakResult, asked_to_stop, disk_full, records, soak
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldlm_hf import LDLMTokenEncoder
+from soak import SoakResult, asked_to_stop, disk_full, records, soak
 
 
 Run = Callable[..., None]
