@@ -139,7 +139,7 @@ class SharedPipeline:
             elif step % decode_every == 0 and step < pipeline.num_timesteps:
                 tensors["clean_latents"].cpu()  # an accelerator's step may not have ended yet, and it is no decoding
                 start = time.perf_counter()
-                sequences = pipeline._decode_to_sequences(tensors["clean_latents"]).cpu()
+                sequences = pipeline.decode_to_sequences(tensors["clean_latents"]).cpu()
                 frames.put(Frame(step, pipeline.num_timesteps, sequences))
                 display_seconds += time.perf_counter() - start
             return {}
@@ -169,7 +169,7 @@ class SharedPipeline:
         with self._lock:
             start, end = self._encode("first", first), self._encode("second", second)
             weights = torch.linspace(0, 1, num_points, device=start.device)[:, None, None]
-            return self.pipeline._decode_to_sequences(torch.lerp(start, end, weights)).cpu()
+            return self.pipeline.decode_to_sequences(torch.lerp(start, end, weights)).cpu()
 
     def _encode(self, name: str, text: str) -> torch.Tensor:
         """Latents (1, N, d_z) of a text; the errors say which of the two it is."""

@@ -141,13 +141,13 @@ def test_status_counts_changed_tokens_and_tokens_per_second():
 
 def test_decoding_for_the_page_is_not_counted_as_generation(make_pipeline: Callable[..., LDLMPipeline], monkeypatch):
     pipeline = make_pipeline()
-    decode = pipeline._decode_to_sequences
+    decode = pipeline.decode_to_sequences
 
     def slow_decode(latents: torch.Tensor) -> torch.Tensor:
         threading.Event().wait(0.1)
         return decode(latents)
 
-    monkeypatch.setattr(pipeline, "_decode_to_sequences", slow_decode)
+    monkeypatch.setattr(pipeline, "decode_to_sequences", slow_decode)
     start = time.perf_counter()
     *_, last = generate(pipeline, 1, 6, 0, 1)
     assert 0.1 < last.seconds < time.perf_counter() - start - 5 * 0.1  # of the six, only the final decoding counts

@@ -397,7 +397,7 @@ def sampling_workloads(case: Case) -> Iterator[Workload]:
 
     @torch.no_grad()
     def decode() -> None:
-        pipeline._decode_to_sequences(latents)
+        pipeline.decode_to_sequences(latents)
 
     yield Workload("sampling step", step, modules)
     yield Workload("decode", decode, modules)

@@ -353,7 +353,7 @@ class LDLMPipeline(DiffusionPipeline):
         if output_type == "latent":
             output = LDLMPipelineOutput(latents=clean_latents.float())
         else:
-            sequences = self._decode_to_sequences(clean_latents)
+            sequences = self.decode_to_sequences(clean_latents)
             texts = self._to_texts(sequences) if output_type == "text" else None
             output = LDLMPipelineOutput(sequences=sequences, texts=texts)
         self.maybe_free_model_hooks()
@@ -362,8 +362,9 @@ class LDLMPipeline(DiffusionPipeline):
             return (output.latents,) if output_type == "latent" else (output.sequences, output.texts)
         return output
 
-    def _decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, N, d_z) → most likely token ids (B, L)."""
+    @torch.no_grad()
+    def decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
+        """Maps clean latents (B, N, d_z) to their most likely token ids (B, L); for use in callbacks, too."""
         if self.latent_decoder is None:
             hidden_states = latents
         else:
@@ -437,6 +438,6 @@ class LDLMPipeline(DiffusionPipeline):
                 f"`latents` of shape {tuple(latents.shape)} must have the shape (batch_size, num_latents, "
                 f"latent_size) = (batch_size, {expected[0]}, {expected[1]})."
             )
-        texts = self._to_texts(self._decode_to_sequences(latents.to(self._execution_device)))
+        texts = self._to_texts(self.decode_to_sequences(latents.to(self._execution_device)))
         self.maybe_free_model_hooks()
         return texts
