@@ -422,6 +422,8 @@ def publish() -> dict[str, Any]:
     import torch
     from huggingface_hub import HfApi
 
+    import ldlm_hf
+
     first, pipe = build_pipeline(seed=1), build_pipeline(seed=0)
     published = {"v1": sample(first), "float32": sample(pipe)}
     first.push_to_hub("org/tiny")
@@ -434,10 +436,11 @@ def publish() -> dict[str, Any]:
     pipe.save_pretrained("./tiny")
     pipe.transformer.to(torch.bfloat16)
     published["mixed"] = sample(pipe)
-    published["bfloat16"] = sample(pipe.to(torch.bfloat16))
-    half = build_pipeline(seed=0).to(torch.float16)
-    published["float16"] = sample(half)
-    half.push_to_hub("org/tiny", variant="fp16")
+    # what must stay in float32 does so when a type is asked for at loading only
+    for name in ("bfloat16", "float16"):
+        pipe = ldlm_hf.LDLMPipeline.from_pretrained("./tiny", torch_dtype=getattr(torch, name))
+        published[name] = sample(pipe)
+    pipe.push_to_hub("org/tiny", variant="fp16")
     return published | {"first_commit": commit}
 
 
@@ -447,8 +450,8 @@ def describe_error(error: BaseException) -> str:
     return text if error.__cause__ is None else f"{text} ← {describe_error(error.__cause__)}"
 
 
-def run_in_process(code: str, first_commit: str) -> None:
-    """Executes the code of a case and prints what came of it, as JSON."""
+def run_in_process(code: str, first_commit: str) -> dict[str, Any]:
+    """Executes the code of a case; gives what came of it."""
     import torch
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
@@ -476,7 +479,7 @@ def run_in_process(code: str, first_commit: str) -> None:
             found["value"] = names["value"]
     places = ("diffusers_modules.", "transformers_modules.")
     found["executed"] = [name for name in sys.modules if name.startswith(places)]
-    print(json.dumps(found))
+    return found
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------
@@ -528,8 +531,9 @@ class RoundTrip:
             environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY)] * case.installed + places)
             if case.offline:
                 environment["HF_HUB_OFFLINE"] = "1"
+            file = Path(tempfile.mkdtemp(dir=self.folder)) / "found.json"
             command = [sys.executable, *([] if case.installed else ["-S"]), __file__, "--process", case.code]
-            command += ["--first_commit", self.published.get("first_commit", "")]
+            command += ["--found", file, "--first_commit", self.published.get("first_commit", "")]
             result = subprocess.run(
                 command,
                 env=environment,
@@ -541,7 +545,7 @@ class RoundTrip:
             )
         if result.returncode != 0:
             return {"error": f"exit status {result.returncode}: {result.stderr}", "executed": []}, hub
-        return json.loads(result.stdout.splitlines()[-1]), hub
+        return json.loads(file.read_text()), hub
 
     def judge(self, case: Case, found: dict[str, Any], hub: LoopbackHub) -> tuple[str, list[str]]:
         """The outcome of a case in words, and what is wrong with it."""
@@ -569,7 +573,8 @@ class RoundTrip:
     def shorten(self, error: str) -> str:
         """An error with its causes, the beginning of each, without the places of this machine."""
         error = re.sub(r"http://127\.0\.0\.1:\d+", "http://hub", error.replace(str(self.folder / "work"), "."))
-        parts = [part if len(part) < 130 else f"{part[:120]} …" for part in error.split(" ← ")]
+        parts = [part for part in error.split(" ← ") if not part.startswith("HTTPStatusError")]
+        parts = [part if len(part) < 130 else f"{part[:120]} …" for part in parts]
         return " ← ".join(parts)
 
 
@@ -726,10 +731,11 @@ def main() -> int:
         help="Python of an environment that has olah; by default one in this repository, made if it is not there",
     )
     parser.add_argument("--process", help=argparse.SUPPRESS)
+    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first_commit", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.process is not None:
-        run_in_process(options.process, options.first_commit)
+        options.found.write_text(json.dumps(run_in_process(options.process, options.first_commit)))
         return 0
 
     install_olah(options.olah_python)
