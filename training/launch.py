@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -48,7 +49,11 @@ def parse_arguments(description: str) -> argparse.Namespace:
 def build_accelerator(settings: LoopSettings) -> Accelerator:
     """Devices and precision; how many of them, `accelerate launch` says."""
     return Accelerator(
-        mixed_precision=settings.mixed_precision, log_with=settings.trackers or None, project_dir=settings.output_dir
+        mixed_precision=settings.mixed_precision,
+        log_with=settings.trackers or None,
+        project_dir=settings.output_dir,
+        # evaluation keeps one process busy while the others wait for it
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
 
 

@@ -156,25 +156,18 @@ class TrainingLoop:
                 self.step += 1
                 steps_since += 1
                 progress.update()
-                if self.step % self.loop.logging_steps == 0 or self.step == self.loop.max_steps:
+                last = self.step == self.loop.max_steps
+                if last or self.step % self.loop.logging_steps == 0:
                     self.read_back()
-                    seconds = time.perf_counter() - since
-                    self.log(
-                        values,
-                        tokens_per_second=steps_since * self.estimate.tokens_per_step / seconds,
-                        progress=progress,
-                    )
+                    tokens = steps_since * self.estimate.tokens_per_step
+                    self.log(values, tokens / (time.perf_counter() - since), progress)
                     since, steps_since = time.perf_counter(), 0
                 pause = time.perf_counter()
                 self.seconds = seconds_before + pause - started
-                stopped = self.step < self.loop.max_steps and stop.agreed()
-                if stopped or self.step % self.loop.checkpointing_steps == 0 or self.step == self.loop.max_steps:
+                stopped = not last and stop.agreed()
+                if last or stopped or self.step % self.loop.checkpointing_steps == 0:
                     self.save_checkpoint(required=stopped)
-                if (
-                    not stopped
-                    and evaluate_every
-                    and self.step % evaluate_every == 0 < self.loop.max_steps - self.step
-                ):
+                if evaluate_every and self.step % evaluate_every == 0 and not (last or stopped):
                     self.evaluate()
                 since += time.perf_counter() - pause
         progress.close()
@@ -342,7 +335,10 @@ class TrainingLoop:
         """Samples as a file, and samples and the loss over t to the trackers."""
         if result.texts:
             preview = self.output_dir / f"samples-{self.step}.md"
-            preview.write_text(samples_text(result.texts, f"Samples at step {self.step}"), encoding="utf-8")
+            try:
+                preview.write_text(samples_text(result.texts, f"Samples at step {self.step}"), encoding="utf-8")
+            except OSError as error:
+                tqdm.write(f"{preview.name} could not be written: {error}")
             log_samples(self.accelerator, result.texts, self.step)
         if result.loss_over_time and self.loop.trackers:
             figure = loss_over_time_figure(result.loss_over_time, self.step)
