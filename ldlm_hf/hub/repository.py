@@ -70,6 +70,8 @@ def write_component_code(component_class: type[Any], folder: Path, name: str) ->
     def name_class(config: dict[str, Any]) -> None:
         config.pop("_name_or_path", None)
         if issubclass(component_class, PreTrainedModel):
+            # that of the variant saved last; without it, transformers takes the type of the weights that it loads
+            config.pop("dtype", None)
             # from the top of the repository: transformers does not look for code in the subfolder
             module = f"{name}/{COMPONENT_MODULE}"
             config_class = component_class.config_class

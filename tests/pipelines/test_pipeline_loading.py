@@ -99,6 +99,16 @@ def test_loading_in_other_types(saved: tuple[Path, list]):
     assert len(sample(mixed)) == 2
 
 
+def test_a_variant_saved_later_does_not_change_the_type_of_the_full_weights(saved: tuple[Path, list]):
+    path, expected = saved
+    LDLMPipeline.from_pretrained(path, torch_dtype=torch.float16).save_pretrained(path, variant="fp16")
+    full = LDLMPipeline.from_pretrained(path)
+    assert full.latent_decoder.dtype == full.token_decoder.dtype == torch.float32
+    assert sample(full) == expected
+    half = LDLMPipeline.from_pretrained(path, variant="fp16", torch_dtype=torch.float16)
+    assert half.token_decoder.dtype == half.transformer.dtype == torch.float16
+
+
 def test_single_components_load_from_their_folders(saved: tuple[Path, list]):
     transformer = LDLMTransformer1DModel.from_pretrained(saved[0], subfolder="transformer")
     latent_decoder = LDLMLatentDecoder.from_pretrained(saved[0], subfolder="latent_decoder")
