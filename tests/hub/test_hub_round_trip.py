@@ -27,7 +27,7 @@ def test_a_published_pipeline_loads_in_fresh_processes(tmp_path: Path):
     ]
     with ThreadPoolExecutor(2) as executor:
         rows = [row for chain in executor.map(partial(run_chain, trip), chains) for row in chain]
-    assert [(outcome, wrong) for _, outcome, wrong in rows if wrong] == []
+    assert [row for row in rows if row.wrong] == []
     assert len(rows) == 4
 
 
@@ -73,7 +73,7 @@ def test_what_is_not_as_expected_is_reported(
         downloads=[("org/tiny", name) for name in seen],
         requests=[("GET", f"/org/tiny/resolve/main/{name}", 200) for name in seen],
     )
-    _, wrong = RoundTrip(tmp_path, published={"float32": PUBLISHED}).judge(case, found, hub)
+    wrong = RoundTrip(tmp_path, published={"float32": PUBLISHED}).judge(case, found, hub).wrong
     if expected is None:
         assert wrong == []
     else:
