@@ -297,9 +297,13 @@ def data_sheet_peak(device_name: str, precision: str) -> DevicePeak | None:
 
 
 def measured_peak(device: torch.device, precision: str) -> DevicePeak:
-    """The rate of a square matrix product, the smallest of 256, 512, ... 8,192 that takes at least 5 ms."""
+    """The best rate of square matrix products of 256, 512, ... 8,192, up to the first that takes 50 ms.
+
+    The shortest of several times counts: other processes can only make a product slower.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)  # the run's random state is not ours
+    rates: dict[int, float] = {}
     for size in (256 * 2**power for power in range(6)):
         matrix = torch.randn(size, size, generator=generator, device=device).to(dtype)
         timer = torch.utils.benchmark.Timer(
@@ -307,12 +311,12 @@ def measured_peak(device: torch.device, precision: str) -> DevicePeak:
             globals={"torch": torch, "matrix": matrix, "output": torch.empty_like(matrix)},
             num_threads=torch.get_num_threads(),
         )
-        seconds = timer.blocked_autorange(min_run_time=0.1).median
-        if seconds > 5e-3:
+        seconds = min(timer.blocked_autorange(min_run_time=0.1).times)
+        rates[size] = 2 * size**3 / seconds
+        if seconds > 50e-3:
             break
-    return DevicePeak(
-        2 * size**3 / seconds, f"measured: a {PRECISION_NAMES[precision]} product of {size:,} x {size:,} matrices"
-    )
+    size = max(rates, key=rates.__getitem__)
+    return DevicePeak(rates[size], f"measured: a {PRECISION_NAMES[precision]} product of {size:,} x {size:,} matrices")
 
 
 # 3. A run
