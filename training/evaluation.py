@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.utils.data import Dataset
 
-from ldlm_hf import GenerativePerplexity, JointObjective, LDLMPipeline, NGramDiversity, TokenEntropy
+from ldlm_hf import JointObjective, LDLMPipeline, NGramDiversity, TokenEntropy
 from settings import EvaluationSettings
 
 
@@ -74,18 +72,10 @@ def sample(
     return torch.cat(sequences), texts
 
 
-def score(
-    sequences: torch.Tensor, texts: list[str], judge: Any, judge_batch_size: int, max_length: int | None = None
-) -> dict[str, float]:
-    """Entropy (nats), n-gram diversity and, with a judge, generative perplexity of a set of samples."""
+def score(sequences: torch.Tensor) -> dict[str, float]:
+    """Entropy (nats) and n-gram diversity of a set of samples (n, L): what needs no judge."""
     rows = sequences.tolist()
-    result = {
+    return {
         "entropy": TokenEntropy().compute(predictions=rows)["entropy"],
         "diversity": NGramDiversity().compute(predictions=rows)["diversity"],
     }
-    if judge is not None:
-        perplexity = GenerativePerplexity().compute(
-            predictions=texts, judge=judge, batch_size=judge_batch_size, max_length=max_length
-        )
-        result["generative_perplexity"] = perplexity["perplexity"]
-    return result

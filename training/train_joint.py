@@ -121,7 +121,7 @@ class JointTask(Task):
         pipeline.set_progress_bar_config(disable=True)
         if step < self.settings.loop.max_steps:
             sequences, texts = sample(pipeline, evaluation, evaluation.num_preview_samples, seed=0)
-            results |= {f"samples/{name}": value for name, value in score(sequences, texts, None, 1).items()}
+            results |= {f"samples/{name}": value for name, value in score(sequences).items()}
         return Evaluation(results, texts, grid)
 
 
