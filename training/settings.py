@@ -204,6 +204,13 @@ class RunSettings:
     train_token_decoder: bool = True
 
 
+@dataclass
+class DataSection:
+    """The settings of a script that reads a run's text and nothing else of its settings."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+
+
 # sections whose keys are the arguments of a class, and that class
 ARGUMENT_SECTIONS: dict[str, Callable[..., Any]] = {
     "model.latent_encoder": LDLMLatentEncoderConfig.__init__,
@@ -214,8 +221,16 @@ ARGUMENT_SECTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def load_settings(settings_class: type, config: str | None, overrides: Sequence[str]) -> Any:
+def load_settings(
+    settings_class: type, config: str | None, overrides: Sequence[str], ignore_other_sections: bool = False
+) -> Any:
     """Merges a dataclass's defaults, a YAML file and dotted overrides, in this order.
+
+    Args:
+        settings_class: the dataclass.
+        config: the YAML file, if any.
+        overrides: `section.key=value`.
+        ignore_other_sections: read no section of the file that the dataclass does not have, instead of refusing it.
 
     Raises:
         OSError: the file is not there.
@@ -228,6 +243,8 @@ def load_settings(settings_class: type, config: str | None, overrides: Sequence[
         loaded = OmegaConf.load(config)
         if not isinstance(loaded, DictConfig):
             raise ValueError(f"--config {config!r} must hold sections of keys and values.")
+        if ignore_other_sections:
+            loaded = OmegaConf.masked_copy(loaded, [item.name for item in fields(settings_class)])
         layers.append((config, loaded))
     for override in overrides:
         if "=" not in override:
@@ -244,6 +261,14 @@ def load_settings(settings_class: type, config: str | None, overrides: Sequence[
     settings = OmegaConf.to_object(merged)
     check_ranges(settings)
     return settings
+
+
+def load_data_settings(config: str | None, overrides: Sequence[str]) -> DataSettings:
+    """The section `data` of a run's YAML file, whatever else the file holds, and over it `data.key=value`.
+
+    Raises: as `load_settings`.
+    """
+    return load_settings(DataSection, config, overrides, ignore_other_sections=True).data
 
 
 def known_keys(owner: Any, section: str) -> list[str]:
@@ -319,7 +344,7 @@ def check_ranges(settings: Any) -> None:
                 value = getattr(getattr(settings, section, None), key, None)
                 if value is not None and not holds(value):
                     raise ValueError(f"{section}.{key}={value} must be {bound}.")
-    if settings.loop.mixed_precision not in ("no", "bf16"):
+    if hasattr(settings, "loop") and settings.loop.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"loop.mixed_precision={settings.loop.mixed_precision!r} must be 'no' or 'bf16'; float16's range does not "
             "hold the gradients of a loss whose scale the latents set."
