@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,29 @@ from ldlm_hf import (
 from settings import ModelSettings, RunSettings
 
 
-def build_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer that the settings name, or the backbone's own."""
-    source = resolve_pretrained_source(settings.tokenizer or settings.backbone)
+# parts of a pipeline's folder, in the order in which text passes through them
+PARTS: dict[str, type] = {
+    "token_encoder": LDLMTokenEncoder,
+    "latent_encoder": LDLMLatentEncoder,
+    "latent_decoder": LDLMLatentDecoder,
+    "token_decoder": LDLMTokenDecoder,
+    "transformer": LDLMTransformer1DModel,
+    "scheduler": TangentEulerMaruyamaScheduler,
+}
+AUTOENCODER = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder")
+
+
+def load_part(source: str, name: str) -> Any:
+    """A part of a pipeline, or of what a run has left that trained no whole one: folder or Hub id."""
+    return PARTS[name].from_pretrained(source, subfolder=name)
+
+
+def build_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of the frozen components, the one that the settings name, or the backbone's own."""
+    if settings.components:
+        return AutoTokenizer.from_pretrained(settings.components, subfolder="tokenizer")
+    model = settings.model
+    source = resolve_pretrained_source(model.tokenizer or model.backbone)
     return AutoTokenizer.from_pretrained(source.name_or_path, **source.kwargs)
 
 
@@ -40,7 +61,10 @@ def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerB
         ValueError: a tokenizer or sequence length that does not fit the backbone.
     """
     token_encoder = LDLMTokenEncoder.from_backbone(
-        settings.backbone, layer=settings.layer, representation=settings.representation
+        settings.backbone,
+        layer=settings.layer,
+        representation=settings.representation,
+        normalize_embeddings=settings.normalize_embeddings,
     )
     config = token_encoder.config
     if len(tokenizer) > config.vocab_size:
@@ -59,7 +83,10 @@ def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerB
 def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict[str, Any]:
     """The trained components by the pipeline's names; sizes that others determine are filled in."""
     model = settings.model
-    encoder_width = model.latent_encoder.get("hidden_size", LDLMLatentEncoderConfig().hidden_size)
+    if model.latent_encoder.get("architecture") == "identity":
+        encoder_width = token_encoder.config.hidden_size
+    else:
+        encoder_width = model.latent_encoder.get("hidden_size", LDLMLatentEncoderConfig().hidden_size)
     geometry = {
         "sequence_length": model.sequence_length,
         "num_latents": model.num_latents or model.sequence_length,
@@ -89,7 +116,9 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
         "latent_encoder": LDLMLatentEncoder(LDLMLatentEncoderConfig(**geometry, **model.latent_encoder)),
         "latent_decoder": LDLMLatentDecoder(LDLMLatentDecoderConfig(**geometry, **model.latent_decoder)),
         "token_decoder": token_decoder,
-        "transformer": LDLMTransformer1DModel(**denoiser_geometry, **model.transformer),
+        "transformer": None
+        if settings.stage == "autoencoder"
+        else LDLMTransformer1DModel(**denoiser_geometry, **model.transformer),
         "scheduler": TangentEulerMaruyamaScheduler(**model.scheduler),
     }
 
@@ -115,10 +144,38 @@ def build_token_decoder(
     return token_decoder
 
 
-def build_objective(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> JointObjective:
-    """The joint objective over new models and a fitted token encoder."""
+def build_objective(
+    settings: RunSettings, token_encoder: LDLMTokenEncoder, tokenizer: PreTrainedTokenizerBase | None = None
+) -> JointObjective:
+    """The joint objective over new models and a fitted token encoder; the tokenizer says which token is the mask."""
+    variant = settings.objective
+    if variant.token_masking and variant.mask_token_id is None and tokenizer is not None:
+        mask_token_id = tokenizer.eos_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        variant = replace(variant, mask_token_id=mask_token_id)
     models = build_models(settings, token_encoder)
-    return JointObjective(token_encoder, **models, settings=settings.objective)
+    return JointObjective(token_encoder, **models, settings=variant, stage=settings.stage)
+
+
+def build_diffusion_objective(settings: RunSettings) -> JointObjective:
+    """The objective of a new denoiser on the latents of a frozen autoencoder.
+
+    Raises:
+        ValueError: `model.sequence_length` is not that of the autoencoder.
+    """
+    autoencoder = {name: load_part(settings.components, name) for name in AUTOENCODER}
+    config, model = autoencoder["latent_encoder"].config, settings.model
+    if model.sequence_length != config.sequence_length:
+        raise ValueError(
+            f"model.sequence_length={model.sequence_length} is not that of components={settings.components!r}, "
+            f"{config.sequence_length}."
+        )
+    transformer = LDLMTransformer1DModel(
+        in_channels=config.latent_size, sample_size=config.num_latents, **model.transformer
+    )
+    scheduler = TangentEulerMaruyamaScheduler(**model.scheduler)
+    return JointObjective(
+        **autoencoder, transformer=transformer, scheduler=scheduler, settings=settings.objective, stage="diffusion"
+    )
 
 
 def build_pipeline(objective: JointObjective, tokenizer: PreTrainedTokenizerBase) -> LDLMPipeline:
@@ -135,9 +192,11 @@ def build_pipeline(objective: JointObjective, tokenizer: PreTrainedTokenizerBase
 
 
 def save_components(objective: JointObjective, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Saves all but a token decoder in a pipeline's layout; there is no `model_index.json` yet."""
-    for name in ("token_encoder", "latent_encoder", "latent_decoder", "transformer", "scheduler"):
-        getattr(objective, name).save_pretrained(folder / name)
+    """Saves the parts that there are in a pipeline's layout; there is no `model_index.json` yet."""
+    for name in PARTS:
+        part = getattr(objective, name)
+        if part is not None:
+            part.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "tokenizer")
 
 

@@ -38,21 +38,24 @@ def reconstruction(
 
 
 @torch.no_grad()
-def diffusion_loss_on_grid(
-    objective: JointObjective, sequences: torch.Tensor, grid_size: int, batch_size: int, device: torch.device
-) -> list[tuple[float, float]]:
-    """Held-out diffusion loss at `grid_size` evenly spaced times of (0, 1], the same noise each time it is called."""
-    grid = torch.linspace(0, 1, grid_size + 1)[1:]
-    totals = torch.zeros(grid_size, dtype=torch.float64)
-    counts = torch.zeros(grid_size, dtype=torch.float64)
+def diffusion_loss_at(
+    objective: JointObjective, sequences: torch.Tensor, times: torch.Tensor, batch_size: int, device: torch.device
+) -> list[float]:
+    """Held-out diffusion loss at each of `times` (in [0, 1], of shape (G,)), the same noise each time it is called.
+
+    The sequences are dealt out to the times in turn, so there must be at least as many of them; with fewer, the times
+    behind the last one are left out.
+    """
+    totals = torch.zeros(len(times), dtype=torch.float64)
+    counts = torch.zeros(len(times), dtype=torch.float64)
     generator = torch.Generator(device).manual_seed(0)
-    times = grid[torch.arange(len(sequences)) % grid_size]
-    for input_ids, timesteps in zip(sequences.split(batch_size), times.split(batch_size), strict=True):
-        losses = objective(input_ids.to(device), timesteps.to(device), generator=generator)
-        place = (timesteps * grid_size).round().long() - 1
-        totals.index_add_(0, place, losses.diffusion_per_example.double().cpu())
-        counts.index_add_(0, place, torch.ones(len(place), dtype=torch.float64))
-    return [(float(t), float(total / count)) for t, total, count in zip(grid, totals, counts, strict=True) if count]
+    places = torch.arange(len(sequences)) % len(times)
+    for input_ids, some_places in zip(sequences.split(batch_size), places.split(batch_size), strict=True):
+        latents = objective.latent_encoder(objective.token_encoder(input_ids.to(device)).hidden_states).latents.float()
+        losses = objective.diffusion_losses(latents, times[some_places].float().to(device), generator)
+        totals.index_add_(0, some_places, losses.double().cpu())
+        counts.index_add_(0, some_places, torch.ones(len(some_places), dtype=torch.float64))
+    return (totals / counts)[counts > 0].tolist()
 
 
 def sample(

@@ -126,9 +126,14 @@ def count_flops(objective: nn.Module, batch_size: int, sequence_length: int) -> 
         )
         for name in dict.fromkeys(name for name, _ in once)
     ]
-    if isinstance(objective, JointObjective) and objective.settings.self_conditioning_probability:
+    if is_denoising(objective) and objective.settings.self_conditioning_probability:
         parts.append(self_conditioning_pass(objective, batch_size))
     return PassFlops(tuple(parts), batch_size * sequence_length)
+
+
+def is_denoising(objective: nn.Module) -> bool:
+    """Whether a pass of an objective runs a denoiser."""
+    return isinstance(objective, JointObjective) and objective.transformer is not None
 
 
 def count_by_part(

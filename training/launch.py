@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from components import count_parameters, trained_components
 from evaluation import held_out_sequences
 from flops import RunEstimate, device_peak, estimate_run
 from hub_upload import HubUploads, add_hub_arguments
-from ldlm_hf import LDLMPipeline, LDLMTokenEncoder, load_corpora, resolve_pretrained_source
+from ldlm_hf import JointObjective, LDLMPipeline, LDLMTokenEncoder, load_corpora, resolve_pretrained_source
 from ldlm_hf.data import DataSettings, TextCorpora
+from ldlm_hf.models.statistics import mean_and_std
 from loop import TrainingLoop, split_batch
 from model_card import write_results
 from run_folder import check_output_dir
@@ -130,16 +132,40 @@ def fit_token_encoder(
     """Fills in the statistics of a frozen encoder, the same on all ranks."""
     if token_encoder.is_fitted:
         return
-    if isinstance(dataset, IterableDataset):
-        sequences = torch.stack(
-            [item["input_ids"] for item in itertools.islice(dataset, settings.model.statistics_sequences)]
-        )
-    else:
-        sequences = held_out_sequences(dataset, settings.model.statistics_sequences)
     token_encoder.to(accelerator.device)
-    token_encoder.fit_statistics(sequences.split(settings.evaluation.batch_size))
+    token_encoder.fit_statistics(statistics_batches(dataset, settings))
     # accelerators' sums may differ in the last bit from rank to rank
     broadcast([token_encoder.mean, token_encoder.std])
+
+
+@torch.no_grad()
+def fit_latent_statistics(
+    objective: JointObjective, dataset: Dataset, settings: RunSettings, accelerator: Accelerator
+) -> None:
+    """Standardises the latents of a frozen autoencoder (COSMOS, Meshchaninov et al., 2025), the same on all ranks."""
+    encoder, decoder = objective.latent_encoder, objective.latent_decoder
+    if encoder.config.standardize_latents:
+        return
+    objective.to(accelerator.device)
+    batches = (input_ids.to(accelerator.device) for input_ids in statistics_batches(dataset, settings))
+    hidden_states = (objective.token_encoder(input_ids).hidden_states for input_ids in batches)
+    mean, std, _ = mean_and_std(encoder(some).latents for some in hidden_states)
+    broadcast([mean, std])
+    for part in (encoder, decoder):
+        part.set_latent_statistics(mean, std)
+
+
+def statistics_batches(dataset: Dataset, settings: RunSettings) -> Sequence[torch.Tensor]:
+    """Batches of token ids (B, L) of the training sequences that statistics are computed over."""
+    sequences = training_sequences(dataset, settings.model.statistics_sequences)
+    return sequences.split(settings.evaluation.batch_size)
+
+
+def training_sequences(dataset: Dataset, count: int) -> torch.Tensor:
+    """`count` training sequences (count, L): spread evenly over a data set, or the first ones of a stream."""
+    if isinstance(dataset, IterableDataset):
+        return torch.stack([item["input_ids"] for item in itertools.islice(dataset, count)])
+    return held_out_sequences(dataset, count)
 
 
 def check_judge(settings: EvaluationSettings) -> None:

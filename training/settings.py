@@ -27,6 +27,7 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
     TimestepSamplerSettings,
 )
+from ldlm_hf.objective.joint import STAGES
 
 
 @dataclass
@@ -39,11 +40,13 @@ class ModelSettings:
         tokenizer: the same for the tokenizer; the backbone's own by default.
         layer: index into the backbone's hidden states (the paper's "third-to-last").
         representation: `hidden`, `embedding` or `scratch`.
+        normalize_embeddings: scale embeddings from scratch to the norm sqrt(D).
         statistics_sequences: training sequences that the hidden states' mean and standard deviation are computed
-            over (the paper does not say how many).
+            over (the paper does not say how many); in the stage `diffusion` those of the latents.
         sequence_length: tokens L.
         num_latents: latents N; L by default.
-        latent_size: width d_z of a latent; the width of the latent encoder by default.
+        latent_size: width d_z of a latent; the width of the latent encoder by default, or of the hidden states where
+            those are the latents (`latent_encoder.architecture=identity`).
         latent_encoder: fields of `LDLMLatentEncoderConfig`.
         latent_decoder: fields of `LDLMLatentDecoderConfig`.
         token_decoder: fields of `LDLMTokenDecoderConfig`.
@@ -57,6 +60,7 @@ class ModelSettings:
     tokenizer: str | None = None
     layer: int = -3
     representation: str = "hidden"
+    normalize_embeddings: bool = False
     statistics_sequences: int = 2048
     sequence_length: int = 1024
     num_latents: int | None = None
@@ -191,6 +195,11 @@ class RunSettings:
     Attributes:
         train_token_decoder: train the token decoder jointly, behind a stop-gradient. False leaves it out, for
             `train_token_decoder.py` to train one afterwards (Section 4.1, B.2).
+        stage: `joint`, or for latent spaces of two stages (Section 7) `autoencoder`, which trains no denoiser, and
+            then `diffusion`, which trains a denoiser alone on the frozen autoencoder in `components`, its latents
+            standardised.
+        components: folder or Hub id of the frozen components; with `stage=diffusion` only. Sections that describe
+            these components (all of `model` but `transformer`, `scheduler` and `statistics_sequences`) are not read.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -202,6 +211,17 @@ class RunSettings:
     loop: LoopSettings = field(default_factory=LoopSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     train_token_decoder: bool = True
+    stage: str = "joint"
+    components: str = ""
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage={self.stage!r} is unknown; it is one of {', '.join(STAGES)}.")
+        if (self.stage == "diffusion") != bool(self.components):
+            raise ValueError(
+                f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
+                "frozen components that components=RUN/pipeline names, and no other stage does."
+            )
 
 
 @dataclass
@@ -357,10 +377,13 @@ def to_yaml(settings: Any) -> str:
 
 
 def differences(settings: Any, others: str) -> list[str]:
-    """Dotted keys in which settings differ from those of a saved YAML text."""
+    """Dotted keys in which settings differ from those of a saved YAML text.
 
-    mine = flatten(OmegaConf.to_container(OmegaConf.structured(settings)))
-    theirs = flatten(OmegaConf.to_container(OmegaConf.create(others)))
+    A setting that the text does not have was added later than it was saved, and had its default then.
+    """
+    mine, defaults = (OmegaConf.to_container(OmegaConf.structured(one)) for one in (settings, type(settings)()))
+    theirs = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(defaults), OmegaConf.create(others)))
+    mine, theirs = flatten(mine), flatten(theirs)
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from components import (
+    build_diffusion_objective,
     build_models,
     build_objective,
     build_pipeline,
@@ -20,11 +21,12 @@ from components import (
     build_tokenizer,
     save_components,
 )
-from evaluation import diffusion_loss_on_grid, held_out_sequences, reconstruction, sample, score
+from evaluation import diffusion_loss_at, held_out_sequences, reconstruction, sample, score
 from launch import (
     build_accelerator,
     build_loop,
     finish_run,
+    fit_latent_statistics,
     fit_token_encoder,
     load_text,
     parse_arguments,
@@ -87,14 +89,14 @@ class JointTask(Task):
                 # reconstruction depends on the latents' scale through this ratio alone (see configs/README.md)
                 "latent_std_over_decoder_noise": losses.latent_std / max(self.settings.objective.decoder_noise, 1e-12),
             },
-            observations=(timesteps, losses.diffusion_per_example),
+            observations=() if self.module.transformer is None else (timesteps, losses.diffusion_per_example),
         )
 
     def observe(self, *observations: torch.Tensor) -> None:
         self.timestep_sampler.update(*observations)
 
     def steps_until_observation(self) -> int | None:
-        return self.timestep_sampler.updates_until_refresh
+        return None if self.module.transformer is None else self.timestep_sampler.updates_until_refresh
 
     def log_values(self, step: int) -> dict[str, float]:
         return {"gate": self.gate(step), "adaptive_timesteps": float(self.timestep_sampler.is_active)}
@@ -105,15 +107,36 @@ class JointTask(Task):
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         self.timestep_sampler.load_state_dict(state_dict)
 
+    def diffusion_loss_over_time(self, snapshot: JointObjective) -> tuple[list[tuple[float, float]], dict[str, float]]:
+        """Held-out diffusion loss at evenly spaced times, as pairs (t, loss), and what the log is given (Fig. 5).
+
+        The log also has the sampler's F(t) at these times, and, where it is not F(t) = t, the loss at times that are
+        evenly spaced in u = F(t).
+        """
+        evaluation = self.settings.evaluation
+        grid = torch.linspace(0, 1, evaluation.grid_size + 1, dtype=torch.float64)[1:]
+
+        def losses_at(times: torch.Tensor) -> list[float]:
+            return diffusion_loss_at(snapshot, self.held_out, times, evaluation.batch_size, self.device)
+
+        losses = losses_at(grid)
+        values = {"diffusion_loss": sum(losses) / len(losses)}
+        values |= {f"diffusion_loss/t={t:.2f}": loss for t, loss in zip(grid.tolist(), losses, strict=False)}
+        if self.timestep_sampler.is_active:
+            cdf, times = self.timestep_sampler.cdf(grid), self.timestep_sampler.quantile(grid)
+            values |= {f"timestep_cdf/t={t:.2f}": float(u) for t, u in zip(grid, cdf, strict=True)}
+            warped = zip(grid, losses_at(times), strict=False)
+            values |= {f"warped_diffusion_loss/u={u:.2f}": loss for u, loss in warped}
+        return list(zip(grid.tolist(), losses, strict=False)), values
+
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         assert isinstance(snapshot, JointObjective)
         evaluation = self.settings.evaluation
         results = reconstruction(snapshot, self.held_out, evaluation.batch_size, self.device)
-        grid = diffusion_loss_on_grid(
-            snapshot, self.held_out, evaluation.grid_size, evaluation.batch_size, self.device
-        )
-        results |= {f"diffusion_loss/t={t:.2f}": loss for t, loss in grid}
-        results["diffusion_loss"] = sum(loss for _, loss in grid) / len(grid)
+        if snapshot.transformer is None:
+            return Evaluation(results)
+        grid, values = self.diffusion_loss_over_time(snapshot)
+        results |= values
         if snapshot.token_decoder is None:
             return Evaluation(results, loss_over_time=grid)
         texts: list[str] = []
@@ -131,19 +154,26 @@ def main() -> None:
     accelerator = build_accelerator(settings.loop)
     # every rank starts from the same weights
     set_seed(settings.loop.seed)
-    tokenizer = build_tokenizer(settings.model)
-    token_encoder = build_token_encoder(settings.model, tokenizer)
+    tokenizer = build_tokenizer(settings)
+    length = settings.model.sequence_length
+    if settings.stage == "diffusion":
+        objective = build_diffusion_objective(settings)
+    else:
+        token_encoder = build_token_encoder(settings.model, tokenizer)
     if arguments.dry_run:
-        models = build_models(settings, token_encoder)
-        trained = nn.ModuleDict({name: model for name, model in models.items() if isinstance(model, nn.Module)})
-        print_overview(settings, trained, settings.model.sequence_length, accelerator)
+        if settings.stage != "diffusion":
+            models = build_models(settings, token_encoder)
+            objective = nn.ModuleDict({name: model for name, model in models.items() if isinstance(model, nn.Module)})
+        print_overview(settings, objective, length, accelerator)
         return
 
     checkpoint, uploads = prepare_run(arguments, settings, accelerator)
-    length = settings.model.sequence_length
     corpora = load_text(settings.data, tokenizer, length, accelerator)
-    fit_token_encoder(token_encoder, corpora.train, settings, accelerator)
-    objective = build_objective(settings, token_encoder)
+    if settings.stage == "diffusion":
+        fit_latent_statistics(objective, corpora.train, settings, accelerator)
+    else:
+        fit_token_encoder(token_encoder, corpora.train, settings, accelerator)
+        objective = build_objective(settings, token_encoder, tokenizer)
     speed_up(objective, settings.loop)
     print_overview(settings, objective, length, accelerator)
     held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
@@ -152,14 +182,20 @@ def main() -> None:
     evaluation = loop.run()
     if evaluation is None or not accelerator.is_main_process:
         return
-    if settings.train_token_decoder:
+    if objective.transformer is not None and objective.token_decoder is not None:
         pipeline = build_pipeline(loop.snapshot, tokenizer)
         finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
+        return
+    folder = f"{settings.loop.output_dir}/pipeline"
+    save_components(loop.snapshot, tokenizer, Path(folder))
+    if objective.transformer is None:
+        print(
+            f"Trained an autoencoder. To train its denoiser, run this script with stage=diffusion components={folder}"
+        )
     else:
-        save_components(loop.snapshot, tokenizer, Path(settings.loop.output_dir) / "pipeline")
         print(
             "The token decoder was left out of training (train_token_decoder=false). To get a pipeline, run "
-            f"training/train_token_decoder.py components={settings.loop.output_dir}/pipeline"
+            f"training/train_token_decoder.py components={folder}"
         )
 
 

@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import AutoTokenizer
 
+from components import load_part
 from evaluation import held_out_sequences
 from launch import (
     build_accelerator,
@@ -36,8 +37,6 @@ from ldlm_hf import (
     LDLMTokenDecoder,
     LDLMTokenDecoderConfig,
     LDLMTokenEncoder,
-    LDLMTransformer1DModel,
-    TangentEulerMaruyamaScheduler,
 )
 from ldlm_hf.objective.joint import layers_to_shard, token_cross_entropy
 from randomness import RowRandomness
@@ -155,12 +154,11 @@ def load_components(settings: TokenDecoderSettings) -> dict[str, Any]:
     if not settings.components:
         raise ValueError("components='' names nothing to train on; set components=RUN/pipeline or a Hub id.")
     source = settings.components
-    token_encoder = LDLMTokenEncoder.from_pretrained(source, subfolder="token_encoder")
-    latent_encoder = LDLMLatentEncoder.from_pretrained(source, subfolder="latent_encoder")
+    token_encoder, latent_encoder = load_part(source, "token_encoder"), load_part(source, "latent_encoder")
     latent_decoder = None
     input_size = latent_encoder.config.latent_size
     if settings.reads == "hidden_states":
-        latent_decoder = LDLMLatentDecoder.from_pretrained(source, subfolder="latent_decoder")
+        latent_decoder = load_part(source, "latent_decoder")
         input_size = latent_decoder.config.token_hidden_size
     elif latent_encoder.config.num_latents != latent_encoder.config.sequence_length:
         raise ValueError(
@@ -202,11 +200,11 @@ def main() -> None:
     if evaluation is not None and accelerator.is_main_process:
         snapshot = loop.snapshot.eval()
         pipeline = LDLMPipeline(
-            transformer=LDLMTransformer1DModel.from_pretrained(settings.components, subfolder="transformer"),
+            transformer=load_part(settings.components, "transformer"),
             latent_decoder=snapshot.latent_decoder,
             token_decoder=snapshot.token_decoder,
             tokenizer=tokenizer,
-            scheduler=TangentEulerMaruyamaScheduler.from_pretrained(settings.components, subfolder="scheduler"),
+            scheduler=load_part(settings.components, "scheduler"),
             token_encoder=snapshot.token_encoder,
             latent_encoder=snapshot.latent_encoder,
         ).to(accelerator.device)

@@ -60,5 +60,7 @@ class LDLMLatentDecoder(LDLMLatentPreTrainedModel):
                 f"latents of shape {tuple(latents.shape)} do not fit this latent decoder, which was built for "
                 f"(batch_size, num_latents={config.num_latents}, latent_size={config.latent_size})."
             )
+        if config.standardize_latents:
+            latents = (latents.float() * self.latents_std + self.latents_mean).to(latents.dtype)
         hidden_states = self.map_sequence(latents)  # (B, L, D)
         return LDLMLatentDecoderOutput(hidden_states=hidden_states) if return_dict else (hidden_states,)

@@ -14,7 +14,7 @@ from ..hub.safe_loading import SafeLoadingMixin, check_settings
 from .layers import PerceiverLayer, SelfAttentionLayer, SequenceMapper, initialize_layer
 
 
-ARCHITECTURES = ("perceiver", "self_attention")
+ARCHITECTURES = ("perceiver", "self_attention", "identity")
 
 
 class LDLMLatentConfig(PretrainedConfig):
@@ -26,13 +26,19 @@ class LDLMLatentConfig(PretrainedConfig):
         num_attention_heads: attention heads; must divide `hidden_size`.
         intermediate_size: inner width of the feed-forward.
         sequence_length: tokens L.
-        num_latents: latents N; with `architecture="self_attention"` it must equal `sequence_length`.
+        num_latents: latents N; with `architecture="self_attention"` or `"identity"` it must equal `sequence_length`.
         latent_size: width d_z of a latent.
         token_hidden_size: width D of the token encoder's hidden states.
-        architecture: `"perceiver"` (Perceiver Resampler) or `"self_attention"` (App. B.4).
+        architecture: `"perceiver"` (Perceiver Resampler), `"self_attention"` (App. B.4) or `"identity"`: the hidden
+            states themselves are the latents, and the sizes of layers say nothing. With the token encoder's three
+            representations these are the latent spaces of TEncDM (Shabalin et al., 2025: `"hidden"`), SED (Strudel et
+            al., 2023: `"embedding"`) and Diffusion-LM (Li et al., 2022: `"scratch"`).
         aligned_queries: start the Perceiver's query i beside its key i (ours; it shortens the first phase of
             training and changes no formula). False starts them independent, as a plain Perceiver Resampler does.
         initializer_range: standard deviation of learned positions and latents at the start.
+        standardize_latents: whether latents have zero mean and unit variance in each dimension, by statistics that
+            the models hold: of a frozen autoencoder, whose diffusion is trained in a second stage (COSMOS,
+            Meshchaninov et al., 2025). Joint training leaves their scale free.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown architecture.
@@ -51,15 +57,21 @@ class LDLMLatentConfig(PretrainedConfig):
         architecture: str = "perceiver",
         aligned_queries: bool = True,
         initializer_range: float = 0.02,
+        standardize_latents: bool = False,
         **kwargs: Any,
     ):
         check_settings(LDLMLatentConfig.__init__, locals())
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture={architecture!r} is unknown; it is one of {', '.join(ARCHITECTURES)}.")
-        if architecture == "self_attention" and num_latents != sequence_length:
+        if architecture != "perceiver" and num_latents != sequence_length:
             raise ValueError(
-                f"num_latents={num_latents} with architecture='self_attention' must equal "
+                f"num_latents={num_latents} with architecture={architecture!r} must equal "
                 f"sequence_length={sequence_length}, since it gives one latent a token; or use 'perceiver'."
+            )
+        if architecture == "identity" and latent_size != token_hidden_size:
+            raise ValueError(
+                f"latent_size={latent_size} with architecture='identity' must equal token_hidden_size="
+                f"{token_hidden_size}, since the hidden states themselves are the latents."
             )
         check_attention_heads(hidden_size, num_attention_heads)
         self.hidden_size = hidden_size
@@ -73,6 +85,7 @@ class LDLMLatentConfig(PretrainedConfig):
         self.architecture = architecture
         self.aligned_queries = aligned_queries
         self.initializer_range = initializer_range
+        self.standardize_latents = standardize_latents
         super().__init__(**kwargs)
 
 
@@ -109,33 +122,52 @@ class LDLMLatentPreTrainedModel(SafeLoadingMixin, PreTrainedModel):
     _no_split_modules = [PerceiverLayer.__name__, SelfAttentionLayer.__name__]
     # the name of diffusers' convention, which `compile_repeated_blocks` reads
     _repeated_blocks = [PerceiverLayer.__name__, SelfAttentionLayer.__name__]
+    _keep_in_fp32_modules_strict = ["latents_mean", "latents_std"]
 
     def __init__(
         self, config: LDLMLatentConfig, input_size: int, input_length: int, output_size: int, output_length: int
     ):
         super().__init__(config)
         width = config.hidden_size
-        # at the paper's geometry all widths are equal, and there is no projection
-        self.proj_in = nn.Identity() if input_size == width else nn.Linear(input_size, width)
-        self.mapper = SequenceMapper(
-            config.architecture,
-            width,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.intermediate_size,
-            input_length,
-            output_length,
-            config.aligned_queries,
-        )
-        self.proj_out = nn.Identity() if output_size == width else nn.Linear(width, output_size)
+        self.mapper = None
+        if config.architecture == "identity":
+            # a model of transformers finds its device and its type by a parameter
+            self.no_weights = nn.Parameter(torch.empty(0), requires_grad=False)
+        else:
+            # at the paper's geometry all widths are equal, and there is no projection
+            self.proj_in = nn.Identity() if input_size == width else nn.Linear(input_size, width)
+            self.mapper = SequenceMapper(
+                config.architecture,
+                width,
+                config.num_hidden_layers,
+                config.num_attention_heads,
+                config.intermediate_size,
+                input_length,
+                output_length,
+                config.aligned_queries,
+            )
+            self.proj_out = nn.Identity() if output_size == width else nn.Linear(width, output_size)
+        if config.standardize_latents:
+            self.set_latent_statistics(torch.zeros(config.latent_size), torch.ones(config.latent_size))
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Makes the mean and standard deviation of each dimension of the latents, (d_z,), part of the weights.
+
+        The latent encoder divides by what the latent decoder multiplies with, so both must be given the same.
+        """
+        self.config.standardize_latents = True
+        self.register_buffer("latents_mean", mean.detach().float().clone())
+        self.register_buffer("latents_std", std.detach().float().clone())
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_layer(module, self.config.initializer_range)
 
     def map_sequence(self, sequence: torch.Tensor) -> torch.Tensor:
         """(B, input_length, input_size) → (B, output_length, output_size)"""
+        if self.mapper is None:
+            return sequence
         checkpoint_function = self._gradient_checkpointing_func if self.gradient_checkpointing else None
         return self.proj_out(self.mapper(self.proj_in(sequence), checkpoint_function))
 
@@ -187,4 +219,6 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
                 f"{config.sequence_length}, token_hidden_size={config.token_hidden_size}."
             )
         latents = self.map_sequence(hidden_states)  # (B, N, d_z)
+        if config.standardize_latents:
+            latents = ((latents.float() - self.latents_mean) / self.latents_std).to(latents.dtype)
         return LDLMLatentEncoderOutput(latents=latents) if return_dict else (latents,)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -24,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from ..hub.safe_loading import SafeLoadingMixin, check_settings
 from ..pretrained_sources import resolve_pretrained_source
+from .statistics import mean_and_std
 
 
 REPRESENTATIONS = ("hidden", "embedding", "scratch")
@@ -41,6 +44,8 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         apply_final_norm: whether that index lies behind the final norm, which only the last one does.
         representation: `"hidden"`: hidden states of that layer; `"embedding"`: frozen token embeddings alone, without
             positions; `"scratch"`: trainable token embeddings.
+        normalize_embeddings: whether embeddings from scratch are scaled to the norm sqrt(D), as in CDCD (Dieleman et
+            al., 2022): a diffusion loss that is trained through embeddings of free scale shrinks them to nothing.
         vocab_size: vocabulary V.
         hidden_size: width D.
         max_position_embeddings: longest sequence that the language model takes; None where nothing bounds it.
@@ -58,6 +63,7 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         layer: int = -3,
         apply_final_norm: bool = False,
         representation: str = "embedding",
+        normalize_embeddings: bool = False,
         vocab_size: int = 50257,
         hidden_size: int = 768,
         max_position_embeddings: int | None = None,
@@ -68,6 +74,11 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         if representation not in REPRESENTATIONS:
             raise ValueError(
                 f"representation={representation!r} is unknown; it is one of {', '.join(REPRESENTATIONS)}."
+            )
+        if normalize_embeddings and representation != "scratch":
+            raise ValueError(
+                f"normalize_embeddings=True with representation={representation!r}: only embeddings that are trained "
+                "from scratch are normalised, the others are standardised; leave it out."
             )
         if isinstance(backbone_config, PretrainedConfig):
             backbone_config = backbone_config.to_dict()
@@ -83,6 +94,7 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         self.layer = layer
         self.apply_final_norm = apply_final_norm
         self.representation = representation
+        self.normalize_embeddings = normalize_embeddings
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.max_position_embeddings = max_position_embeddings
@@ -126,7 +138,6 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
     _supports_sdpa = True
     # hidden states of language models have dimensions far from zero, whose mean half precision would round away
     _keep_in_fp32_modules_strict = ["mean", "std"]
-    variance_floor = 1e-4  # that of the same authors' COSMOS
 
     def __init__(self, config: LDLMTokenEncoderConfig):
         super().__init__(config)
@@ -175,6 +186,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         name_or_path: str,
         layer: int = -3,
         representation: str = "hidden",
+        normalize_embeddings: bool = False,
         **kwargs: Any,
     ) -> LDLMTokenEncoder:
         """Starts a token encoder from a causal or masked language model of transformers, with its first layers only.
@@ -185,6 +197,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 two before the last. The blocks behind it are dropped.
             representation: `"hidden"`, `"embedding"` (token embeddings alone, no positions) or `"scratch"`
                 (trainable embeddings of the same vocabulary and width).
+            normalize_embeddings: see [`LDLMTokenEncoderConfig`]; with `"scratch"` only.
             kwargs: passed to `AutoModel.from_pretrained` (`revision`, `cache_dir`, `token`, ...).
 
         Raises:
@@ -200,6 +213,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             backbone_config = AutoConfig.from_pretrained(source.name_or_path, **source.kwargs, **kwargs)
             config = cls.config_class(
                 representation=representation,
+                normalize_embeddings=normalize_embeddings,
                 vocab_size=backbone_config.vocab_size,
                 hidden_size=backbone_config.hidden_size,
             )
@@ -210,7 +224,12 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         embedding = backbone.get_input_embeddings()
         if representation == "embedding":
             vocab_size, width = embedding.weight.shape
-            config = cls.config_class(representation=representation, vocab_size=vocab_size, hidden_size=width)
+            config = cls.config_class(
+                representation=representation,
+                normalize_embeddings=normalize_embeddings,
+                vocab_size=vocab_size,
+                hidden_size=width,
+            )
             token_encoder = cls(config)
             token_encoder.embedding.load_state_dict({"weight": embedding.weight})
             return token_encoder.to(embedding.weight.dtype)
@@ -227,6 +246,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             layer=layer,
             apply_final_norm=num_blocks_kept == num_blocks,
             representation=representation,
+            normalize_embeddings=normalize_embeddings,
             vocab_size=embedding.num_embeddings,
             hidden_size=backbone.config.hidden_size,
             max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
@@ -265,7 +285,10 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         """Token ids (B, L) → hidden states (B, L, D), not standardised."""
         if self.config.representation == "hidden":
             return self.backbone(input_ids=input_ids).last_hidden_state
-        return self.embedding(input_ids)
+        embeddings = self.embedding(input_ids)
+        if self.config.normalize_embeddings:
+            embeddings = F.normalize(embeddings, dim=-1) * math.sqrt(self.config.hidden_size)
+        return embeddings
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
@@ -281,30 +304,18 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         """
         if self.config.representation == "scratch":
             raise ValueError("representation='scratch' is trained, so it has no fixed statistics; do not fit it.")
-        count = 0
-        total = torch.zeros(self.config.hidden_size, dtype=torch.float64, device=self.mean.device)
-        total_of_squares = torch.zeros_like(total)
-        offset: torch.Tensor | None = None
+        mean, std, count = mean_and_std(self._unstandardised(batches))
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        self.config.num_statistics_tokens = count
+
+    def _unstandardised(self, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> Iterator[torch.Tensor]:
+        """Hidden states (B, L, D) of batches, as the language model gives them."""
         for batch in batches:
             input_ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
             self.check_input_ids(input_ids)
-            if input_ids.numel() == 0:
-                continue
-            hidden_states = self.run_backbone(input_ids.to(self.mean.device)).double().flatten(0, 1)  # (B * L, D)
-            if offset is None:
-                # the variance of what is left after a rough mean does not cancel
-                offset = hidden_states.mean(0)
-            hidden_states = hidden_states - offset
-            count += hidden_states.shape[0]
-            total += hidden_states.sum(0)
-            total_of_squares += hidden_states.square().sum(0)
-        if offset is None:
-            raise ValueError("fit_statistics needs at least one token; `batches` held none.")
-        centred_mean = total / count
-        variance = (total_of_squares / count - centred_mean.square()).clamp_min(self.variance_floor)
-        self.mean.copy_(offset + centred_mean)
-        self.std.copy_(variance.sqrt())
-        self.config.num_statistics_tokens = count
+            if input_ids.numel():
+                yield self.run_backbone(input_ids.to(self.mean.device))
 
     def check_input_ids(self, input_ids: torch.Tensor) -> None:
         """Raises ValueError for token ids of a wrong type, a wrong shape or outside the vocabulary."""

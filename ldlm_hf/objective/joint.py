@@ -21,6 +21,7 @@ from .warmup import scale_gradient
 
 
 RECONSTRUCTION_LOSSES = ("hidden", "token", "hidden+token")
+STAGES = ("joint", "autoencoder", "diffusion")
 
 
 @dataclass
@@ -40,6 +41,14 @@ class JointObjectiveSettings:
         token_weight: weight of the token loss.
         token_share: share of a batch's examples that the token loss is taken on (1.0 in the paper). Less is still
             an unbiased estimate, and saves vocabulary projections where those are most of the cost.
+        token_masking: probability with which a token is masked before it is encoded. This and the next two make the
+            latents of an autoencoder robust that is trained before the diffusion (COSMOS, Meshchaninov et al., 2025:
+            0.3, sqrt(1 - 0.7^2) and 0.4); they go with `stage="autoencoder"` only.
+        mask_token_id: what stands for a masked token; the training scripts take the tokenizer's mask token, or its
+            end-of-text token where it has none (ours).
+        feature_noise: standard deviation n of noise on the hidden states that are encoded, which are scaled by
+            sqrt(1 - n^2) so that their variance stays 1.
+        latent_dropout: probability with which an entry of the latents is zeroed before they are decoded.
     """
 
     reconstruction: str = "hidden"
@@ -49,6 +58,10 @@ class JointObjectiveSettings:
     hidden_weight: float = 1.0
     token_weight: float = 1.0
     token_share: float = 1.0
+    token_masking: float = 0.0
+    mask_token_id: int | None = None
+    feature_noise: float = 0.0
+    latent_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.reconstruction not in RECONSTRUCTION_LOSSES:
@@ -59,8 +72,11 @@ class JointObjectiveSettings:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be a finite number that is not negative.")
-        if not 0 <= self.self_conditioning_probability <= 1:
-            raise ValueError(f"self_conditioning_probability={self.self_conditioning_probability} must lie in [0, 1].")
+        for name in ("self_conditioning_probability", "token_masking", "feature_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
+        if not 0 <= self.latent_dropout < 1:
+            raise ValueError(f"latent_dropout={self.latent_dropout} must lie in [0, 1).")
         if not 0 < self.token_share <= 1:
             raise ValueError(f"token_share={self.token_share} must lie in (0, 1].")
 
@@ -69,7 +85,7 @@ class JointObjectiveSettings:
 class JointLosses:
     """What [`JointObjective`] measures on one batch; the scalars are means over everything they run over.
 
-    The four losses carry their graphs; `total` is the one to call `backward` on.
+    The four losses carry their graphs; `total` is the one to call `backward` on. What the stage leaves out is 0.
 
     Attributes:
         total: the weighted sum that is minimised (Eq. 4).
@@ -77,7 +93,7 @@ class JointLosses:
         token: cross-entropy in nats a token (Eq. 3); 0 without a token decoder.
         diffusion: mean squared error of the predicted clean latents (Eq. 1).
         diffusion_per_example: the same for each example, of shape (B,), for the timestep sampler.
-        token_accuracy: share of tokens decoded right from the noisy latents; NaN without a token decoder.
+        token_accuracy: share of tokens decoded right from the noisy latents; NaN where none are decoded.
         latent_std: standard deviation of the latents' entries.
     """
 
@@ -95,14 +111,18 @@ class JointObjective(nn.Module):
     Trains latent encoder, latent decoder, token decoder and denoiser together. One module with one `forward`, so that
     DDP and FSDP see one call.
 
+    Latent spaces of two stages (Section 7) train with the same parts: `stage="autoencoder"` has no denoiser and no
+    diffusion loss, and `stage="diffusion"` trains a denoiser alone, on the latents of a frozen autoencoder.
+
     Args:
         token_encoder: frozen and fitted (or trained from scratch).
         latent_encoder: E.
         latent_decoder: D.
         token_decoder: trained behind a stop-gradient; `None` leaves it out of joint training (Section 4.1).
-        transformer: the denoiser.
+        transformer: the denoiser; `None` with `stage="autoencoder"`.
         scheduler: the noise process.
         settings: variants and weights.
+        stage: `"joint"`, `"autoencoder"` or `"diffusion"`.
 
     Raises:
         ValueError: sizes of components that do not fit each other, or a variant that needs what is not there.
@@ -114,9 +134,10 @@ class JointObjective(nn.Module):
         latent_encoder: LDLMLatentEncoder,
         latent_decoder: LDLMLatentDecoder,
         token_decoder: LDLMTokenDecoder | None,
-        transformer: LDLMTransformer1DModel,
+        transformer: LDLMTransformer1DModel | None,
         scheduler: TangentEulerMaruyamaScheduler,
         settings: JointObjectiveSettings | None = None,
+        stage: str = "joint",
     ):
         super().__init__()
         self.token_encoder = token_encoder
@@ -126,7 +147,31 @@ class JointObjective(nn.Module):
         self.transformer = transformer
         self.scheduler = scheduler
         self.settings = settings or JointObjectiveSettings()
+        self.stage = stage
+        self._check_stage()
         self._check_components()
+        if stage == "diffusion":
+            for part in (token_encoder, latent_encoder, latent_decoder, token_decoder):
+                if part is not None:
+                    part.requires_grad_(False)
+
+    def _check_stage(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage={self.stage!r} is unknown; it is one of {', '.join(STAGES)}.")
+        if (self.transformer is None) != (self.stage == "autoencoder"):
+            raise ValueError(
+                f"stage={self.stage!r} {'needs a' if self.transformer is None else 'has no'} transformer: there is no "
+                "denoiser in the stage 'autoencoder', and one in every other."
+            )
+        settings = self.settings
+        for name in ("token_masking", "feature_noise", "latent_dropout"):
+            if getattr(settings, name) and self.stage != "autoencoder":
+                raise ValueError(
+                    f"{name}={getattr(settings, name)} goes with stage='autoencoder' only, not {self.stage!r}: the "
+                    "diffusion loss is taken on latents of undisturbed text."
+                )
+        if settings.token_masking and settings.mask_token_id is None:
+            raise ValueError(f"token_masking={settings.token_masking} needs a mask_token_id.")
 
     def _check_components(self) -> None:
         reconstruction = self.settings.reconstruction
@@ -164,16 +209,14 @@ class JointObjective(nn.Module):
                 f"sequence_length={encoder.sequence_length} is longer than the token encoder's language model takes, "
                 f"max_position_embeddings={longest}; use shorter sequences or another backbone."
             )
-        check_equal(
-            ("latent encoder num_latents", encoder.num_latents),
-            ("latent decoder num_latents", decoder.num_latents),
-            ("transformer sample_size", self.transformer.config.sample_size),
-        )
-        check_equal(
-            ("latent encoder latent_size", encoder.latent_size),
-            ("latent decoder latent_size", decoder.latent_size),
-            ("transformer in_channels", self.transformer.config.in_channels),
-        )
+        for name, of_denoiser in (("num_latents", "sample_size"), ("latent_size", "in_channels")):
+            sizes = [
+                (f"latent encoder {name}", getattr(encoder, name)),
+                (f"latent decoder {name}", getattr(decoder, name)),
+            ]
+            if self.transformer is not None:
+                sizes.append((f"transformer {of_denoiser}", getattr(self.transformer.config, of_denoiser)))
+            check_equal(*sizes)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -199,30 +242,28 @@ class JointObjective(nn.Module):
                 Which examples are denoised with their own first estimate; drawn by default. No tensor: what DDP moves
                 to an accelerator cannot be looked at without waiting for it.
         """
-        settings = self.settings
-        hidden_states = self.token_encoder(input_ids).hidden_states.float()  # (B, L, D)
-        # losses and noise are float32 whatever autocast makes of the layers
-        latents = self.latent_encoder(hidden_states).latents.float()  # (B, N, d_z)
+        zero = torch.zeros((), device=input_ids.device)
+        hidden_loss = token_loss = zero
+        token_accuracy = torch.full_like(zero, torch.nan)
+        diffusion_per_example = zero.expand(len(input_ids))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "diffusion"):
+            hidden_states = self.token_encoder(input_ids).hidden_states.float()  # (B, L, D)
+            # losses and noise are float32 whatever autocast makes of the layers
+            disturbed = self.disturbed_hidden_states(input_ids, hidden_states, generator)
+            latents = self.latent_encoder(disturbed).latents.float()  # (B, N, d_z)
 
         # 1. reconstruction from noisy latents
-        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-        predicted = self.latent_decoder(latents + settings.decoder_noise * noise).hidden_states  # (B, L, D)
-        hidden_loss = mean_squared_error(predicted, hidden_states).mean()
-        token_loss, token_accuracy = self.token_losses(predicted, input_ids)
-
+        if self.stage != "diffusion":
+            hidden_loss, token_loss, token_accuracy = self.reconstruction_losses(
+                latents, hidden_states, input_ids, generator
+            )
         # 2. diffusion
-        target = scale_gradient(latents, gate)
-        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-        noisy_latents = self.scheduler.add_noise(target, noise, timesteps)
-        if self_conditioned is None:
-            source = generator[0] if isinstance(generator, list) else generator
-            offset = torch.rand((), generator=source, device="cpu" if source is None else source.device)
-            self_conditioned = systematic_sample(len(latents), settings.self_conditioning_probability, float(offset))
-        self_condition = self.first_estimate(noisy_latents, timesteps, self_conditioned)
-        clean_latents = self.transformer(noisy_latents, timesteps, self_condition).sample  # (B, N, d_z)
-        diffusion_per_example = mean_squared_error(clean_latents, target).flatten(1).mean(1)  # (B,)
+        if self.transformer is not None:
+            target = scale_gradient(latents, gate)
+            diffusion_per_example = self.diffusion_losses(target, timesteps, generator, self_conditioned)
         diffusion_loss = diffusion_per_example.mean()
 
+        settings = self.settings
         total = settings.diffusion_weight * diffusion_loss + settings.token_weight * token_loss
         if "hidden" in settings.reconstruction:
             total = total + settings.hidden_weight * hidden_loss
@@ -235,6 +276,64 @@ class JointObjective(nn.Module):
             token_accuracy=token_accuracy,
             latent_std=latents.detach().std(),
         )
+
+    def disturbed_hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """What is encoded (B, L, D): the hidden states, or with COSMOS' augmentations those of a masked text, noised.
+
+        The reconstruction's targets are the hidden states and tokens of the text as it is.
+        """
+        settings = self.settings
+        if settings.token_masking:
+            masked = random_mask(input_ids.shape, settings.token_masking, generator, input_ids.device)
+            assert settings.mask_token_id is not None  # _check_stage has refused this
+            masked_ids = input_ids.masked_fill(masked, settings.mask_token_id)
+            hidden_states = self.token_encoder(masked_ids).hidden_states.float()
+        if settings.feature_noise:
+            noise = randn_tensor(hidden_states.shape, generator, hidden_states.device, hidden_states.dtype)
+            hidden_states = math.sqrt(1 - settings.feature_noise**2) * hidden_states + settings.feature_noise * noise
+        return hidden_states
+
+    def reconstruction_losses(
+        self,
+        latents: torch.Tensor,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden-state loss (Eq. 2), token loss (Eq. 3) and token accuracy, from latents (B, N, d_z) with noise."""
+        settings = self.settings
+        if settings.latent_dropout:
+            dropped = random_mask(latents.shape, settings.latent_dropout, generator, latents.device)
+            latents = latents.masked_fill(dropped, 0) / (1 - settings.latent_dropout)
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+        predicted = self.latent_decoder(latents + settings.decoder_noise * noise).hidden_states  # (B, L, D)
+        hidden_loss = mean_squared_error(predicted, hidden_states).mean()
+        return hidden_loss, *self.token_losses(predicted, input_ids)
+
+    def diffusion_losses(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        self_conditioned: Sequence[bool] | None = None,
+    ) -> torch.Tensor:
+        """Diffusion loss (Eq. 1) of each example, (B,), on latents (B, N, d_z) at times (B,)."""
+        assert self.transformer is not None, "the stage 'autoencoder' has no diffusion loss"
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
+        if self_conditioned is None:
+            source = generator[0] if isinstance(generator, list) else generator
+            offset = torch.rand((), generator=source, device="cpu" if source is None else source.device)
+            probability = self.settings.self_conditioning_probability
+            self_conditioned = systematic_sample(len(latents), probability, float(offset))
+        self_condition = self.first_estimate(noisy_latents, timesteps, self_conditioned)
+        clean_latents = self.transformer(noisy_latents, timesteps, self_condition).sample  # (B, N, d_z)
+        return mean_squared_error(clean_latents, latents).flatten(1).mean(1)
 
     def token_losses(self, predicted: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy (Eq. 3) and accuracy of the token decoder on reconstructed hidden states (B, L, D)."""
@@ -254,6 +353,7 @@ class JointObjective(nn.Module):
 
         The extra pass has no gradient and runs on the chosen examples only.
         """
+        assert self.transformer is not None
         self_condition = torch.zeros_like(noisy_latents)
         if self.settings.self_conditioning_probability == 0:
             return self_condition
@@ -293,6 +393,20 @@ def systematic_sample(num_examples: int, probability: float, offset: float) -> l
         math.floor((place + 1) * probability + offset) > math.floor(place * probability + offset)
         for place in range(num_examples)
     ]
+
+
+def random_mask(
+    shape: torch.Size,
+    probability: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """True with a probability in (0, 1], each entry by itself.
+
+    Drawn by way of normal noise, since `randn_tensor` knows lists of generators, one an example.
+    """
+    threshold = torch.special.ndtri(torch.tensor(probability, dtype=torch.float64))
+    return randn_tensor(tuple(shape), generator, device, torch.float32) < float(threshold)
 
 
 def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,9 @@ class TimestepSamplerSettings:
         ema_decay: decay of the running loss estimate, for each optimiser step.
         update_every: optimiser steps between two refreshes of the probabilities.
         floor: added to every bin's probability before normalising, so that none starves.
+        uniform_share: share of the draws that stay uniform (0: none, as in the paper; ours). In a small run the loss
+            changes faster than a bin that is hardly drawn is seen again: the denoiser forgets it, its loss rises above
+            that of later times, and Eq. 5 then never draws it.
     """
 
     adaptive: bool = True
@@ -25,12 +28,15 @@ class TimestepSamplerSettings:
     ema_decay: float = 0.999
     update_every: int = 5000
     floor: float = 1e-6
+    uniform_share: float = 0.0
 
     def build(self) -> AdaptiveTimestepSampler | UniformTimestepSampler:
         """The sampler that these settings describe."""
         if not self.adaptive:
             return UniformTimestepSampler()
-        return AdaptiveTimestepSampler(self.num_bins, self.ema_decay, self.update_every, self.floor)
+        return AdaptiveTimestepSampler(
+            self.num_bins, self.ema_decay, self.update_every, self.floor, self.uniform_share
+        )
 
 
 class UniformTimestepSampler:
@@ -54,6 +60,10 @@ class UniformTimestepSampler:
     def cdf(self, timesteps: torch.Tensor) -> torch.Tensor:
         """F(t) = t"""
         return timesteps
+
+    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """f(t) = 1"""
+        return torch.ones_like(timesteps)
 
     def quantile(self, probabilities: torch.Tensor) -> torch.Tensor:
         """F^-1(u) = u"""
@@ -85,22 +95,33 @@ class AdaptiveTimestepSampler:
         ema_decay: decay of the running estimate, once a call of [`~AdaptiveTimestepSampler.update`].
         update_every: calls of `update` between two refreshes of the probabilities.
         floor: added to each difference of losses, so that no bin starves.
+        uniform_share: share of the draws that stay uniform.
 
     Raises:
         ValueError: values outside of their ranges.
     """
 
-    def __init__(self, num_bins: int = 100, ema_decay: float = 0.999, update_every: int = 5000, floor: float = 1e-6):
+    def __init__(
+        self,
+        num_bins: int = 100,
+        ema_decay: float = 0.999,
+        update_every: int = 5000,
+        floor: float = 1e-6,
+        uniform_share: float = 0.0,
+    ):
         if num_bins < 1 or update_every < 1:
             raise ValueError(f"num_bins={num_bins} and update_every={update_every} must be at least 1.")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1).")
         if not floor > 0:
             raise ValueError(f"floor={floor} must be positive, or a bin with no slope would never be drawn again.")
+        if not 0 <= uniform_share <= 1:
+            raise ValueError(f"uniform_share={uniform_share} must lie in [0, 1].")
         self.num_bins = num_bins
         self.ema_decay = ema_decay
         self.update_every = update_every
         self.floor = floor
+        self.uniform_share = uniform_share
         self.num_updates = 0
         self.is_active = False
         self.probabilities = torch.full((num_bins,), 1 / num_bins, dtype=torch.float64)
@@ -165,7 +186,9 @@ class AdaptiveTimestepSampler:
         if not torch.all(self._weights > 0):
             return
         slopes = self.edge_losses.diff().clamp(min=0) + self.floor
-        self.probabilities = slopes / slopes.sum()
+        self.probabilities = torch.lerp(
+            slopes / slopes.sum(), torch.full_like(slopes, 1 / self.num_bins), self.uniform_share
+        )
         self.is_active = True
 
     def _cumulative(self) -> torch.Tensor:
@@ -180,6 +203,12 @@ class AdaptiveTimestepSampler:
         left = position.floor().clamp(max=self.num_bins - 1).long()
         cumulative = self._cumulative()
         return torch.lerp(cumulative[left], cumulative[left + 1], position - left).to(timesteps.dtype)
+
+    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """f(t) = dF/dt, constant within a bin: dividing a draw by it makes the mean over draws one over uniform t."""
+        position = timesteps.double().clamp(0, 1) * self.num_bins
+        left = position.floor().clamp(max=self.num_bins - 1).long()
+        return (self.num_bins * self.probabilities[left]).to(timesteps.dtype)
 
     def quantile(self, probabilities: torch.Tensor) -> torch.Tensor:
         """F^-1(u): the time below which a share u in [0, 1] of the draws falls."""
