@@ -38,6 +38,12 @@ def log_snr(timesteps: torch.Tensor, d: float) -> torch.Tensor:
     return 2 * (torch.log(cosine) - torch.log(d * sine))
 
 
+def snr_slope(timesteps: torch.Tensor, d: float) -> torch.Tensor:
+    """d(alpha^2 / sigma^2)/dt = -pi cos / (d^2 sin^3), float64; -inf at t = 0 and 0 at t = 1."""
+    sine, cosine = _sine_cosine(timesteps)
+    return -math.pi * cosine / (d**2 * sine**3)
+
+
 def timesteps_from_log_snr(log_snrs: torch.Tensor, d: float) -> torch.Tensor:
     """The inverse of [`log_snr`], float64."""
     return 2 / math.pi * torch.atan(torch.exp(-log_snrs.double() / 2) / d)

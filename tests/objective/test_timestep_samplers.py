@@ -127,6 +127,14 @@ def test_quantile_inverts_cdf(dtype: torch.dtype):
         assert (values.diff() > 0).all()
 
 
+def test_density_is_the_slope_of_cdf():
+    sampler = taught(torch.square)
+    middles = (torch.arange(20, dtype=torch.float64) + 0.5) / 20
+    slope = (sampler.cdf(middles + 0.01) - sampler.cdf(middles - 0.01)) / 0.02
+    torch.testing.assert_close(sampler.density(middles), slope)
+    assert UniformTimestepSampler().density(middles).tolist() == 20 * [1.0]
+
+
 def test_falling_losses_count_as_flat_and_the_floor_keeps_every_bin_alive():
     sampler = AdaptiveTimestepSampler(num_bins=4, update_every=1, floor=0.1)
     sampler.update(torch.linspace(0, 1, 5), torch.tensor([0.0, 1.0, 0.2, 0.2, 0.7]))

@@ -65,6 +65,14 @@ def test_log_snr_zero_is_where_signal_and_noise_are_equal():
     torch.testing.assert_close(*tangent.alpha_sigma(time, 3.0))
 
 
+@pytest.mark.parametrize("d", DS)
+def test_snr_slope_is_the_slope_of_the_snr(d: float):
+    timesteps = INSIDE.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(tangent.log_snr(timesteps, d).exp().sum(), timesteps)
+    torch.testing.assert_close(tangent.snr_slope(INSIDE, d), slope, rtol=1e-9, atol=0)
+    assert tangent.snr_slope(torch.tensor([0.0, 1.0]), d).tolist() == [-math.inf, 0.0]
+
+
 def test_uniform_time_grid():
     grid = tangent.uniform_time_grid(19, 0.05)
     assert grid.dtype == torch.float64

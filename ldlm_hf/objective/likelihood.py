@@ -1,0 +1,501 @@
+"""Likelihood of held-out text under the bound of Appendix A.1 (Eq. 6–23), each term by itself.
+
+All terms are in nats a sequence. Two densities of A.1 carry settings that training drops: the encoder's noise s_enc
+(Eq. 7) and the hidden-state likelihood's s_dec (Eq. 9). `docs/likelihood.md` has the derivation, and says what the
+numbers can be compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models.latent_decoder import LDLMLatentDecoder
+from ..models.latent_encoder import LDLMLatentEncoder
+from ..models.token_decoder import LDLMTokenDecoder
+from ..models.token_encoder import LDLMTokenEncoder
+from ..models.transformer_ldlm import LDLMTransformer1DModel
+from ..schedulers import tangent
+from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+from .joint import token_cross_entropy
+from .timesteps import AdaptiveTimestepSampler, UniformTimestepSampler
+
+
+PROPOSALS = ("log_snr", "uniform", "adaptive")
+
+# (noisy latents (B, ...), timesteps (B,), self-condition or None) → clean latents
+Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass
+class LikelihoodSettings:
+    """What A.1 leaves open, and the bound depends on.
+
+    Attributes:
+        encoder_noise: s_enc of the relaxed encoder q(z|w) = N(E(h), s_enc^2 I) (Eq. 7).
+        decoder_noise: delta of the corruption r(z~|z) = N(z, delta^2 I) (Eq. 8).
+        hidden_noise: s_dec of p(h|z~) = N(D(z~), s_dec^2 I) (Eq. 9); None leaves the hidden states out, for the bound
+            on the tokens alone.
+        end_time: where the prior's reverse process ends and the clean latents are predicted, as sampling does at
+            t_min. Before t_s, the time at which z_t / alpha has the encoder's noise, it ends at t_s and predicts
+            nothing, which is best for a perfect denoiser only.
+        latent_noise: standard deviation of the error that the prior expects of that prediction.
+        self_conditioning: give the denoiser its own first estimate at the same (z_t, t) instead of zeros. Either is a
+            function of (z_t, t), so either has a reverse process and a bound of its own.
+    """
+
+    encoder_noise: float
+    decoder_noise: float
+    hidden_noise: float | None
+    end_time: float = 0.0
+    latent_noise: float = 1.0
+    self_conditioning: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.encoder_noise < math.inf:
+            raise ValueError(
+                f"encoder_noise={self.encoder_noise} must be positive and finite: without noise the encoder's "
+                "divergence from any continuous prior is infinite (Eq. 6)."
+            )
+        if not 0 <= self.decoder_noise < math.inf:
+            raise ValueError(f"decoder_noise={self.decoder_noise} must be a finite number that is not negative.")
+        if self.hidden_noise is not None and not 0 < self.hidden_noise < math.inf:
+            raise ValueError(
+                f"hidden_noise={self.hidden_noise} must be positive and finite: it is a Gaussian's width."
+            )
+        if not 0 <= self.end_time < 1:
+            raise ValueError(f"end_time={self.end_time} must lie in [0, 1).")
+        if not 0 <= self.latent_noise < math.inf:
+            raise ValueError(f"latent_noise={self.latent_noise} must be a finite number that is not negative.")
+
+
+def gaussian_draw(mean: torch.Tensor, std: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """A draw from N(mean, std^2 I): the relaxed encoder (Eq. 7) and the decoder's corruption (Eq. 8)."""
+    return mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+
+
+def encoder_entropy(num_entries: int, encoder_noise: float) -> float:
+    """Entropy of q(z|w), n/2 log(2 pi e s_enc^2) for n entries (Eq. 16)."""
+    return num_entries / 2 * math.log(2 * math.pi * math.e * encoder_noise**2)
+
+
+def hidden_nll(predicted: torch.Tensor, hidden_states: torch.Tensor, hidden_noise: float) -> torch.Tensor:
+    """-log N(h; D(z~), s_dec^2 I), its normaliser included, of hidden states (B, L, D): (B,) float64 (Eq. 9, 17)."""
+    num_entries = hidden_states[0].numel()
+    squared_error = sum_of_squares(predicted, hidden_states)
+    return squared_error / (2 * hidden_noise**2) + num_entries / 2 * math.log(2 * math.pi * hidden_noise**2)
+
+
+def token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """-log p(w|z~) of token ids (B, L) from logits (B, L, V): (B,) float64 (Eq. 10, 18)."""
+    means = [token_cross_entropy(logits[i : i + 1], input_ids[i : i + 1])[0] for i in range(len(input_ids))]
+    return input_ids.shape[1] * torch.stack(means).double()
+
+
+def sum_of_squares(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """||prediction - target||^2 of each example (B, ...): (B,) float64."""
+    return (prediction - target).double().square().flatten(1).sum(1)
+
+
+def first_time(encoder_noise: float, d: float) -> float:
+    """t_s, the time at which sigma / alpha = s_enc: there z_t / alpha has the law of q(z|w)."""
+    log_snr = torch.tensor(-2 * math.log(encoder_noise), dtype=torch.float64)
+    return float(tangent.timesteps_from_log_snr(log_snr, d))
+
+
+def likelihood_weight(timesteps: torch.Tensor, d: float) -> torch.Tensor:
+    """1/2 exp(lambda) (-d lambda/dt) = -SNR'/2, the weight of ||z - z^||^2 in the likelihood, float64 (Eq. 22)."""
+    return -tangent.snr_slope(timesteps, d) / 2
+
+
+def predict_clean_latents(
+    denoiser: Denoiser,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    scheduler: TangentEulerMaruyamaScheduler,
+    self_conditioning: bool = False,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The denoiser's z^(z_t, t) for a draw of z_t, from latents (B, ...) at times (B,)."""
+    noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    self_condition = denoiser(noisy_latents, timesteps, None) if self_conditioning else None
+    return denoiser(noisy_latents, timesteps, self_condition)
+
+
+def diffusion_integral(
+    squared_errors: torch.Tensor, timesteps: torch.Tensor, densities: torch.Tensor, d: float
+) -> torch.Tensor:
+    """One draw each of the integral of -SNR'/2 ||z - z^(z_t, t)||^2 over time (Eq. 21): (B,) float64.
+
+    Args:
+        squared_errors: ||z - z^||^2 at the times.
+        timesteps: times, float64.
+        densities: the density that each time was drawn with.
+        d: of the schedule.
+    """
+    return (likelihood_weight(timesteps, d) / densities).to(squared_errors.device) * squared_errors
+
+
+def last_step_kl(
+    squared_errors: torch.Tensor, num_entries: int, snr: float, encoder_noise: float, latent_noise: float
+) -> torch.Tensor:
+    """Divergence of q(z|z_t, w) from p(z|z_t), the prior's last step from a time t > t_s: (B,) float64.
+
+    Given z_t and clean latents E(h), z is Gaussian: E(h) + k (z_t / alpha - E(h)), variance s_enc^2 (1 - k), with
+    k = s_enc^2 SNR. The prior knows E(h) as N(z^, latent_noise^2 I), which widens its variance by (1 - k)^2
+    latent_noise^2. At t_s, k = 1 and nothing is left to pay.
+
+    Args:
+        squared_errors: ||E(h) - z^||^2 at t.
+        num_entries: n.
+        snr: of t.
+        encoder_noise: s_enc.
+        latent_noise: what the prior expects of a squared error's entry is its square.
+    """
+    remaining = max(1 - encoder_noise**2 * snr, 0.0)
+    widening = 1 + remaining * latent_noise**2 / encoder_noise**2
+    width = num_entries / 2 * (math.log(widening) + 1 / widening - 1)
+    return width + remaining * squared_errors / (2 * encoder_noise**2 * widening)
+
+
+def terminal_kl(latents: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    """KL(N(alpha z, sigma^2 I) || N(0, I)) of latents (B, ...): (B,) float64, the prior's end at t = 1 (Eq. 21)."""
+    num_entries = latents[0].numel()
+    signal = alpha**2 * sum_of_squares(latents, torch.zeros_like(latents))
+    return (signal + num_entries * (sigma**2 - 1 - 2 * math.log(sigma))) / 2
+
+
+def prior_cross_entropy(
+    diffusion: torch.Tensor, last_step: torch.Tensor, terminal: torch.Tensor, entropy: float
+) -> torch.Tensor:
+    """Bound on -E_q log p(z) (Eq. 21): the integral, the process's two ends, and the entropy of q (Eq. 16)."""
+    return diffusion + last_step + terminal + entropy
+
+
+class TimeProposal(ABC):
+    """A density over [start, 1] that the times of the diffusion term are drawn from; the estimate is divided by it."""
+
+    @abstractmethod
+    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
+        """Times, float64, of uniform numbers in [0, 1)."""
+
+    @abstractmethod
+    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Density at times, float64."""
+
+
+class SamplerProposal(TimeProposal):
+    """The density of a timestep sampler of training, restricted to [start, 1].
+
+    Args:
+        sampler: the sampler.
+        start: where the integral begins.
+    """
+
+    def __init__(self, sampler: AdaptiveTimestepSampler | UniformTimestepSampler, start: float):
+        self.sampler = sampler
+        self.start = start
+        self.below = float(sampler.cdf(torch.tensor(start, dtype=torch.float64)))
+
+    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
+        return self.sampler.quantile(self.below + (1 - self.below) * uniforms.double()).clamp(min=self.start)
+
+    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.sampler.density(timesteps.double()) / (1 - self.below)
+
+
+class LogSNRProposal(TimeProposal):
+    """Uniform in log(1 + c^2 SNR): in log-SNR where the latents stand out of the noise, in SNR where they do not.
+
+    Against latents N(0, c^2 I) and their best denoiser every draw then has the same value, whatever d is.
+
+    Args:
+        start: where the integral begins.
+        d: of the schedule.
+        latent_std: c.
+    """
+
+    def __init__(self, start: float, d: float, latent_std: float):
+        self.d = d
+        self.variance = latent_std**2
+        self.largest = float(self._stretched(torch.tensor(start, dtype=torch.float64)))
+
+    def _stretched(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(self.variance * tangent.log_snr(timesteps, self.d).exp())
+
+    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
+        stretched = self.largest * (1 - uniforms.double())
+        log_snr = torch.expm1(stretched).log() - math.log(self.variance)
+        return tangent.timesteps_from_log_snr(log_snr, self.d)
+
+    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+        slope = -self.variance * tangent.snr_slope(timesteps, self.d)
+        return slope / (torch.exp(self._stretched(timesteps)) * self.largest)
+
+
+class EqualMixture(TimeProposal):
+    """Either of two proposals with the same probability."""
+
+    def __init__(self, first: TimeProposal, second: TimeProposal):
+        self.first = first
+        self.second = second
+
+    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
+        doubled = 2 * uniforms.double()
+        # one uniform number chooses the part and the place in it, so that strata stay strata
+        return torch.where(doubled < 1, self.first.quantile(doubled % 1), self.second.quantile(doubled % 1))
+
+    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return (self.first.density(timesteps) + self.second.density(timesteps)) / 2
+
+
+def build_proposal(
+    name: str, start: float, d: float, latent_std: float, sampler: AdaptiveTimestepSampler | None = None
+) -> TimeProposal:
+    """The proposal of a name; all give the same expectation.
+
+    * `log_snr`: see [`LogSNRProposal`].
+    * `uniform`: uniform times.
+    * `adaptive`: half from the adaptive sampler, half from `log_snr`. The sampler alone hardly ever draws where the
+      training loss is flat, and the likelihood's weight does not vanish there: rare and enormous draws, which the
+      other half bounds (ours).
+
+    Args:
+        name: one of the above.
+        start: where the integral begins.
+        d: of the schedule.
+        latent_std: standard deviation of the latents' entries; the variance depends on it, the mean does not.
+        sampler: for `adaptive`.
+
+    Raises:
+        ValueError: an unknown name, or `adaptive` without a sampler that has learned anything.
+    """
+    if name not in PROPOSALS:
+        raise ValueError(f"proposal={name!r} is unknown; it is one of {', '.join(PROPOSALS)}.")
+    if name == "uniform":
+        return SamplerProposal(UniformTimestepSampler(), start)
+    log_snr = LogSNRProposal(start, d, latent_std)
+    if name == "log_snr":
+        return log_snr
+    if sampler is None or not sampler.is_active:
+        raise ValueError(
+            "proposal='adaptive' needs an adaptive timestep sampler whose probabilities have been refreshed in "
+            "training; use proposal='log_snr'."
+        )
+    return EqualMixture(SamplerProposal(sampler, start), log_snr)
+
+
+def stratified_uniforms(num_draws: int, num_sequences: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Uniform numbers (K, N), float64: each draw is one shifted grid over the N sequences (Kingma et al., 2021).
+
+    Each number alone is uniform; the K shifts are independent, so the spread of the draws' means is their true error.
+    """
+    shifts = torch.rand(num_draws, 1, dtype=torch.float64, generator=generator)
+    return (shifts + torch.arange(num_sequences, dtype=torch.float64) / num_sequences) % 1
+
+
+@dataclass
+class Estimate:
+    """A mean over sequences, and how far to trust it.
+
+    Attributes:
+        mean: of the draws.
+        monte_carlo_error: standard error from noise and times, for these very sequences.
+        standard_error: standard error with that of having these sequences and no others.
+    """
+
+    mean: float
+    monte_carlo_error: float
+    standard_error: float
+
+
+def estimate(draws: torch.Tensor) -> Estimate:
+    """Mean and errors of draws (K, N): K independent draws of each of N sequences, K and N at least 2.
+
+    What differs between the sequences' means is in part the draws' own spread, which counts once only.
+    """
+    num_draws, num_sequences = draws.shape
+    if num_draws < 2 or num_sequences < 2:
+        raise ValueError(f"Errors need 2 draws of 2 sequences at least, not {num_draws} of {num_sequences}.")
+    draws = draws.double()
+    monte_carlo_variance = float(draws.mean(1).var()) / num_draws
+    between = float(draws.mean(0).var() - draws.var(0).mean() / num_draws)
+    return Estimate(
+        mean=float(draws.mean()),
+        monte_carlo_error=math.sqrt(monte_carlo_variance),
+        standard_error=math.sqrt(monte_carlo_variance + max(between, 0.0) / num_sequences),
+    )
+
+
+@dataclass
+class LikelihoodTerms:
+    """One draw of the bound's terms for each sequence, in nats: float64 of shape (B,).
+
+    Attributes:
+        hidden: -log p(h|z~) (Eq. 17); None where the hidden states are left out.
+        token: -log p(w|z~) (Eq. 18).
+        diffusion: the integral with the likelihood's weight (Eq. 21, 22).
+        last_step: KL of the prior's last step, from the end time to z; 0 if that is t_s.
+        terminal: KL at t = 1 (Eq. 21).
+        entropy: of the encoder (Eq. 16), the same for all.
+        prior: bound on -E_q log p(z) (Eq. 21), see [`prior_cross_entropy`].
+    """
+
+    hidden: torch.Tensor | None
+    token: torch.Tensor
+    diffusion: torch.Tensor
+    last_step: torch.Tensor
+    terminal: torch.Tensor
+    entropy: float
+    prior: torch.Tensor
+
+    @property
+    def rate(self) -> torch.Tensor:
+        """Bound on KL(q(z|w) || p(z)) (Eq. 14)."""
+        return self.prior - self.entropy
+
+    @property
+    def tokens_only(self) -> torch.Tensor:
+        """Bound on -log p(w): the model with its hidden states integrated out, which Eq. 11 lets one do."""
+        return self.token + self.rate
+
+    @property
+    def total(self) -> torch.Tensor | None:
+        """Bound on -log p(w, h) (Eq. 23)."""
+        return None if self.hidden is None else self.hidden + self.tokens_only
+
+
+class LikelihoodBound:
+    r"""
+    The negative ELBO of Appendix A.1 for trained components.
+
+    Args:
+        token_encoder: frozen and fitted.
+        latent_encoder: E.
+        latent_decoder: D; `None` where the token decoder reads latents (App. B.2), which have no hidden states.
+        token_decoder: hidden states (or latents) → logits.
+        transformer: the denoiser.
+        scheduler: the noise process.
+        settings: noise levels and self-conditioning.
+
+    Raises:
+        ValueError: a hidden-state term without a latent decoder.
+    """
+
+    def __init__(
+        self,
+        token_encoder: LDLMTokenEncoder,
+        latent_encoder: LDLMLatentEncoder,
+        latent_decoder: LDLMLatentDecoder | None,
+        token_decoder: LDLMTokenDecoder,
+        transformer: LDLMTransformer1DModel,
+        scheduler: TangentEulerMaruyamaScheduler,
+        settings: LikelihoodSettings,
+    ):
+        if latent_decoder is None and settings.hidden_noise is not None:
+            raise ValueError(
+                f"hidden_noise={settings.hidden_noise} asks for the likelihood of hidden states, and a token decoder "
+                "that reads latents comes without a latent decoder: use hidden_noise=None, the bound on tokens alone."
+            )
+        self.token_encoder = token_encoder
+        self.latent_encoder = latent_encoder
+        self.latent_decoder = latent_decoder
+        self.token_decoder = token_decoder
+        self.transformer = transformer
+        self.scheduler = scheduler
+        self.settings = settings
+        self.terminal_levels = [float(level) for level in scheduler.marginal(torch.tensor(1.0, dtype=torch.float64))]
+
+    @property
+    def start(self) -> float:
+        """Where the diffusion term's integral begins: the end time, or t_s if that is later."""
+        return max(self.settings.end_time, first_time(self.settings.encoder_noise, self.scheduler.config.tangent_d))
+
+    @torch.no_grad()
+    def encode(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, L) → hidden states h (B, L, D) and latents E(h) (B, N, d_z), both float32."""
+        hidden_states = self.token_encoder(input_ids).hidden_states.float()
+        return hidden_states, self.latent_encoder(hidden_states.to(self.latent_encoder.dtype)).latents.float()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """D(z~) (B, L, D) for z~ ~ r(z~|z), z ~ q(z|w); without a latent decoder z~ itself."""
+        relaxed = gaussian_draw(latents, self.settings.encoder_noise, generator)
+        corrupted = gaussian_draw(relaxed, self.settings.decoder_noise, generator)
+        if self.latent_decoder is None:
+            return corrupted
+        return self.latent_decoder(corrupted.to(self.latent_decoder.dtype)).hidden_states
+
+    def denoise(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, self_condition: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The transformer's prediction of the clean latents, in float32."""
+        dtype = self.transformer.dtype
+        if self_condition is not None:
+            self_condition = self_condition.to(dtype)
+        return self.transformer(noisy_latents.to(dtype), timesteps, self_condition).sample.float()
+
+    @torch.no_grad()
+    def squared_errors(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """||z - z^(z_t, t)||^2 of latents (B, N, d_z) at times (B,): (B,) float64."""
+        predicted = predict_clean_latents(
+            self.denoise, latents, timesteps, self.scheduler, self.settings.self_conditioning, generator
+        )
+        return sum_of_squares(predicted, latents)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        densities: torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> LikelihoodTerms:
+        """One draw of every term.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): token ids.
+            hidden_states, latents: what [`~LikelihoodBound.encode`] makes of them.
+            timesteps (`torch.Tensor` of shape `(B,)`): times in [`start`, 1], float64.
+            densities (`torch.Tensor` of shape `(B,)`): density of the proposal that drew them.
+            generator: source of all noise.
+        """
+        settings, num_entries, d = self.settings, latents[0].numel(), self.scheduler.config.tangent_d
+        # 1. reconstruction
+        predicted = self.decode(latents, generator)
+        hidden = None if settings.hidden_noise is None else hidden_nll(predicted, hidden_states, settings.hidden_noise)
+        # one sequence at a time: the logits of a whole batch, (B, L, V), would dwarf everything else in memory
+        tokens = [
+            token_nll(self.token_decoder(some[None].to(self.token_decoder.dtype)).logits, ids[None])
+            for some, ids in zip(predicted, input_ids, strict=True)
+        ]
+        # 2. prior
+        errors = self.squared_errors(latents, timesteps, generator)
+        diffusion = diffusion_integral(errors, timesteps, densities, d)
+        last_step = torch.zeros_like(diffusion)
+        if self.start == settings.end_time:
+            end = torch.full((len(latents),), self.start, dtype=torch.float64)
+            errors = self.squared_errors(latents, end, generator)
+            snr = float(tangent.log_snr(end[0], d).exp())
+            last_step = last_step_kl(errors, num_entries, snr, settings.encoder_noise, settings.latent_noise)
+        terminal = terminal_kl(latents, *self.terminal_levels)
+        entropy = encoder_entropy(num_entries, settings.encoder_noise)
+        return LikelihoodTerms(
+            hidden=hidden,
+            token=torch.cat(tokens),
+            diffusion=diffusion,
+            last_step=last_step,
+            terminal=terminal,
+            entropy=entropy,
+            prior=prior_cross_entropy(diffusion, last_step, terminal, entropy),
+        )
