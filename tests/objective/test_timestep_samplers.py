@@ -227,3 +227,17 @@ def test_settings_build_what_they_describe():
     assert isinstance(TimestepSamplerSettings(adaptive=False).build(), UniformTimestepSampler)
     papers = TimestepSamplerSettings().build()
     assert (papers.num_bins, papers.ema_decay, papers.update_every, papers.floor) == (100, 0.999, 5000, 1e-6)
+
+
+def test_uniform_share_keeps_every_bin_in_sight() -> None:
+    """A loss that rises in the last bin alone: Eq. 5 draws there only, but for the share that stays uniform."""
+    sampler = AdaptiveTimestepSampler(num_bins=10, ema_decay=0.5, update_every=1, uniform_share=0.2)
+    edges = sampler.edges
+    sampler.update(edges, (edges > 0.95).double())
+    assert sampler.is_active
+    torch.testing.assert_close(
+        sampler.probabilities[:-1], torch.full((9,), 0.02, dtype=torch.float64), atol=1e-5, rtol=0
+    )
+    assert float(sampler.probabilities[-1]) == pytest.approx(0.82, abs=1e-4)
+    with pytest.raises(ValueError, match="uniform_share=1.5"):
+        AdaptiveTimestepSampler(uniform_share=1.5)
