@@ -111,7 +111,8 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
             )
     token_decoder = None
     if settings.train_token_decoder:
-        token_decoder = build_token_decoder(model, token_encoder, decoder_geometry | model.token_decoder)
+        head_from = model.backbone if model.token_decoder_head_from_backbone else None
+        token_decoder = build_token_decoder(decoder_geometry | model.token_decoder, head_from)
     return {
         "latent_encoder": LDLMLatentEncoder(LDLMLatentEncoderConfig(**geometry, **model.latent_encoder)),
         "latent_decoder": LDLMLatentDecoder(LDLMLatentDecoderConfig(**geometry, **model.latent_decoder)),
@@ -123,19 +124,21 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
     }
 
 
-def build_token_decoder(
-    settings: ModelSettings, token_encoder: LDLMTokenEncoder, arguments: dict[str, Any]
-) -> LDLMTokenDecoder:
-    """A new token decoder; its head starts from the backbone's token embeddings if the settings say so."""
+def build_token_decoder(arguments: dict[str, Any], head_from: str | None = None) -> LDLMTokenDecoder:
+    """A new token decoder; its head may start from the token embeddings of a language model, their mean taken off.
+
+    Raises:
+        ValueError: the head has not the shape of the embeddings.
+    """
     token_decoder = LDLMTokenDecoder(LDLMTokenDecoderConfig(**arguments))
-    if not settings.token_decoder_head_from_backbone:
+    if head_from is None:
         return token_decoder
-    embeddings = LDLMTokenEncoder.from_backbone(settings.backbone, representation="embedding").embedding.weight
+    embeddings = LDLMTokenEncoder.from_backbone(head_from, representation="embedding").embedding.weight
     head = token_decoder.head.weight
     if embeddings.shape != head.shape:
         raise ValueError(
-            f"model.token_decoder_head_from_backbone needs a head of the shape of the backbone's embeddings, "
-            f"{tuple(embeddings.shape)}, not {tuple(head.shape)}: set model.token_decoder.hidden_size="
+            f"The vocabulary head is to start from the token embeddings of {head_from!r}, of shape "
+            f"{tuple(embeddings.shape)}, but has the shape {tuple(head.shape)}: set the token decoder's hidden_size="
             f"{embeddings.shape[1]}."
         )
     with torch.no_grad():

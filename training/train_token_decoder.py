@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import AutoTokenizer
 
-from components import load_part
+from components import build_token_decoder, load_part
 from evaluation import held_out_sequences
 from launch import (
     build_accelerator,
@@ -64,12 +64,15 @@ class TokenDecoderSettings:
             of the pipeline (App. B.2).
         decoder_noise: delta; that of joint training.
         token_decoder: fields of `LDLMTokenDecoderConfig`.
+        head_from: language model whose token embeddings, their common mean taken off, the vocabulary head starts from
+            (ours; see `model.token_decoder_head_from_backbone` of joint training).
     """
 
     components: str = ""
     reads: str = "hidden_states"
     decoder_noise: float = 3.0
     token_decoder: dict[str, Any] = field(default_factory=dict)
+    head_from: str | None = None
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(
@@ -173,7 +176,7 @@ def load_components(settings: TokenDecoderSettings) -> dict[str, Any]:
         "token_encoder": token_encoder,
         "latent_encoder": latent_encoder,
         "latent_decoder": latent_decoder,
-        "token_decoder": LDLMTokenDecoder(LDLMTokenDecoderConfig(**derived, **settings.token_decoder)),
+        "token_decoder": build_token_decoder(derived | settings.token_decoder, settings.head_from),
     }
 
 
