@@ -8,35 +8,27 @@ writes cards for configurations that have not been trained; such a card says so.
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from accelerate.state import PartialState
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-import accelerate
-import ldlm_hf
-import ldlm_hf.hub.training_curves  # a missing matplotlib stops a run before training, not after it
+import ldlm_hf.hub.training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
 from evaluation import held_out_sequences, sample
-from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TokenEntropy
-from ldlm_hf.data.sources import is_local
-from ldlm_hf.hub.model_card import Run, RunResults, Sample, Source, TextScores, read_run, write_card
-from ldlm_hf.metrics import Judge, load_judge, text_features
-from ldlm_hf.pretrained_sources import PACKAGE_PREFIX
-from settings import EvaluationSettings, RunSettings, differences, flatten, load_settings, to_yaml
+from ldlm_hf import LDLMPipeline
+from ldlm_hf.hub.model_card import Run, RunResults, read_run, write_card
+from ldlm_hf.metrics import load_judge
+from provenance import hardware, source, versions, without_path
+from settings import RunSettings, differences, flatten, load_settings, to_yaml
+from text_scores import score_beside_real_text
 
 
 # settings that say where the machine keeps files, and nothing of the model
 MACHINE_SETTINGS = ("data.cache_dir", "loop.output_dir")
-# with fewer texts MAUVE has no two clusters to compare
-MIN_MAUVE_TEXTS = 20
 
 
 def samples_text(texts: Sequence[str], title: str) -> str:
@@ -90,7 +82,8 @@ def write_results(
         title = f"Samples after {settings.loop.max_steps} steps"
         (output_dir / "samples.md").write_text(samples_text(texts, title), encoding="utf-8")
         held_out_texts = pipeline.tokenizer.batch_decode(held_out, skip_special_tokens=True)
-        scores = score_beside_real_text(sequences, texts, held_out, held_out_texts, evaluation, pipeline.device)
+        judge = load_judge(evaluation.judge, device=pipeline.device) if evaluation.judge else None
+        scores = score_beside_real_text(sequences, texts, held_out, held_out_texts, judge, evaluation.judge_batch_size)
         run_results = replace(run_results, **scores)
     run_results.save(output_dir / "results.json")
     # from the files, as the command that writes a card again does
@@ -102,108 +95,13 @@ def describe(settings: Any, sequence_length: int) -> RunResults:
     """What settings alone say of a run. No path of the machine is left in it."""
     values = flatten(OmegaConf.to_container(OmegaConf.structured(settings)))
     keys = [key for key in differences(settings, to_yaml(type(settings)())) if key in values]
-    joint = isinstance(settings, RunSettings)
     return RunResults(
         changed_settings={key: without_path(values[key]) for key in keys if key not in MACHINE_SETTINGS},
         sequence_length=sequence_length,
         corpus=source(settings.data.source),
-        token_encoder=source(settings.model.backbone) if joint else None,
-        components=None if joint else source(settings.components),
+        token_encoder=None if settings.components else source(settings.model.backbone),
+        components=source(settings.components) if settings.components else None,
     )
-
-
-def without_path(value: Any) -> Any:
-    """A setting's value; of a path on this machine only its last part."""
-    if not isinstance(value, str):
-        return value
-    is_path = value.startswith((".", "~")) or Path(value).is_absolute() or Path(value).exists()
-    return Path(value).name if is_path else value
-
-
-def source(name: str) -> Source:
-    """Where a model or a corpus came from. To be called where the run takes place: it looks whether a path exists."""
-    if name.startswith(PACKAGE_PREFIX):
-        return Source(name, is_hub_id=False)
-    if is_local(name):
-        return Source(Path(name).name, is_hub_id=False)
-    return Source(name, is_hub_id=True)
-
-
-def hardware(device: torch.device) -> str:
-    """The processors of a run, in words."""
-    processes = PartialState().num_processes
-    if device.type == "cuda":
-        return f"{processes} × {torch.cuda.get_device_name(device)}"
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    model = next(names, platform.processor() or platform.machine())
-    return f"{model} (CPU; processes: {processes}, threads of each: {torch.get_num_threads()})"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
-    packages = (ldlm_hf, torch, diffusers, transformers, accelerate)
-    return {"Python": platform.python_version()} | {package.__name__: package.__version__ for package in packages}
-
-
-def score_beside_real_text(
-    sequences: torch.Tensor,
-    texts: list[str],
-    held_out: torch.Tensor,
-    held_out_texts: list[str],
-    settings: EvaluationSettings,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Scores of samples (n, L) and of n held-out texts: the fields of [`RunResults`] that they fill.
-
-    Of the held-out texts, every other one is scored; those between are the references of MAUVE for both.
-    """
-    count = len(texts)
-    judge = load_judge(settings.judge, device=device) if settings.judge else None
-    stride = 2 if len(held_out_texts) >= 2 * count else 1
-    scored, real_texts = held_out[::stride][:count], held_out_texts[::stride][:count]
-    references = held_out_texts[1::2][:count] if stride == 2 else []
-    sample_scores, samples, conditions = score_set(sequences, texts, judge, settings.judge_batch_size)
-    real_scores, _, _ = score_set(scored, real_texts, judge, settings.judge_batch_size)
-    fields = {"samples": samples, "judge": conditions, "mauve": None}
-    written = sum(bool(text.strip()) for text in texts)
-    if (
-        judge is not None
-        and len(references) == count
-        and written >= MIN_MAUVE_TEXTS
-        and all(map(str.strip, references))
-    ):
-        features = text_features(references, judge, settings.judge_batch_size)
-        arguments = {"references": references, "judge": judge, "reference_features": features}
-        arguments["batch_size"] = settings.judge_batch_size
-        mauve = Mauve().compute(predictions=texts, **arguments)
-        sample_scores = replace(sample_scores, mauve=mauve["mauve"])
-        real_scores = replace(real_scores, mauve=Mauve().compute(predictions=real_texts, **arguments)["mauve"])
-        fields["mauve"] = {key: mauve[key] for key in ("num_texts", "num_buckets", "max_length", "seed")}
-    return fields | {"sample_scores": sample_scores, "real_scores": real_scores}
-
-
-def score_set(
-    sequences: torch.Tensor, texts: list[str], judge: Judge | None, batch_size: int
-) -> tuple[TextScores, list[Sample], dict[str, Any] | None]:
-    """Scores of a set of token ids (n, L) and of each of its texts; and the judge's conditions, if there is one."""
-    rows = sequences.tolist()
-    entropy = TokenEntropy().compute(predictions=rows)
-    scores = TextScores(
-        num_texts=len(texts),
-        entropy=entropy["entropy"],
-        diversity=NGramDiversity().compute(predictions=rows)["diversity"],
-    )
-    perplexities: list[float | None] = [None] * len(texts)
-    conditions = None
-    if judge is not None:
-        perplexity = GenerativePerplexity().compute(predictions=texts, judge=judge, batch_size=batch_size)
-        perplexities = perplexity["perplexities"]
-        scores = replace(scores, generative_perplexity=perplexity["perplexity"])
-        conditions = {"name": source(judge.name).name} | {key: perplexity[key] for key in ("max_length", "add_bos")}
-    samples = [Sample(*values) for values in zip(texts, perplexities, entropy["entropies"], strict=True)]
-    return scores, samples, conditions
 
 
 def write_template_card(config: Path, output_dir: Path) -> None:

@@ -30,7 +30,7 @@ search of stored Hub pages and public code, without a connection to the Hub: non
 from __future__ import annotations
 
 from .chunks import TokenChunks
-from .corpora import TextCorpora, chunk_corpus, load_corpora
+from .corpora import TextCorpora, chunk_corpus, load_corpora, load_held_out
 from .detokenizers import DETOKENIZERS, detokenize_lm1b
 from .settings import DataSettings
 from .streaming import StreamedTokenChunks
@@ -45,4 +45,5 @@ __all__ = [
     "chunk_corpus",
     "detokenize_lm1b",
     "load_corpora",
+    "load_held_out",
 ]

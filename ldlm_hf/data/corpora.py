@@ -70,11 +70,35 @@ def load_corpora(
 
     validation: TokenChunks | None = None
     if validation_documents is not None:  # first: it is the smaller part, so its errors come early
-        if settings.max_validation_documents is not None:
-            count = min(settings.max_validation_documents, len(validation_documents))
-            validation_documents = validation_documents.select(range(count))
-        validation = _chunk(validation_documents, encoder, layout, "validation part", settings)
+        validation = _chunk_validation(validation_documents, encoder, layout, settings)
     return TextCorpora(_chunk(documents, encoder, layout, "training part", settings), validation)
+
+
+def load_held_out(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int, rank: int = 0
+) -> TokenChunks:
+    """The validation part of `load_corpora` alone: the training part is neither tokenised nor, where it can be told
+    apart by its name, read.
+
+    Raises:
+        ValueError, OSError: as `load_corpora`; and the settings hold no text out.
+    """
+    settings.validate()
+    encoder, layout = _encoder_and_layout(settings, tokenizer, sequence_length)
+    if settings.validation_split is None and not settings.holds_out:
+        raise ValueError(
+            f"source={settings.source!r}: no text is held out. Set validation_split, holdout_documents or "
+            "holdout_fraction, as in training."
+        )
+    if settings.streaming:
+        rows, _ = load_stream(settings, settings.validation_split or settings.train_split)
+        if settings.validation_split is None:
+            rows, _ = _hold_out_of_stream(rows, settings)
+        return _chunk_validation_stream(rows, encoder, layout, settings)
+    documents = load_documents(settings, settings.validation_split or settings.train_split, rank)
+    if settings.validation_split is None:
+        _, documents = hold_out(documents, settings)
+    return _chunk_validation(documents, encoder, layout, settings)
 
 
 def chunk_corpus(
@@ -135,6 +159,30 @@ def hold_out(documents: datasets.Dataset, settings: DataSettings) -> tuple[datas
     return documents.select(np.flatnonzero(~drawn)), documents.select(np.flatnonzero(drawn))
 
 
+def _chunk_validation(
+    documents: datasets.Dataset, encoder: DocumentEncoder, layout: ChunkLayout, settings: DataSettings
+) -> TokenChunks:
+    if settings.max_validation_documents is not None:
+        documents = documents.select(range(min(settings.max_validation_documents, len(documents))))
+    return _chunk(documents, encoder, layout, "validation part", settings)
+
+
+def _chunk_validation_stream(
+    rows: datasets.IterableDataset, encoder: DocumentEncoder, layout: ChunkLayout, settings: DataSettings
+) -> TokenChunks:
+    in_memory = datasets.Dataset.from_list(list(islice(rows, settings.max_validation_documents)))
+    return _chunk(in_memory, encoder, layout, "validation part", settings)
+
+
+def _hold_out_of_stream(
+    rows: datasets.IterableDataset, settings: DataSettings
+) -> tuple[datasets.IterableDataset, HeldOutTexts]:
+    """The held-out rows of a stream, and what tells them from the others."""
+    require_text_column(settings.text_column, list(next(iter(rows), {settings.text_column: ""})))
+    held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
+    return rows.filter(held_out, input_columns=settings.text_column), held_out
+
+
 def _chunk(
     documents: datasets.Dataset,
     encoder: DocumentEncoder,
@@ -175,14 +223,11 @@ def _stream_corpora(
     if settings.validation_split is not None:
         validation_rows, _ = load_stream(settings, settings.validation_split)
     elif settings.holds_out:
-        require_text_column(settings.text_column, list(next(iter(rows), {settings.text_column: ""})))
-        held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
-        validation_rows = rows.filter(held_out, input_columns=settings.text_column)
+        validation_rows, held_out = _hold_out_of_stream(rows, settings)
 
     validation: TokenChunks | None = None
     if validation_rows is not None:
-        in_memory = datasets.Dataset.from_list(list(islice(validation_rows, settings.max_validation_documents)))
-        validation = _chunk(in_memory, encoder, layout, "validation part", settings)
+        validation = _chunk_validation_stream(validation_rows, encoder, layout, settings)
 
     files = DocumentFiles(rows, settings.text_column, held_out, names)
     train = StreamedTokenChunks(files, encoder, layout, settings.shuffle_buffer, settings.seed, rank, world_size)

@@ -52,8 +52,12 @@ class TextScores:
         num_texts: size of the set.
         entropy: mean entropy of a text's tokens, in nats.
         diversity: n-gram diversity of the pooled set.
-        generative_perplexity: of the set under the judge.
+        generative_perplexity: of the set under the judge, MDLM's convention.
         mauve: against held-out texts that are in no other set.
+        trimmed_mean_perplexity: of its texts, COSMOS's convention.
+        num_blank_texts: texts of white space only.
+        num_unscored_texts: texts that are too short for the judge to score.
+        num_nonfinite_texts: texts decoded from latents that were not all finite.
     """
 
     num_texts: int
@@ -61,6 +65,10 @@ class TextScores:
     diversity: float | None = None
     generative_perplexity: float | None = None
     mauve: float | None = None
+    trimmed_mean_perplexity: float | None = None
+    num_blank_texts: int | None = None
+    num_unscored_texts: int | None = None
+    num_nonfinite_texts: int | None = None
 
 
 @dataclass(frozen=True)

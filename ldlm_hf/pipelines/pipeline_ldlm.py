@@ -392,20 +392,38 @@ class LDLMPipeline(DiffusionPipeline):
         Raises:
             ValueError: a pipeline without encoders, no text, or a text longer than the model's sequence length.
         """
-        if self.token_encoder is None or self.latent_encoder is None:
-            missing = [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
+        self._require_encoders()
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("`texts` must hold at least one text.")
+        latents = self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
+        self.maybe_free_model_hooks()
+        return latents
+
+    @torch.no_grad()
+    def encode_sequences(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Maps token ids (B, L) to latents (B, N, d_z), float32; L is the model's sequence length.
+
+        Raises:
+            ValueError: a pipeline without encoders, or token ids of another shape.
+        """
+        self._require_encoders()
+        length = self.latent_encoder.config.sequence_length
+        if sequences.ndim != 2 or sequences.shape[1] != length:
+            raise ValueError(
+                f"`sequences` of shape {tuple(sequences.shape)} must have the shape (batch_size, sequence_length) = "
+                f"(batch_size, {length})."
+            )
+        hidden_states = self.token_encoder(sequences.to(self._execution_device)).hidden_states
+        return self.latent_encoder(hidden_states.to(self.latent_encoder.dtype)).latents.float()
+
+    def _require_encoders(self) -> None:
+        missing = [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
+        if missing:
             raise ValueError(
                 f"encode needs the optional components token_encoder and latent_encoder; this pipeline lacks "
                 f"{' and '.join(missing)}. Pass them to from_pretrained or to the constructor."
             )
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("`texts` must hold at least one text.")
-        input_ids = self._tokenize(texts, self.latent_encoder.config.sequence_length)
-        hidden_states = self.token_encoder(input_ids.to(self._execution_device)).hidden_states
-        latents = self.latent_encoder(hidden_states.to(self.latent_encoder.dtype)).latents.float()
-        self.maybe_free_model_hooks()
-        return latents
 
     def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:
         """Token ids (B, L), each text filled up with the end-of-text token."""

@@ -1,0 +1,120 @@
+"""Smoothness of a latent space: how likely a judge finds what lies between two real texts (Fig. 3, left)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import datasets
+import evaluate
+
+# the module, not its class: `evaluate.load` takes the first metric that it finds among the names here
+from ldlm_hf.metrics import generative_perplexity
+from ldlm_hf.metrics.inputs import TextInputs, check_positive_int
+from ldlm_hf.metrics.judge import Judge, as_judge
+
+
+INPUTS_DESCRIPTION = """
+Args:
+    predictions (`list[str]`): texts decoded from points on the lines between the latents of pairs of real texts.
+    positions (`list[float]`): the place of each on its line, in [0, 1]; every pair at the same places, 0 and 1 among
+        them.
+    judge: the causal language model that scores the texts: Hub id, folder, `package:NAME/FOLDER`,
+        `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
+        `"gpt2-large"`.
+    batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
+    device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
+        float32.
+Returns:
+    positions (`list[float]`): the places, increasing.
+    perplexities (`list`): generative perplexity of the texts at each of them, `None` where there is nothing to score.
+    roughness (`float`): mean over the inner places of log perplexity minus its straight line from 0 to 1, in nats a
+        token; `None` where a perplexity is missing.
+    num_pairs, num_unscored_texts (`int`): lines; texts with nothing to score.
+    judge (`str`), max_length (`int` or `None`): what the numbers depend on.
+"""
+
+
+class LatentSmoothness(TextInputs, evaluate.Metric):
+    """Generative perplexity along straight lines between the latents of real texts.
+
+    Where a space is smooth, what is decoded between two texts reads like text, and the curve stays near its ends; in
+    a rough one it rises between them. The paper shows the curve. Its one number, `roughness`, is ours: how much the
+    judge loses on average between the ends, in nats a token, over what it would lose if log perplexity ran straight
+    from the one end to the other. So a worse reconstruction, which lifts the whole curve, does not count as roughness.
+
+    The perplexity is that of `GenerativePerplexity`: the texts at a position are one set.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Generative perplexity of texts decoded along lines between the latents of real texts.",
+            citation="Meshchaninov et al., How to Train Your Latent Diffusion Language Model Jointly With the Latent "
+            "Space, 2026.",
+            inputs_description=INPUTS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "positions": datasets.Value("float64")}
+            ),
+        )
+
+    def _compute(
+        self,
+        predictions: list[str],
+        positions: list[float],
+        judge: str | Judge | tuple[Any, Any] = "gpt2-large",
+        batch_size: int = 8,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> dict[str, Any]:
+        check_positive_int("batch_size", batch_size)
+        places = sorted(set(positions))
+        num_pairs = check_positions(positions, places)
+        judge = as_judge(judge, device, dtype)
+        sequences = judge.encode(predictions, judge.context_length)
+        scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
+        losses = generative_perplexity.sequence_losses(judge, [sequences[index] for index in scored], batch_size)
+
+        totals, num_tokens = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
+        for index, loss in zip(scored, losses, strict=True):
+            totals[positions[index]] += loss
+            num_tokens[positions[index]] += len(sequences[index]) - 1
+        perplexities = [math.exp(totals[place] / num_tokens[place]) if num_tokens[place] else None for place in places]
+        return {
+            "positions": places,
+            "perplexities": perplexities,
+            "roughness": roughness(places, perplexities),
+            "num_pairs": num_pairs,
+            "num_unscored_texts": len(predictions) - len(scored),
+            "judge": judge.name,
+            "max_length": judge.context_length,
+        }
+
+
+def check_positions(positions: list[float], places: list[float]) -> int:
+    """How many texts there are at each place.
+
+    Raises:
+        ValueError: a place outside [0, 1], no place between the ends, or not as many texts at one as at another.
+    """
+    if len(places) < 3 or places[0] != 0 or places[-1] != 1:
+        raise ValueError(
+            f"`positions` holds the places {places}, but it must hold 0, 1 and at least one between them, and none "
+            "outside."
+        )
+    counts = {place: positions.count(place) for place in places}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"`positions` holds places unequally often, {counts}: give every pair the same places.")
+    return counts[places[0]]
+
+
+def roughness(positions: list[float], perplexities: list[float | None]) -> float | None:
+    """Mean over inner positions s of log PPL(s) - [(1 - s) log PPL(0) + s log PPL(1)], in nats a token."""
+    logarithms = [math.log(perplexity) for perplexity in perplexities if perplexity is not None]
+    if len(logarithms) < len(perplexities):
+        return None
+    first, last = logarithms[0], logarithms[-1]
+    excess = [
+        value - ((1 - position) * first + position * last)
+        for position, value in zip(positions[1:-1], logarithms[1:-1], strict=True)
+    ]
+    return math.fsum(excess) / len(excess)
