@@ -233,6 +233,17 @@ def read_run(folder: str | Path) -> Run:
         ValueError: one of them does not hold what a run writes.
     """
     folder = Path(folder)
+    settings, log = read_settings_and_log(folder)
+    return Run(folder.resolve().name, settings, RunResults.load(folder / "results.json"), log)
+
+
+def read_settings_and_log(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a run has written when it is not yet at its end: sections of `settings.yaml`, lines of `metrics.jsonl`.
+
+    Raises:
+        OSError: one of them is not there.
+        ValueError: one of them does not hold what a run writes.
+    """
     for name in ("settings.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise OSError(f"{folder} holds no {name}: it is not the folder of a run.")
@@ -244,12 +255,16 @@ def read_run(folder: str | Path) -> Run:
     log = []
     for number, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(), 1):
         try:
-            log.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+            if not isinstance(record, dict) or "step" not in record:
+                raise ValueError("an object with a step is expected")
+            log.append(record)
+        except ValueError as error:
             raise ValueError(
-                f"{folder / 'metrics.jsonl'}, line {number}: not a line of a run's log ({error})."
+                f"{folder / 'metrics.jsonl'}, line {number}: not a line of a run's log ({error}). A run that was "
+                "killed may leave half a line at the end; it takes that away when it is resumed."
             ) from error
-    return Run(folder.resolve().name, settings, RunResults.load(folder / "results.json"), log)
+    return settings, log
 
 
 def write_card(run: Run, folder: str | Path) -> ModelCard:

@@ -122,6 +122,11 @@ def series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[flo
     return [step for step, _ in points], [value for _, value in points]
 
 
+def grid_points(record: dict[str, Any], prefix: str) -> list[tuple[float, float]]:
+    """Times and values of one line of the log: all its keys `prefix` + time, by time."""
+    return sorted((float(key[len(prefix) :]), value) for key, value in record.items() if key.startswith(prefix))
+
+
 def group_size(num_points: int) -> int:
     """How many neighbouring points of a curve are drawn as one."""
     return max(1, math.ceil(num_points / MAX_POINTS))
@@ -166,7 +171,7 @@ def plot_diffusion_loss(evaluations: Sequence[dict[str, Any]]) -> Figure:
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["viridis"]
     for place, record in enumerate(evaluations):
-        grid = sorted((float(key[len(GRID_PREFIX) :]), loss) for key, loss in record.items() if GRID_PREFIX in key)
+        grid = grid_points(record, GRID_PREFIX)
         # dark is late; the lightest part of the colour map does not show on white
         shade = 0.9 * (1 - place / max(1, len(evaluations) - 1))
         axes.plot(
@@ -179,17 +184,24 @@ def plot_diffusion_loss(evaluations: Sequence[dict[str, Any]]) -> Figure:
 
 def finish(axes: Axes, x_label: str, y_label: str) -> None:
     """Labels, a faint grid and a legend."""
+    label(axes, x_label, y_label)
+    axes.legend(fontsize="small", frameon=False)
+
+
+def label(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels and a faint grid."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize="small", frameon=False)
 
 
-def save(figure: Figure, file: Path) -> None:
-    """Writes a PNG of few colours and no metadata, which changes only where the picture does."""
+def save(figure: Figure, file: Path, colours: int | None = 64) -> None:
+    """Writes a PNG without metadata, which changes only where the picture does, of few `colours` or all (None)."""
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image.quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+    if colours is not None:
+        image = image.quantize(colours, dither=Image.Dither.NONE)
+    image.save(file, optimize=True)
