@@ -30,11 +30,12 @@ from logged_runs import Deviation, LoggedRun, LossOverTime, NotLoggedError, logg
 # the colours of Okabe and Ito that show on white, which readers with any colour vision tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
+FILLS = ("full", "none", "left", "top")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # points of the logged gate that are drawn of each run
 MAX_GATE_POINTS = 24
-# characters of a row of a legend
-LEGEND_COLUMNS = 100
+# characters of a legend to an inch of a figure's width
+LEGEND_DENSITY = 11
 STEPS_LABEL = "optimiser step"
 LOSS_LABEL = "diffusion loss (MSE of latents)"
 
@@ -59,9 +60,10 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
 
 
 def run_style(place: int) -> dict[str, Any]:
-    """Colour, line and marker of the run at a place; the line tells apart what shares a colour."""
+    """Colour, line and marker of the run at a place; line and filling tell apart what shares a colour."""
     turn, place = divmod(place, len(COLOURS))
-    return {"color": COLOURS[place], "linestyle": LINES[turn % len(LINES)], "marker": MARKERS[place]}
+    turn %= len(LINES)
+    return {"color": COLOURS[place], "linestyle": LINES[turn], "marker": MARKERS[place], "fillstyle": FILLS[turn]}
 
 
 def moving_mean(steps: Sequence[int], values: Sequence[float], window: int) -> list[float]:
@@ -123,8 +125,9 @@ def legend_below(figure: Figure, names: Mapping[int, str]) -> None:
     """One legend for all axes: the place of a run's style → its name."""
     axes = figure.axes[0]
     handles = [axes.plot([], [], **run_style(place), linewidth=1.4, markersize=4)[0] for place in names]
-    labels = [wrapped(name, LEGEND_COLUMNS) for name in names.values()]
-    columns = max(1, min(len(labels), LEGEND_COLUMNS // (max(map(len, labels)) + 8)))
+    width = round(LEGEND_DENSITY * figure.get_figwidth())
+    labels = [wrapped(name, width) for name in names.values()]
+    columns = max(1, min(len(labels), width // (max(map(len, labels)) + 8)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
@@ -162,7 +165,8 @@ def plot_loss_over_time(
             if curve is not None and curve.variable == variable:
                 line, style = deviations[run.name], run_style(place)
                 name = f"{labels[run.name]}\n(RMS {line.rms:.1%}, maximum {line.maximum:.1%})"
-                axes.plot(ends, line.intercept + line.slope * ends, color=style["color"], linewidth=1.2)
+                straight = line.intercept + line.slope * ends
+                axes.plot(ends, straight, **style | {"marker": None}, linewidth=1.2)
                 axes.plot(curve.times, curve.losses, **style | {"linestyle": ""}, markersize=4, label=name)
         axes.set_title(titles[variable], fontsize="medium")
         label(axes, x_labels[variable], f"held-out {LOSS_LABEL}")

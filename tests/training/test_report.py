@@ -327,7 +327,8 @@ def test_runs_without_a_token_decoder_have_no_accuracy(tmp_path: Path) -> None:
 
 def test_styles_tell_runs_apart() -> None:
     count = len(COLOURS) * len(LINES)
-    assert len({(run_style(place)["color"], run_style(place)["linestyle"]) for place in range(count)}) == count
+    for mark in ("linestyle", "fillstyle"):
+        assert len({(run_style(place)["color"], run_style(place)[mark]) for place in range(count)}) == count
 
 
 def test_report_of_a_finished_run_has_its_machine_and_scores(tmp_path: Path) -> None:
