@@ -79,6 +79,8 @@ def write_report(
         smoothing_steps = round(SMOOTHING_SHARE * max(run.last_step for run in runs))
     if smoothing_steps < 0:
         raise ValueError(f"--smoothing_steps {smoothing_steps} must not be negative.")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise OSError(f"--output_dir {str(output_dir)!r} is a file; name a folder.")
     sections = [
         ["# Report of training: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")],
         runs_section(runs),

@@ -398,6 +398,8 @@ def test_bad_input(tmp_path: Path) -> None:
         read_logged_runs([one, other], ["a", "a"])
     with pytest.raises(ValueError, match="smoothing_steps -1 must not be negative"):
         write_report(read_logged_runs([one]), tmp_path / "report", smoothing_steps=-1)
+    with pytest.raises(OSError, match="metrics.jsonl' is a file; name a folder"):
+        write_report(read_logged_runs([one]), one / "metrics.jsonl")
     edit_log(other, lambda line: {key: value for key, value in line.items() if not key.startswith("eval/")})
     with pytest.raises(
         ValueError, match="holds no evaluation: wait for the run's first .its evaluation.every is 10000"
