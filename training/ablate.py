@@ -2,8 +2,9 @@
 
     python training/ablate.py --table 1 --base openwebtext_128|demo [--rows ROW ...] [section.key=value ...]
 
-Runs that are finished are reused, and one that was stopped goes on from its last checkpoint. `--print_commands` prints
-the commands for a cluster instead. Overrides change the base; what a row sets wins over them.
+Runs that are finished are reused, one that was stopped goes on from its last checkpoint, and one that fails takes only
+those with it that need it. Overrides change the base; what a row sets wins over them. With `--print_commands` the
+commands are printed for a cluster, each after those that it needs; the same call without it then writes the tables.
 """
 
 from __future__ import annotations
@@ -14,46 +15,159 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from ablations import AblationRun, Ablations, Plan, check_known, read_ablations
+from ablation_tables import write_table
+from ablations import AblationRun, Ablations, EvaluationPlan, Plan, check_known, read_ablations
+from launch import check_judge
+from real_text import check_mauve_size
+from settings import EvaluationSettings
 
 
 TRAINING = Path(__file__).resolve().parent
+# seconds between two looks at the processes that are running
+POLLING_INTERVAL = 0.2
+# what a run has to be done with still: commands, each answered by its exit status, and in the end what went wrong
+Work = Generator[list[str], int, str | None]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a run; `problem` is None where all went well."""
+class Process(Protocol):
+    """A command that was started."""
 
-    run: AblationRun
-    problem: str | None = None
+    def poll(self) -> int | None:
+        """Its exit status; None while it is running."""
+
+    def stop(self) -> None:
+        """Asks it to stop, which makes training save a checkpoint."""
+
+
+Launch = Callable[[list[str], Path], Process]
+
+
+class CommandProcess:
+    """A command of `accelerate launch` in a process group of its own, its output appended to a file."""
+
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
+        # the launcher that belongs to this interpreter, whatever the search path says
+        command = [sys.executable, "-m", "accelerate.commands.launch", *command[2:]]
+        with log.open("a", encoding="utf-8") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        self.was_stopped = False
+
+    def poll(self) -> int | None:
+        status = self.process.poll()
+        if status is not None and self.was_stopped:
+            # the launcher dies of the signal at once, the training process when its checkpoint is written
+            try:
+                os.killpg(self.process.pid, 0)
+            except ProcessLookupError:
+                return status
+            return None
+        return status
+
+    def stop(self) -> None:
+        self.was_stopped = True
+        os.killpg(self.process.pid, signal.SIGTERM)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="append", default=[], metavar="N", help="a table of the paper; repeatable")
-    parser.add_argument("--base", default="openwebtext_128", help="what is ablated: openwebtext_128 or demo")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these rows only")
-    parser.add_argument("--seeds", type=int, default=1, help="training seeds: 0 to one less than this")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on all steps, warmups included")
-    parser.add_argument("--output_dir", default="runs/ablations", help="folder of all ablations")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time on this machine")
-    parser.add_argument("--train_only", action="store_true", help="neither evaluate nor tabulate")
-    parser.add_argument("--print_commands", action="store_true", help="print the commands and do nothing")
-    parser.add_argument("--num_samples", type=int, help="texts of one sampling seed")
-    parser.add_argument("--sampling_seeds", type=int, help="sampling seeds of each run")
-    parser.add_argument("--steps", type=int, help="sampling steps")
-    parser.add_argument("--judge", help="causal language model, or none")
-    parser.add_argument("--config", default=str(TRAINING / "configs/ablations.yaml"), help="file of the ablations")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all rows")
-    return parser.parse_intermixed_args(arguments)
+    add = parser.add_argument
+    add("--table", action="append", default=[], metavar="N", help="a table of the paper; may be given several times")
+    add("--base", default="openwebtext_128", help="what is ablated: openwebtext_128 (default) or demo")
+    add("--rows", nargs="+", metavar="ROW", help="train and evaluate these rows only")
+    add("--seeds", type=int, default=1, metavar="N", help="training seeds of each row: 0 to N - 1")
+    add("--scale", type=float, default=1.0, help="factor on all steps, warmups included")
+    add("--output_dir", type=Path, default=Path("runs/ablations"), help="folder of all ablations")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at the same time on this machine, with one thread each")
+    add("--train_only", action="store_true", help="neither evaluate nor tabulate")
+    add("--print_commands", action="store_true", help="print the commands and do nothing")
+    add("--num_samples", type=int, help="texts of one sampling seed; like the next ones, the base says by default")
+    add("--sampling_seeds", type=int, help="sampling seeds of each run")
+    add("--steps", type=int, help="sampling steps")
+    add("--judge", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none")
+    add("--config", type=Path, default=TRAINING / "configs/ablations.yaml", help="file of the ablations")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings of all rows")
+    options = parser.parse_intermixed_args(arguments)
+    if options.rows is not None:
+        # what follows the names of rows is taken for further ones
+        options.overrides += [text for text in options.rows if "=" in text]
+        options.rows = [text for text in options.rows if "=" not in text]
+    for name in ("seeds", "jobs", "num_samples", "sampling_seeds", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} must be at least 1")
+    return options
+
+
+def selected_rows(ablations: Ablations, options: argparse.Namespace) -> list[str]:
+    """Names of the rows asked for: those given, or all of the tables, each once.
+
+    Raises:
+        ValueError: an unknown table or row, or nothing asked for.
+    """
+    for table in options.table:
+        check_known("table", table, ablations.tables)
+    rows = list(dict.fromkeys(name for table in options.table for name in ablations.tables[table].rows))
+    if options.rows is None:
+        if not rows:
+            raise ValueError(f"Nothing to do: give --table N ({', '.join(ablations.tables)}) or --rows ROW ...")
+        return rows
+    for name in options.rows:
+        check_known(f"row of table {' and '.join(options.table)}" if rows else "row", name, rows or ablations.rows)
+    return list(dict.fromkeys(options.rows))
+
+
+def build_plan(ablations: Ablations, options: argparse.Namespace) -> Plan:
+    """The base at the scale asked for, and the folder of its runs."""
+    check_known("base", options.base, ablations.bases)
+    evaluation = ablations.bases[options.base].evaluation
+    given = {name: getattr(options, name) for name in ("num_samples", "sampling_seeds", "steps")}
+    evaluation = replace(evaluation, **{name: value for name, value in given.items() if value is not None})
+    if options.judge is not None:
+        evaluation = replace(evaluation, judge=None if options.judge == "none" else options.judge)
+    folder = options.base if options.scale == 1 else f"{options.base}-scale-{options.scale:g}"
+    return Plan(
+        ablations,
+        options.config.parent,
+        options.base,
+        options.scale,
+        tuple(options.overrides),
+        evaluation,
+        options.output_dir / folder,
+    )
+
+
+def check_evaluation(evaluation: EvaluationPlan) -> None:
+    """Raises OSError or ValueError, before any run is trained, where it could not be scored afterwards."""
+    if evaluation.judge is None:
+        return
+    check_mauve_size(evaluation.num_samples)
+    try:
+        check_judge(EvaluationSettings(judge=evaluation.judge, num_samples=evaluation.num_samples))
+    except OSError as error:
+        raise OSError(f"{error} Of ablations, this is --judge JUDGE|none.") from error
+
+
+def with_needs(runs: Iterable[AblationRun]) -> list[AblationRun]:
+    """Runs and what they need, each once, and after all that it needs."""
+    ordered: dict[AblationRun, None] = {}
+
+    def add(run: AblationRun) -> None:
+        if run.needs is not None:
+            add(run.needs)
+        ordered.setdefault(run)
+
+    for run in runs:
+        add(run)
+    return list(ordered)
 
 
 def shown(path: Path) -> str:
@@ -62,161 +176,175 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+def launch_command(plan: Plan, script: str) -> list[str]:
+    """The beginning of every command."""
+    accelerate = shown(plan.directory / plan.base.accelerate)
+    return ["accelerate", "launch", "--config_file", accelerate, shown(TRAINING / script)]
+
+
 def training_command(run: AblationRun, plan: Plan) -> list[str]:
     """Trains a run, or goes on with it from its last checkpoint."""
     config = [] if run.config is None else ["--config", shown(run.config)]
-    return [
-        *("accelerate", "launch", "--config_file", shown(plan.directory / plan.base.accelerate)),
-        shown(TRAINING / run.script),
-        *config,
-        *("--resume_from_checkpoint", "latest"),
-        *run.overrides,
-    ]
+    return [*launch_command(plan, run.script), *config, "--resume_from_checkpoint", "latest", *run.overrides]
 
 
-class Runner:
-    """Runs commands one after another, or `jobs` at a time, and stops them all when it is asked to stop."""
+def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:
+    """Evaluates a run's pipeline."""
+    evaluation = plan.evaluation
+    options = {
+        "pipeline": run.pipeline,
+        "names": run.row,
+        "output_dir": run.evaluation,
+        "num_samples": evaluation.num_samples,
+        "seeds": evaluation.sampling_seeds,
+        "steps": evaluation.steps,
+        "judge": evaluation.judge or "none",
+        "batch_size": evaluation.batch_size,
+        "judge_batch_size": evaluation.judge_batch_size,
+        # the same reference texts for all of them
+        "cache_dir": plan.root / "reference-features",
+        "config": shown(plan.config),
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    data = [override for override in plan.common_overrides if override.startswith("data.")]
+    return [*launch_command(plan, "evaluate.py"), *arguments, *data]
 
-    def __init__(self, plan: Plan, jobs: int, launch: Callable[[list[str], Path], int] | None = None):
-        self.plan = plan
-        self.jobs = jobs
-        self.launch = launch or self.launch_process
-        self.processes: set[subprocess.Popen[bytes]] = set()
-        self.lock = threading.Lock()
-        self.stopped = False
 
-    def launch_process(self, command: list[str], log: Path) -> int:
-        """Runs a command in a process group of its own, its output appended to a file; the exit status."""
-        environment = dict(os.environ)
-        if self.jobs > 1:
-            environment["OMP_NUM_THREADS"] = "1"
-        # the launcher that belongs to this interpreter, whatever the search path says
-        command = [sys.executable, "-m", "accelerate.commands.launch", *command[2:]]
-        with log.open("a", encoding="utf-8") as output, self.lock:
-            if self.stopped:
-                return 1
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-            self.processes.add(process)
-        status = process.wait()
-        with self.lock:
-            self.processes.discard(process)
-        return status
-
-    def stop(self, *_: object) -> None:
-        """Asks all processes to stop, which makes training save a checkpoint, and starts no further ones."""
-        self.stopped = True
-        for process in list(self.processes):
-            os.killpg(process.pid, signal.SIGTERM)
-
-    def train(self, run: AblationRun) -> str | None:
-        """Trains a run unless it is finished; what went wrong, if anything did."""
-        try:
-            if run.is_finished:
-                print(f"{run.name}: trained already, in {shown(run.folder)}", flush=True)
-                return None
-        except ValueError as error:
-            return str(error)
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{run.name}: training, log in {shown(run.log)}", flush=True)
-        started = time.monotonic()
-        status = self.launch(training_command(run, self.plan), run.log)
+def work_on(run: AblationRun, plan: Plan, is_scored: bool) -> Work:
+    """The commands that a run still needs; what went wrong, if anything did."""
+    try:
         if run.is_finished:
-            print(f"{run.name}: trained in {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
-            return None
-        return failure("training", status, run.log)
+            print(f"{run.name}: is trained already", flush=True)
+        else:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            print(f"{run.name}: training, log in {shown(run.log)}", flush=True)
+            status = yield training_command(run, plan)
+            if not run.is_finished:
+                return failure("training", status, run.log)
+    except ValueError as error:
+        return str(error)
+    if is_scored and run.scores(plan.evaluation) is None:
+        print(f"{run.name}: evaluation, log in {shown(run.log)}", flush=True)
+        status = yield evaluation_command(run, plan)
+        if run.scores(plan.evaluation) is None:
+            return failure("evaluation", status, run.log)
+    return None
 
 
 def failure(what: str, status: int, log: Path) -> str:
     """What went wrong in a process, with the last line that it has printed."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = lines[-1].split("\r")[-1].strip()[:300] if lines else "nothing printed"
-    return f"{what} ended with status {status} before its end: {said} (log: {shown(log)})"
+    # the launcher's own complaint about a process that has failed comes after what that process says
+    said = [line for line in lines if "Error" in line and "CalledProcessError" not in line] or lines or ["no output"]
+    return f"{what} ended with status {status}: {said[-1].strip()[:400]} (log: {shown(log)})"
 
 
-def with_needs(runs: Iterable[AblationRun]) -> list[AblationRun]:
-    """Runs and what they need, each once, and after all that it needs."""
-    ordered: dict[Path, AblationRun] = {}
+class Conductor:
+    """Works on runs, several at a time; what each has failed by is in `problems`, None for those that went well."""
 
-    def add(run: AblationRun) -> None:
-        if run.needs is not None:
-            add(run.needs)
-        ordered.setdefault(run.folder, run)
+    def __init__(self, plan: Plan, jobs: int, launch: Launch):
+        self.plan = plan
+        self.jobs = jobs
+        self.launch = launch
+        self.problems: dict[AblationRun, str | None] = {}
+        self.active: dict[AblationRun, tuple[Work, Process]] = {}
+        self.is_stopped = False
 
+    def stop(self, *_: object) -> None:
+        """Asks all that is running to stop, and starts nothing more."""
+        self.is_stopped = True
+        for _, process in self.active.values():
+            process.stop()
+
+    def work(self, runs: Sequence[AblationRun], scored: set[AblationRun]) -> None:
+        """Works on runs in their order, as soon as what they need is there; those in `scored` are evaluated."""
+        waiting = list(runs)
+        while waiting or self.active:
+            for run in list(waiting):
+                if run.needs is not None and run.needs not in self.problems:
+                    continue
+                if len(self.active) < self.jobs:
+                    waiting.remove(run)
+                    self.begin(run, run in scored)
+            for run, (work, process) in list(self.active.items()):
+                status = process.poll()
+                if status is not None:
+                    del self.active[run]
+                    self.go_on(run, work, status)
+            if self.active:
+                time.sleep(POLLING_INTERVAL)
+
+    def begin(self, run: AblationRun, is_scored: bool) -> None:
+        """Starts on a run, unless what it needs has failed."""
+        if self.is_stopped:
+            self.problems[run] = "stopped before it began"
+        elif run.needs is not None and self.problems[run.needs] is not None:
+            self.end(run, f"needs {run.needs.name}, which failed")
+        else:
+            self.go_on(run, work_on(run, self.plan, is_scored), None)
+
+    def go_on(self, run: AblationRun, work: Work, status: int | None) -> None:
+        """Hands over how a command has ended, and starts the next one."""
+        try:
+            command = next(work) if status is None else work.send(status)
+        except StopIteration as returned:
+            problem = returned.value
+        else:
+            if not self.is_stopped:
+                self.active[run] = (work, self.launch(command, run.log))
+                return
+            problem = ""
+        if self.is_stopped and problem is not None:
+            problem = "stopped before its end; the same call goes on with it"
+        self.end(run, problem)
+
+    def end(self, run: AblationRun, problem: str | None) -> None:
+        """Takes note of how a run has ended."""
+        self.problems[run] = problem
+        print(f"{run.name}: {'done' if problem is None else 'FAILED: ' + problem}", flush=True)
+
+
+def print_commands(runs: Sequence[AblationRun], scored: set[AblationRun], plan: Plan) -> None:
+    """Prints what `Conductor` would run, as lines for a shell."""
     for run in runs:
-        add(run)
-    # those that need nothing first, so that no worker waits while there is other work
-    return sorted(ordered.values(), key=lambda run: run.needs is not None)
+        print(shlex.join(training_command(run, plan)))
+        if run in scored:
+            print(shlex.join(evaluation_command(run, plan)))
 
 
-def carry_out(runs: Sequence[AblationRun], runner: Runner) -> list[Outcome]:
-    """Trains runs, in their order; one that fails takes only those with it that need it."""
-    futures: dict[Path, Future[Outcome]] = {}
-
-    def work(run: AblationRun) -> Outcome:
-        if runner.stopped:
-            return Outcome(run, "stopped before it began")
-        if run.needs is not None and futures[run.needs.folder].result().problem is not None:
-            return Outcome(run, f"needs {run.needs.name}, which failed")
-        problem = runner.train(run)
-        if problem is not None:
-            print(f"{run.name}: FAILED: {problem}", flush=True)
-        return Outcome(run, problem)
-
-    with ThreadPoolExecutor(runner.jobs) as pool:
-        for run in runs:
-            futures[run.folder] = pool.submit(work, run)
-        return [futures[run.folder].result() for run in runs]
-
-
-def selected_rows(ablations: Ablations, arguments: argparse.Namespace) -> list[str]:
-    """Names of the rows of the tables asked for, in their order, each once.
-
-    Raises:
-        ValueError: an unknown table or row, or nothing asked for.
-    """
-    for table in arguments.table:
-        check_known("table", table, ablations.tables)
-    rows = list(dict.fromkeys(name for table in arguments.table for name in ablations.tables[table].rows))
-    if arguments.rows is None:
-        if not rows:
-            raise ValueError(f"Nothing to do: give --table N ({', '.join(ablations.tables)}) or --rows ROW ...")
-        return rows
-    known = rows or list(ablations.rows)
-    for name in arguments.rows:
-        check_known("row" + (f" of table {' and '.join(arguments.table)}" if rows else ""), name, known)
-    return list(arguments.rows)
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    config = Path(arguments.config)
-    ablations = read_ablations(config)
-    check_known("base", arguments.base, ablations.bases)
-    rows = selected_rows(ablations, arguments)
-    folder = arguments.base if arguments.scale == 1 else f"{arguments.base}-scale-{arguments.scale:g}"
-    plan = Plan(
-        ablations,
-        config.parent,
-        arguments.base,
-        arguments.scale,
-        tuple(arguments.overrides),
-        Path(arguments.output_dir) / folder,
-    )
-    runs = with_needs(plan.run(name, seed) for name in rows for seed in range(arguments.seeds))
-    if arguments.print_commands:
-        for run in runs:
-            print(shlex.join(training_command(run, plan)))
+def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -> int:
+    """Runs the command line; the exit status. `launch` starts the commands, by default as processes."""
+    options = parse_arguments(arguments)
+    ablations = read_ablations(options.config)
+    rows = selected_rows(ablations, options)
+    plan = build_plan(ablations, options)
+    selected = [plan.run(name, seed) for name in rows for seed in range(options.seeds)]
+    runs = with_needs(selected)
+    for run in runs:
+        # settings that are refused stop all of it before any of it
+        _ = run.settings
+    scored = set() if options.train_only else {run for run in selected if run.has_pipeline}
+    if options.print_commands:
+        print_commands(runs, scored, plan)
         return 0
-    runner = Runner(plan, arguments.jobs)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, runner.stop)
-    outcomes = carry_out(runs, runner)
-    failed = [outcome for outcome in outcomes if outcome.problem is not None]
-    for outcome in failed:
-        print(f"{outcome.run.name}: {outcome.problem}", file=sys.stderr)
-    return 1 if failed else 0
+    if scored:
+        check_evaluation(plan.evaluation)
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {})
+    conductor = Conductor(
+        plan, options.jobs, launch or (lambda command, log: CommandProcess(command, log, environment))
+    )
+    handlers = {number: signal.signal(number, conductor.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        conductor.work(runs, scored)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if not options.train_only:
+        command = shlex.join(["python", "training/ablate.py", *(sys.argv[1:] if arguments is None else arguments)])
+        for table in options.table:
+            file = write_table(table, plan, options.seeds, conductor.problems, command)
+            print(f"table {table}: {shown(file)}")
+    return 1 if any(problem is not None for problem in conductor.problems.values()) else 0
 
 
 if __name__ == "__main__":

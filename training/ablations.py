@@ -18,8 +18,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from provenance import source
 from run_folder import RESUMABLE_CHANGES
-from settings import RunSettings, differences, flatten, load_settings, to_yaml
+from settings import RunSettings, differences, flatten, load_settings
 from train_token_decoder import TokenDecoderSettings
 
 
@@ -213,8 +214,20 @@ class AblationRun:
         return f"{self.row} (seed {self.seed})"
 
     @property
+    def has_pipeline(self) -> bool:
+        """Whether the run ends with a pipeline, and not with an autoencoder that others need."""
+        return self.script == TOKEN_DECODER or self.settings.stage != "autoencoder"
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokens of its texts come from."""
+        if self.needs is not None:
+            return self.needs.tokenizer
+        return self.settings.model.tokenizer or self.settings.model.backbone
+
+    @property
     def is_finished(self) -> bool:
-        """Whether the run is there to its last file, the pipeline's card.
+        """Whether what a run writes last is there.
 
         Raises:
             ValueError: the folder holds a run with other settings.
@@ -222,11 +235,9 @@ class AblationRun:
         saved = self.folder / "settings.yaml"
         if not saved.is_file():
             return False
-        # a setting that did not exist when the run started had the value that is its default now
-        theirs = load_settings(SETTINGS_CLASSES[self.script], str(saved), [])
         changed = [
             key
-            for key in differences(self.settings, to_yaml(theirs))
+            for key in differences(self.settings, saved.read_text(encoding="utf-8"))
             if key == "loop.max_steps" or not key.startswith(RESUMABLE_CHANGES)
         ]
         if changed:
@@ -234,7 +245,9 @@ class AblationRun:
                 f"{self.folder} holds a run whose settings differ in {', '.join(changed)}; delete that folder or name "
                 "another --output_dir."
             )
-        return (self.pipeline / "README.md").is_file()
+        # the card of a pipeline, and of other components the tokenizer
+        last = "README.md" if self.has_pipeline else "tokenizer/tokenizer_config.json"
+        return (self.pipeline / last).is_file()
 
     @property
     def pipeline(self) -> Path:
@@ -251,6 +264,27 @@ class AblationRun:
         """Folder of the evaluation."""
         return self.folder / "evaluation"
 
+    def scores(self, plan: EvaluationPlan) -> dict[str, Any] | None:
+        """What `evaluate.py` has measured of the trained pipeline as planned; None where it has not."""
+        file, card = self.evaluation / "results.json", self.pipeline / "README.md"
+        if not file.is_file() or file.stat().st_mtime < card.stat().st_mtime:
+            return None
+        results = json.loads(file.read_text(encoding="utf-8"))
+        planned = {
+            "num_samples": plan.num_samples,
+            "seeds": list(range(plan.sampling_seeds)),
+            "steps": [plan.steps],
+            "judge": None if plan.judge is None else source(plan.judge).name,
+        }
+        return results if {key: results["settings"][key] for key in planned} == planned else None
+
+    def held_out(self) -> dict[str, float]:
+        """The last evaluation on held-out text of the training's log."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        last = [record for record in records if "eval/reconstruction_accuracy" in record][-1]
+        return {key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -262,6 +296,7 @@ class Plan:
         base_name: of the base.
         scale: factor on the steps.
         overrides: `key=value` for all rows: over the base, and under what a row sets.
+        evaluation: how its runs are evaluated.
         root: folder that a row's folders are made in.
     """
 
@@ -270,6 +305,7 @@ class Plan:
     base_name: str
     scale: float
     overrides: tuple[str, ...]
+    evaluation: EvaluationPlan
     root: Path
 
     def __post_init__(self) -> None:
@@ -301,7 +337,7 @@ class Plan:
         """The run of a row.
 
         Raises:
-            ValueError: an unknown row, or settings that are refused.
+            ValueError: an unknown row, or settings of the base that are refused.
         """
         check_known("row", name, self.ablations.rows)
         row = self.ablations.rows[name]
@@ -312,15 +348,13 @@ class Plan:
         if needs is not None:
             values["components"] = str(needs.pipeline)
         config: Path | None = self.config
-        common = self.common_overrides
+        common, base_values = self.common_overrides, self.base_values
         if row.script == TOKEN_DECODER:
             assert needs is not None
             # its settings are other sections than the configuration's, so it is given those that both have
-            config, common = None, as_overrides(self.token_decoder_values(needs))
-        unscaled = load_settings(
-            SETTINGS_CLASSES[row.script], None if config is None else str(config), [*common, *as_overrides(values)]
-        )
-        values |= scaled_values(dotted_values(unscaled), self.scale) | UNSCORED
+            shared = self.token_decoder_values(needs)
+            config, common, base_values = None, as_overrides(shared), dotted_values(TokenDecoderSettings()) | shared
+        values |= scaled_values(base_values | flatten(values), self.scale) | UNSCORED
         values |= {"loop.seed": seed, "loop.output_dir": str(folder)}
         # a row's value may be scaled, and each key is to be there once
         kept = [override for override in common if override.split("=", 1)[0] not in values]

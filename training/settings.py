@@ -302,7 +302,6 @@ def known_keys(owner: Any, section: str) -> list[str]:
 def check_keys(values: Any, settings_class: type, origin: str) -> None:
     """Raises ValueError for a key that no section has, and names the nearest one that there is."""
     defaults = settings_class()
-    everywhere = list(flatten(OmegaConf.to_container(OmegaConf.structured(defaults))))
 
     def visit(node: Any, owner: Any, prefix: str) -> None:
         if not isinstance(node, dict):
@@ -312,6 +311,7 @@ def check_keys(values: Any, settings_class: type, origin: str) -> None:
             name = f"{prefix}{key}"
             if key not in keys:
                 # a slip of the pen, or the right key in the wrong section
+                everywhere = list(flatten(OmegaConf.to_container(OmegaConf.structured(defaults))))
                 nearest = [f"{prefix}{match}" for match in difflib.get_close_matches(str(key), keys, n=1)]
                 nearest += [known for known in everywhere if known.split(".")[-1] == key]
                 nearest += difflib.get_close_matches(name, everywhere, n=1)
