@@ -23,12 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
 from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import evaluate
 from accelerate import Accelerator
 from evaluation_report import results_text, samples_text
 from finished_parts import FinishedParts, digest, module_digest, write_whole

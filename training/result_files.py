@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import figures
 from matplotlib.figure import Figure
+
+import figures
 
 
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:

@@ -164,6 +164,32 @@ def last_step_kl(
     return width + remaining * squared_errors / (2 * encoder_noise**2 * widening)
 
 
+def best_end_time(
+    timesteps: torch.Tensor, mean_squared_errors: torch.Tensor, encoder_noise: float, d: float
+) -> tuple[float, float]:
+    """The time, of those given, at which the prior's process had best end, and the latent noise to expect there.
+
+    Ending at t costs, an entry, 1/2 integral of the error over SNR from 0 to SNR(t), and the last step,
+    1/2 log(1 + (1 - k) error / s_enc^2) with the notation of [`last_step_kl`]. A denoiser that copies what little
+    noise leaves of its input never pays for the integral's far end; one that cannot had better end before it.
+
+    Args:
+        timesteps (`torch.Tensor` of shape `(G,)`): increasing times in [t_s, 1).
+        mean_squared_errors (`torch.Tensor` of shape `(G,)`): the denoiser's, at each.
+        encoder_noise: s_enc.
+        d: of the schedule.
+    """
+    errors = mean_squared_errors.double()
+    snr = tangent.log_snr(timesteps, d).exp()
+    # up from SNR 0, where the error is taken to be that of the last time
+    widths = torch.diff(snr.flip(0), prepend=snr.new_zeros(1))
+    heights = (errors.flip(0) + torch.cat([errors[-1:], errors.flip(0)[:-1]])) / 2
+    integral = (widths * heights).cumsum(0).flip(0)
+    remaining = (1 - encoder_noise**2 * snr).clamp(min=0)
+    best = int(torch.argmin(integral + torch.log1p(remaining * errors / encoder_noise**2)))
+    return float(timesteps[best]), math.sqrt(float(errors[best]))
+
+
 def terminal_kl(latents: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
     """KL(N(alpha z, sigma^2 I) || N(0, I)) of latents (B, ...): (B,) float64, the prior's end at t = 1 (Eq. 21)."""
     num_entries = latents[0].numel()

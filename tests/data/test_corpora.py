@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from ldlm_hf.data import DataSettings, load_corpora
+from ldlm_hf.data import DataSettings, load_corpora, load_held_out
 
 
 LENGTH = 16
@@ -132,3 +132,27 @@ def test_stream_validates_on_the_start_of_another_split(documents, word_tokenize
     )
     corpora = load_corpora(settings, word_tokenizer, LENGTH)
     assert loaded_documents(corpora.validation) == documents[30:33]
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        {"holdout_documents": 5},
+        {"holdout_fraction": 0.3, "holdout_selection": "random", "max_validation_documents": 4},
+        {"validation_split": "train[:7]"},
+        {"holdout_fraction": 0.5, "holdout_selection": "random", "streaming": True, "max_validation_documents": 6},
+    ],
+)
+def test_held_out_text_alone_is_that_of_training(held_out, documents, word_tokenizer, tokens_of, tmp_path):
+    settings = DataSettings(
+        source=write_corpus(".txt", tmp_path, documents), cache_dir=str(tmp_path / "cache"), **held_out
+    )
+    expected = load_corpora(settings, word_tokenizer, LENGTH).validation
+    assert expected is not None
+    assert tokens_of(load_held_out(settings, word_tokenizer, LENGTH)) == tokens_of(expected)
+
+
+def test_held_out_text_has_to_be_held_out(documents, word_tokenizer, tmp_path):
+    settings = DataSettings(source=write_corpus(".txt", tmp_path, documents))
+    with pytest.raises(ValueError, match="no text is held out. Set validation_split"):
+        load_held_out(settings, word_tokenizer, LENGTH)

@@ -244,6 +244,7 @@ def test_encode_fills_short_texts_up_with_end_of_text(pipe: LDLMPipeline):
     with torch.no_grad():
         expected = pipe.latent_encoder(pipe.token_encoder(input_ids).hidden_states).latents
     assert torch.equal(pipe.encode("w5 w6"), expected)
+    assert torch.equal(pipe.encode_sequences(input_ids), expected)
 
 
 def test_encode_refuses_what_it_cannot_hold(pipe: LDLMPipeline):
@@ -251,6 +252,8 @@ def test_encode_refuses_what_it_cannot_hold(pipe: LDLMPipeline):
         pipe.encode(["w2", "w2 w3 w4 w5 w6 w7 w8 w9 w10"])
     with pytest.raises(ValueError, match="at least one"):
         pipe.encode([])
+    with pytest.raises(ValueError, match=r"\(2, 7\) must have the shape .* = \(batch_size, 8\)"):
+        pipe.encode_sequences(torch.ones(2, 7, dtype=torch.long))
 
 
 @pytest.mark.parametrize("shape", [(6, 16), (1, 7, 16), (1, 6, 15)])
