@@ -197,10 +197,10 @@ def what_was_run(rows: Sequence[RowResults], plan: Plan) -> list[str]:
     trained = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run, _ in measured]
     sizes = ", ".join(f"{name} {human_count(size)}" for name, size in trained[0]["parameters"].items())
     lines.append(f"Parameters of {measured[0][0].row}: {sizes}.")
-    minutes = [one["seconds"] / 60 for one in trained]
+    minutes = sorted({f"{one['seconds'] / 60:.1f}" for one in trained}, key=float)
     lines.append(
-        f"Trained on {' and '.join(dict.fromkeys(one['hardware'] for one in trained))}; {min(minutes):.1f} to "
-        f"{max(minutes):.1f} minutes a run."
+        f"Trained on {' and '.join(dict.fromkeys(one['hardware'] for one in trained))}; "
+        f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} minutes a run."
     )
     # every row was scored as this one, or it would not be here
     return lines + conditions(measured[0][1])

@@ -235,11 +235,17 @@ class AblationRun:
         saved = self.folder / "settings.yaml"
         if not saved.is_file():
             return False
+        text = saved.read_text(encoding="utf-8")
         changed = [
             key
-            for key in differences(self.settings, saved.read_text(encoding="utf-8"))
+            for key in differences(self.settings, text)
             if key == "loop.max_steps" or not key.startswith(RESUMABLE_CHANGES)
         ]
+        # ROW/seed-K/pipeline, wherever the folder of all runs lies
+        if "components" in changed:
+            mine, theirs = self.settings.components, OmegaConf.create(text).get("components", "")
+            if Path(mine).parts[-3:] == Path(theirs).parts[-3:]:
+                changed.remove("components")
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run whose settings differ in {', '.join(changed)}; delete that folder or name "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldlm_hf.hub.model_card import Sample, fenced, sample_scores
+from real_text import REPEATED_WORDS
 
 
 # metric → heading, digits
@@ -93,8 +94,8 @@ def conditions(results: dict[str, Any]) -> list[str]:
     lines.append(f"Real text: held-out part of `{reference['source']}`, {reference['num_held_out']:,} sequences.")
     if results["controls"]:
         lines.append(
-            "Controls: the words of each real text in random order; one of its words, as often as it had words "
-            f"(seed {settings['control_seed']})."
+            f"Controls: the words of each real text in random order; {REPEATED_WORDS} neighbouring words of it over "
+            f"and over, as many as it has (seed {settings['control_seed']})."
         )
     sizes = {
         size

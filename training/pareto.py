@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from figures import run_style
-from ldlm_hf.hub.training_curves import WIDTH, finish
-from result_files import draw, judge_of
+from ldlm_hf.hub.training_curves import WIDTH
+from result_files import draw, finish_perplexity
 
 
 # square points of the marker of the slowest set, and of one that takes no time
@@ -53,10 +53,10 @@ def plot_pareto(results: list[dict[str, Any]]) -> Figure:
         axes.plot(
             [points[index][1] for index in frontier],
             [points[index][0] for index in frontier],
-            color=style["color"],
-            linestyle=style["linestyle"],
             linewidth=1.2,
+            markersize=4,
             label=entry["name"],
+            **style,
         )
         for index, one in enumerate(sets):
             perplexity, entropy = points[index]
@@ -87,12 +87,8 @@ def plot_pareto(results: list[dict[str, Any]]) -> Figure:
         if point not in drawn and None not in point:
             axes.scatter(*point, marker="*", s=160, color="black", zorder=4, label=None if drawn else "real text")
             drawn.add(point)
-    axes.set_yscale("log")
-    finish(
-        axes,
-        "entropy (nats); higher is more diverse",
-        f"Gen. PPL under {judge_of(results)}; lower is likelier",
-    )
+    axes.margins(0.08)
+    finish_perplexity(axes, results, "entropy (nats)")
     axes.set_title(
         f"Number: denoising steps. Area: seconds of sampling (largest: {slowest:,.1f} s a set). "
         "Hollow: beaten by another number of steps.",

@@ -76,7 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--judge_batch_size", type=positive, default=8, help="texts that the judge reads at a time")
     add("--dtype", choices=DTYPES, default="float32", help="of the pipelines' weights")
     add(
-        "--controls", action="store_true", help="also score real texts with shuffled words, and with one word repeated"
+        "--controls",
+        action="store_true",
+        help="also score real texts with shuffled words, and with few words repeated",
     )
     add("--interpolation", action="store_true", help="also decode lines between the latents of real texts")
     add("--num_pairs", type=positive, default=None, help="lines; by default half the number of samples")

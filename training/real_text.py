@@ -14,8 +14,10 @@ from ldlm_hf.data import DataSettings, load_held_out
 from text_scores import MIN_MAUVE_TEXTS
 
 
-# of the words of a control
+# of the random numbers that controls are made with
 CONTROL_SEED = 0
+# words of the phrase that a text of the control `repeated_words` consists of
+REPEATED_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,19 @@ def check_mauve_size(num_samples: int) -> None:
 
 
 def shuffled_words(words: list[str], random: np.random.Generator) -> list[str]:
-    """The same words in random order: fluent no more, as diverse as before."""
+    """The same words in random order: as diverse as before, and no text any more."""
     return [words[place] for place in random.permutation(len(words))]
 
 
 def repeated_words(words: list[str], random: np.random.Generator) -> list[str]:
-    """One of the words, drawn at random, as often as there were words: likely to a judge, and without any entropy."""
-    return [words[random.integers(len(words))]] * len(words) if words else []
+    """`REPEATED_WORDS` neighbouring words, drawn at random, over and over up to the same number of words.
+
+    A judge soon expects them; entropy and diversity see what they are. One word over and over would not show that:
+    without a BOS, some judges find it most unlikely, however often it comes.
+    """
+    first = random.integers(max(1, len(words) - REPEATED_WORDS + 1))
+    repeated = words[first : first + REPEATED_WORDS]
+    return [repeated[place % len(repeated)] for place in range(len(words))]
 
 
 CONTROLS: dict[str, Callable[[list[str], np.random.Generator], list[str]]] = {

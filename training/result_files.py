@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 import figures
+from ldlm_hf.hub.training_curves import finish
 
 
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -58,6 +61,10 @@ def draw(description: str, plot: Callable[[list[dict[str, Any]]], Figure]) -> No
     save_figure(plot(read_results(options.results)), options.output)
 
 
-def judge_of(results: list[dict[str, Any]]) -> str:
-    """The judge of results, for an axis."""
-    return results[0]["judge"]["name"].rpartition("/")[2]
+def finish_perplexity(axes: Axes, results: list[dict[str, Any]], x_label: str) -> None:
+    """Generative perplexity up, on a logarithmic axis with plain numbers; labels and legend."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    judge = results[0]["judge"]["name"].rpartition("/")[2]
+    finish(axes, x_label, f"Gen. PPL under {judge}")

@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from figures import run_style
-from ldlm_hf.hub.training_curves import WIDTH, finish
-from result_files import draw, judge_of
+from ldlm_hf.hub.training_curves import WIDTH
+from result_files import draw, finish_perplexity
 
 
 def plot_smoothness(results: list[dict[str, Any]]) -> Figure:
@@ -40,13 +40,9 @@ def plot_smoothness(results: list[dict[str, Any]]) -> Figure:
             label=f"{entry['name']} (roughness {roughness})",
             **run_style(place),
         )
-    axes.set_yscale("log")
     pairs = sorted({entry["interpolation"]["num_pairs"] for entry in entries})
-    finish(
-        axes,
-        f"position between two real texts ({', '.join(f'{count:,}' for count in pairs)} pairs)",
-        f"Gen. PPL under {judge_of(results)}",
-    )
+    counts = ", ".join(f"{count:,}" for count in pairs)
+    finish_perplexity(axes, results, f"position between two real texts ({counts} pairs)")
     return figure
 
 

@@ -20,7 +20,6 @@ from ldlm_hf.objective.likelihood import (
     Denoiser,
     Estimate,
     TimeProposal,
-    best_end_time,
     build_proposal,
     diffusion_integral,
     encoder_entropy,
@@ -176,30 +175,6 @@ def test_last_step_is_the_divergence_of_the_gaussians_that_it_names():
     # at t_s nothing is left
     at_start = last_step_kl(errors, NUM_ENTRIES, encoder_noise**-2, encoder_noise, latent_noise)
     torch.testing.assert_close(at_start, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_best_end_is_anywhere_for_a_perfect_denoiser_and_early_for_one_with_a_floor():
-    encoder_noise, d, deviation = 0.05, 3.0, 1.0
-    timesteps = torch.linspace(first_time(encoder_noise, d), 1, 2001, dtype=torch.float64)[:-1]
-    snr = tangent.log_snr(timesteps, d).exp()
-    smallest = deviation**2 / (1 + deviation**2 * snr)
-    total = math.log(1 + deviation**2 / encoder_noise**2)
-
-    # it gets the same rate wherever it ends, so a little less error at one time is what decides
-    for place in (0, 700, 1900):
-        favoured = smallest.clone()
-        favoured[place] *= 0.8
-        end_time, latent_noise = best_end_time(timesteps, favoured, encoder_noise, d)
-        assert end_time == float(timesteps[place]) or place == 0
-        if place:
-            assert latent_noise == pytest.approx(math.sqrt(float(favoured[place])))
-
-    # a floor of 0.1: ending costs log(1 + 0.1 / s^2) there, and the integral grows by 0.1 an SNR
-    floored = smallest.clamp(min=0.1)
-    end_time, latent_noise = best_end_time(timesteps, floored, encoder_noise, d)
-    assert float(tangent.log_snr(torch.tensor(end_time), d).exp()) == pytest.approx(9, rel=0.02)
-    assert latent_noise == pytest.approx(math.sqrt(0.1), rel=0.01)
-    assert math.log(10) + math.log(1 + 0.1 / encoder_noise**2) == pytest.approx(total, abs=0.1)
 
 
 def test_schedules_differ_in_times_only():

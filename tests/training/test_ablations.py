@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ablate import main, training_command
+from ablate import Conductor, main, training_command
 from ablations import JOINT, TOKEN_DECODER, AblationRun, EvaluationPlan, Plan, dotted_values, read_ablations, times
 from components import (
     build_diffusion_objective,
@@ -357,28 +357,6 @@ def test_token_decoders_are_trained_on_the_default_rows_noisy_latents(
     assert built == {} or tuple(built[key] for key in widths) == sizes
 
 
-def test_the_demos_default_row_at_half_scale_is_this_command() -> None:
-    by_hand = [
-        "loop.max_steps=1000",
-        "warmup.steps=400",
-        "optimizer.lr_warmup_steps=50",
-        "loop.checkpointing_steps=250",
-        "evaluation.every=250",
-        "timestep_sampler.update_every=50",
-        "timestep_sampler.ema_decay=0.994009",
-        "optimizer.ema_decay=0.990025",
-        "evaluation.num_samples=0",
-        "evaluation.judge=null",
-        "loop.trackers=[]",
-        "loop.checkpoints_total_limit=1",
-    ]
-    plan = plan_of("demo", 0.5)
-    for row, more in (("default", []), ("uniform", ["timestep_sampler.adaptive=false"])):
-        overrides = [*by_hand, *more, f"loop.output_dir=runs/demo/{row}/seed-0"]
-        expected = load_settings(RunSettings, str(SHIPPED.parent / "demo.yaml"), overrides)
-        assert plan.run(row, 0).settings == expected
-
-
 @pytest.mark.parametrize(("base", "scale"), [("openwebtext_128", 0.1), ("openwebtext_128", 0.002), ("demo", 0.25)])
 @pytest.mark.parametrize("row", ["default", "warmup_half", "scratch_embeddings", "cosmos", "token_decoder_2_layers"])
 def test_scale_shrinks_steps_and_time_constants_together(base: str, scale: float, row: str) -> None:
@@ -536,6 +514,12 @@ def test_a_run_that_was_stopped_goes_on_and_feeds_a_token_decoder(
     # the default row was needed, and not asked for
     assert "--pipeline" in launched[-1]
     assert len(launched) == 3
+    # finished runs may be moved, also those that name the components that they started from
+    (tmp_path / "ablations").rename(tmp_path / "moved")
+    launched.clear()
+    assert ablate(*arguments, "--output_dir", str(tmp_path / "moved")) == 0
+    assert launched == []
+    (tmp_path / "moved").rename(tmp_path / "ablations")
     text, values = table_of(tmp_path, "5")
     assert "| Reference, trained jointly | not run |" in text
     assert values["rows"][2]["runs"][0]["held_out"]["reconstruction_accuracy"] >= 0
@@ -545,6 +529,44 @@ def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, t
     assert ablate("--table", "6", "loop.max_steps=1") == 0
     text, values = table_of(tmp_path, "6")
     assert text.count("| Real text, in tokens of") == len(values["real_text"]) == 2
+    # two steps of warmup in a run of one
+    assert "the warmup is longer than the run, whose last gate is" in text
+
+
+class Sleeper:
+    """A process that trains nothing, so that its run counts as failed."""
+
+    running = most = 0
+
+    def __init__(self, command: list[str], log: Path):
+        log.write_text("nothing was trained", encoding="utf-8")
+        self.process = subprocess.Popen(["sleep", "0.5"])
+        Sleeper.running += 1
+        Sleeper.most = max(Sleeper.most, Sleeper.running)
+
+    def poll(self) -> int | None:
+        status = self.process.poll()
+        Sleeper.running -= status is not None
+        return status
+
+    def stop(self) -> None:
+        self.process.terminate()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_as_many_runs_at_a_time_as_asked_for(tiny_config: Path, jobs: int, tmp_path: Path) -> None:
+    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
+    names = ["cosmos_autoencoder", "cosmos", "default", "token_decoder_head", "uniform"]
+    runs = [plan.run(name, 0) for name in names]
+    conductor = Conductor(plan, jobs, Sleeper)
+    Sleeper.running = Sleeper.most = 0
+    conductor.work(runs, set(runs))
+    assert Sleeper.most == jobs
+    problems = {run.row: problem for run, problem in conductor.problems.items()}
+    assert set(problems) == set(names)
+    for name, needed in (("cosmos", "cosmos_autoencoder"), ("token_decoder_head", "default")):
+        assert problems[name] == f"needs {needed} (seed 0), which failed"
+    assert all("nothing was trained" in problems[name] for name in ("cosmos_autoencoder", "default", "uniform"))
 
 
 def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, repository: Path, tmp_path: Path) -> None:

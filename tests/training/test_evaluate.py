@@ -1,4 +1,4 @@
-"""Evaluations of tiny pipelines: their numbers are the metrics' own, they go on after a kill, and any layout agrees."""
+"""Evaluations of tiny pipelines: the numbers are the metrics' own, a killed one goes on, and every layout agrees."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
-import evaluate
 import pareto
 import pipeline_evaluation
-import sampling
 import smoothness
 from finished_parts import FinishedParts, module_digest
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TokenEntropy
@@ -45,13 +45,8 @@ def judge_folder(backbone_folders: dict[str, Path], tiny_tokenizer: Any) -> Path
 
 
 @pytest.fixture
-def pipeline_folder(make_pipeline: Callable[..., LDLMPipeline], randomize: Callable, tmp_path: Path) -> Path:
-    """A pipeline whose samples differ from one another."""
-    pipeline = make_pipeline()
-    torch.manual_seed(1)
-    for part in (pipeline.transformer, pipeline.latent_decoder, pipeline.token_decoder):
-        randomize(part, scale=0.3)
-    pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+def pipeline_folder(make_pipeline: Callable[..., LDLMPipeline], tmp_path: Path) -> Path:
+    make_pipeline().save_pretrained(tmp_path / "run" / "pipeline")
     return tmp_path / "run" / "pipeline"
 
 
@@ -171,7 +166,7 @@ def test_numbers_are_the_metrics_own(
         assert entry["sets"][0]["std"][name] == pytest.approx(statistics.stdev(values))
         assert math.isfinite(results["real_text"][name])
     assert set(METRICS) | set(COUNTS) <= results["controls"]["shuffled_words"].keys()
-    assert results["controls"]["repeated_words"]["entropy"] == 0
+    assert results["controls"]["repeated_words"]["entropy"] <= math.log(4)
     assert results["controls"]["repeated_words"]["diversity"] < results["real_text"]["diversity"]
     expected = {"num_samples": 20, "seeds": [0, 1], "steps": [1, 3], "judge": judge_folder.name, "mauve": True}
     assert expected.items() <= results["settings"].items()
@@ -183,7 +178,7 @@ def test_numbers_are_the_metrics_own(
     assert (curve["positions"], curve["num_pairs"]) == ([0.0, 0.5, 1.0], 10)
     ends = pairs_of(drawn[::2], 10)
     latents = [pipeline.encode_sequences(ends[:, end]) for end in (0, 1)]
-    for place, latent in ((0, latents[0]), (1, latents.__getitem__(0).lerp(latents[1], 0.5)), (2, latents[1])):
+    for place, latent in ((0, latents[0]), (1, latents[0].lerp(latents[1], 0.5)), (2, latents[1])):
         decoded = pipeline.decode_to_sequences(latent)
         assert curve["entropy"][place] == pytest.approx(TokenEntropy().compute(predictions=decoded)["entropy"])
         texts_there = tiny_tokenizer.batch_decode(decoded, skip_special_tokens=True)
@@ -336,7 +331,7 @@ def test_reference_features_are_made_once_for_all_evaluations(
     monkeypatch.setattr(pipeline_evaluation, "text_features", never)
     assert without_times(run("second", *shared)) == without_times(first)
     with pytest.raises(AssertionError, match="made again"):
-        run("third", *shared, "data.holdout_documents=7")
+        run("third", "data.holdout_documents=7", *shared)
 
 
 @pytest.mark.parametrize("batch_size", ["8", "3"])
@@ -364,7 +359,6 @@ def test_blank_texts_are_counted_and_leave_no_number(
     with torch.no_grad():
         # the end-of-text token, always
         pipeline.token_decoder.head.weight.zero_()
-        pipeline.token_decoder.norm_out.weight.zero_() if hasattr(pipeline.token_decoder, "norm_out") else None
     pipeline.save_pretrained(pipeline_folder)
     results = run("out", "--interpolation")
     one = results["pipelines"][0]["sets"][0]
@@ -429,7 +423,7 @@ def test_bad_command_lines(run_script: Run, command: list[str], bad: list[str], 
 def test_pipelines_that_do_not_go_together(
     run: Callable,
     make_pipeline: Callable[..., LDLMPipeline],
-    command: list[str],
+    tiny_tokenizer: Any,
     pipeline_folder: Path,
     tmp_path: Path,
 ) -> None:
@@ -440,12 +434,14 @@ def test_pipelines_that_do_not_go_together(
     make_pipeline(latent_encoder=None).save_pretrained(tmp_path / "bare" / "pipeline")
     with pytest.raises(ValueError, match="--interpolation encodes.*'bare' lacks latent_encoder: save it with"):
         run("out", "--pipeline", str(pipeline_folder), str(tmp_path / "bare" / "pipeline"), "--interpolation")
-    other = make_pipeline()
-    other.tokenizer = type(other.tokenizer)(tokenizer_object=other.tokenizer.backend_tokenizer, eos_token="<eos>")
-    other.tokenizer.add_tokens(["another"])
-    other.max_vocab_padding = 0
+    tokenizer = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    tokenizer["model"]["vocab"]["another"] = tokenizer["model"]["vocab"].pop("w39")
+    other = type(tiny_tokenizer)(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)), unk_token="<unk>", eos_token="<eos>"
+    )
+    make_pipeline(tokenizer=other).save_pretrained(tmp_path / "other" / "pipeline")
     with pytest.raises(ValueError, match="differ in tokenizer or sequence length.*one by one"):
-        subjects_of_two(command, pipeline_folder, other, tmp_path)
+        run("out", "--pipeline", str(pipeline_folder), str(tmp_path / "other" / "pipeline"))
     assert not (tmp_path / "out").exists()
 
 
@@ -483,33 +479,36 @@ def test_text_of_a_training_configuration(
     assert results["settings"]["data"]["holdout_documents"] == 8
 
 
-def test_figures_from_any_number_of_results(
-    run: Callable, monkeypatch: pytest.MonkeyPatch, judge_folder: Path, tmp_path: Path
-) -> None:
-    for name in ("a", "b"):
-        run(name, "--names", name, "--seeds", "1", "--interpolation", "--num_positions", "3")
-    files = [str(tmp_path / name / "results.json") for name in ("a", "b")]
+def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    results = run("a", "--seeds", "1", "--steps", "1", "--interpolation", "--num_positions", "3")
+    others = {
+        "b": results,
+        "another_judge": results | {"judge": results["judge"] | {"name": "another"}},
+        "longer_texts": results | {"pipelines": [results["pipelines"][0] | {"sequence_length": 9}]},
+        "no_judge": results | {"judge": None},
+        "no_results": {"judge": None},
+    }
+    for name, values in others.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    first = str(tmp_path / "a" / "results.json")
     for script in (pareto, smoothness):
         figure = tmp_path / "figures" / script.__name__
-        monkeypatch.setattr(sys, "argv", ["", *files, "--output", f"{figure}.png"])
+        monkeypatch.setattr(sys, "argv", ["", first, str(tmp_path / "b.json"), "--output", f"{figure}.png"])
         script.draw("", getattr(script, f"plot_{script.__name__}"))
         assert figure.with_suffix(".png").is_file() and figure.with_suffix(".svg").is_file()
-    changed = read(tmp_path / "b")
-    changed["judge"]["name"] = "another"
-    (tmp_path / "b" / "results.json").write_text(json.dumps(changed), encoding="utf-8")
-    run("c", "--judge", "none", "--seeds", "1")
-    run("d", "--seeds", "1")
-    for other, expected in (
-        ("b/results.json", "different judges"),
-        ("c/results.json", "--judge none"),
-        ("e/results.json", "is not there"),
-        ("run/pipeline/model_index.json", "does not hold the results"),
+    for name, expected in (
+        ("another_judge", "different judges"),
+        ("longer_texts", "different lengths"),
+        ("no_judge", "--judge none"),
+        ("no_results", "does not hold the results"),
+        ("nowhere", "is not there"),
     ):
-        monkeypatch.setattr(sys, "argv", ["", files[0], str(tmp_path / other), "--output", str(tmp_path / "x")])
+        monkeypatch.setattr(sys, "argv", ["", first, str(tmp_path / f"{name}.json"), "--output", str(tmp_path / "x")])
         with pytest.raises((ValueError, OSError), match=expected):
             pareto.draw("", pareto.plot_pareto)
+    del results["pipelines"][0]["interpolation"]
     with pytest.raises(ValueError, match="evaluate with --interpolation"):
-        smoothness.plot_smoothness([read(tmp_path / "d")])
+        smoothness.plot_smoothness([results])
 
 
 def test_pareto_frontier() -> None:
@@ -529,11 +528,13 @@ def test_pareto_frontier() -> None:
 
 
 def test_controls() -> None:
-    words = "the cat sat on the mat and the dog ran".split()
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran"]
     shuffled = shuffled_words(words, np.random.default_rng(0))
     assert sorted(shuffled) == sorted(words) and shuffled != words
     repeated = repeated_words(words, np.random.default_rng(0))
-    assert len(repeated) == len(words) and len(set(repeated)) == 1 and repeated[0] in words
+    assert len(repeated) == len(words) and repeated[:4] == repeated[4:8]
+    assert " ".join(repeated[:4]) in " ".join(words)
+    assert repeated_words(["one", "two"], np.random.default_rng(0)) == ["one", "two"]
     for make in (shuffled_words, repeated_words):
         assert make(words, np.random.default_rng(3)) == make(words, np.random.default_rng(3))
         assert make([], np.random.default_rng(0)) == []
@@ -592,21 +593,3 @@ def test_a_digest_sees_weights_and_configuration(make_components: Callable) -> N
     with torch.no_grad():
         list(other.parameters())[-1].view(-1)[-1] += 1e-6
     assert module_digest(one) != module_digest(other)
-
-
-def subjects_of_two(command: list[str], folder: Path, other: LDLMPipeline, tmp_path: Path) -> None:
-    """Loads a pipeline and one with another tokenizer."""
-    other.save_pretrained(tmp_path / "other")
-    sys.argv = [
-        "",
-        *command,
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--pipeline",
-        str(folder),
-        str(tmp_path / "other"),
-    ]
-    options = pipeline_evaluation.parse_arguments()
-    pipeline_evaluation.check_options(options)
-    assert sampling.load_pipeline(str(folder), "float32")
-    pipeline_evaluation.load_subjects(options)
