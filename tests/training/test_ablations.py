@@ -357,6 +357,30 @@ def test_token_decoders_are_trained_on_the_default_rows_noisy_latents(
     assert built == {} or tuple(built[key] for key in widths) == sizes
 
 
+def test_the_demos_default_row_at_half_scale_is_this_command() -> None:
+    by_hand = [
+        "loop.max_steps=1000",
+        "loop.checkpointing_steps=250",
+        "loop.trackers=[]",
+        "loop.checkpoints_total_limit=1",
+        "warmup.steps=400",
+        "optimizer.lr_warmup_steps=50",
+        "optimizer.ema_decay=0.990025",
+        "timestep_sampler.num_bins=20",
+        "timestep_sampler.uniform_share=0.2",
+        "timestep_sampler.update_every=50",
+        "timestep_sampler.ema_decay=0.994009",
+        "evaluation.every=250",
+        "evaluation.num_samples=0",
+        "evaluation.judge=null",
+    ]
+    plan = plan_of("demo", 0.5)
+    for row, more in (("default", []), ("uniform", ["timestep_sampler.adaptive=false"])):
+        overrides = [*by_hand, *more, f"loop.output_dir=runs/demo/{row}/seed-0"]
+        expected = load_settings(RunSettings, str(SHIPPED.parent / "demo.yaml"), overrides)
+        assert plan.run(row, 0).settings == expected
+
+
 @pytest.mark.parametrize(("base", "scale"), [("openwebtext_128", 0.1), ("openwebtext_128", 0.002), ("demo", 0.25)])
 @pytest.mark.parametrize("row", ["default", "warmup_half", "scratch_embeddings", "cosmos", "token_decoder_2_layers"])
 def test_scale_shrinks_steps_and_time_constants_together(base: str, scale: float, row: str) -> None:
