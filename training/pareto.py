@@ -54,10 +54,9 @@ def plot_pareto(results: list[dict[str, Any]]) -> Figure:
             [points[index][1] for index in frontier],
             [points[index][0] for index in frontier],
             linewidth=1.2,
-            markersize=4,
-            label=entry["name"],
-            **style,
+            **(style | {"marker": ""}),
         )
+        axes.plot([], [], label=entry["name"], markersize=6, **style)
         for index, one in enumerate(sets):
             perplexity, entropy = points[index]
             axes.errorbar(

@@ -192,6 +192,8 @@ def plan(
 ) -> tuple[list[SampleSet], list[Lines]]:
     """All that is to be made."""
     device = device_name(accelerator.device)
+    if accelerator.device.type == "cpu":
+        device += f", {torch.get_num_threads()} threads"
     sets = [
         SampleSet.of(parts, subject, steps, seed, device)
         for subject in subjects

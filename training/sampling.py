@@ -104,10 +104,10 @@ class SampleSet:
     rows: Rows
 
     @classmethod
-    def of(cls, parts: FinishedParts, subject: Subject, steps: int, seed: int, device_name: str) -> SampleSet:
-        """The set, wherever and in whatever batches it was made before; times are those of one kind of device."""
+    def of(cls, parts: FinishedParts, subject: Subject, steps: int, seed: int, device: str) -> SampleSet:
+        """The set, in whatever batches it was made before; `device` is the kind that all its times are of."""
         rows = parts.rows(
-            "samples", pipeline=subject.digest, dtype=subject.dtype, steps=steps, seed=seed, device=device_name
+            "samples", pipeline=subject.digest, dtype=subject.dtype, steps=steps, seed=seed, device=device
         )
         return cls(subject, steps, seed, rows)
 

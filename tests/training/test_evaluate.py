@@ -446,10 +446,15 @@ def test_pipelines_that_do_not_go_together(
 
 
 def test_two_pipelines_in_one_table(
-    run: Callable, make_pipeline: Callable[..., LDLMPipeline], pipeline_folder: Path, tmp_path: Path
+    run: Callable,
+    make_components: Callable,
+    make_pipeline: Callable[..., LDLMPipeline],
+    pipeline_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    """One whole, and one whose token decoder is given without encoders; the same weights are sampled once."""
-    make_pipeline(token_encoder=None, latent_encoder=None).save_pretrained(tmp_path / "bare" / "pipeline")
+    """One whole, and another without encoders."""
+    without_encoders = make_components(seed=1) | {"token_encoder": None, "latent_encoder": None}
+    make_pipeline(**without_encoders).save_pretrained(tmp_path / "bare" / "pipeline")
     results = run(
         "out",
         *("--pipeline", str(pipeline_folder), str(tmp_path / "bare" / "pipeline"), "--names", "whole", "bare"),
