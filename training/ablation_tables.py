@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ablations import AblationRun, Plan, Table, scaled_values
-from evaluation_report import COLUMNS, COUNTS, cell, conditions, table
+from evaluation_report import COLUMNS, COUNTS, cell, conditions
 from ldlm_hf import warmup_gate
+from markdown_tables import markdown_table
 from settings import human_count
 
 
@@ -126,7 +127,7 @@ def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan:
     sections = [
         f"# Table {number}: {definition.title}",
         f"The rows of the paper's {definition.reference}, on the base `{plan.base_name}`. Written by\n\n    {command}",
-        table(header, lines),
+        "\n".join(markdown_table(header, lines)),
     ]
     remarks = notes(rows, plan)
     if remarks:

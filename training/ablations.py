@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldlm_hf.hub.model_card import read_settings_and_log
 from provenance import source
 from run_folder import RESUMABLE_CHANGES
 from settings import RunSettings, differences, flatten, load_settings
@@ -286,9 +287,8 @@ class AblationRun:
 
     def held_out(self) -> dict[str, float]:
         """The last evaluation on held-out text of the training's log."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        last = [record for record in records if "eval/reconstruction_accuracy" in record][-1]
+        _, log = read_settings_and_log(self.folder)
+        last = [record for record in log if "eval/reconstruction_accuracy" in record][-1]
         return {key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")}
 
 

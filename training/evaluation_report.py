@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldlm_hf.hub.model_card import Sample, fenced, sample_scores
+from markdown_tables import markdown_table
 from real_text import REPEATED_WORDS
 
 
@@ -27,12 +28,6 @@ def cell(mean: float | None, std: float | None, digits: int) -> str:
     return f"{mean:,.{digits}f}" + ("" if std is None else f" ± {std:,.{digits}f}")
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def results_text(results: dict[str, Any]) -> str:
     """The table, with real text and controls in rows of their own, and what its numbers depend on."""
 
@@ -50,10 +45,15 @@ def results_text(results: dict[str, Any]) -> str:
         for one in entry["sets"]:
             rows.append(row(entry["name"], f"{one['steps']:,}", one["mean"], one["std"], one["seeds"]))
     header = ["texts", "steps", *(heading for heading, _ in COLUMNS.values()), *COUNTS.values()]
-    sections = ["# Evaluation", table(header, rows), "\n".join(f"- {line}" for line in conditions(results))]
+    sections = [
+        "# Evaluation",
+        "\n".join(markdown_table(header, rows)),
+        "\n".join(f"- {line}" for line in conditions(results)),
+    ]
     curves = [entry for entry in results["pipelines"] if "interpolation" in entry]
     if curves:
         positions = curves[0]["interpolation"]["positions"]
+        columns = ["Gen. PPL at", *(f"{position:.2f}" for position in positions), "roughness"]
         lines = []
         for entry in curves:
             curve = entry["interpolation"]
@@ -62,7 +62,7 @@ def results_text(results: dict[str, Any]) -> str:
             lines.append([entry["name"], *cells, cell(curve["roughness"], None, 3)])
         sections += [
             "## Between two real texts",
-            table(["Gen. PPL at", *(f"{position:.2f}" for position in positions), "roughness"], lines),
+            "\n".join(markdown_table(columns, lines)),
             f"{curves[0]['interpolation']['num_pairs']:,} pairs of real texts; the positions 0 and 1 are their "
             "reconstructions. Roughness: mean over the positions between of log Gen. PPL minus its straight line "
             "from end to end, in nats a token.",

@@ -235,9 +235,14 @@ def load_text(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
+    check_held_out(corpora)
+    return corpora
+
+
+def check_held_out(corpora: TextCorpora) -> None:
+    """Raises ValueError where the settings hold no text out."""
     if corpora.validation is None:
         raise ValueError(
             "Evaluation needs held-out text, and the settings hold none out: set data.validation_split, "
             "data.holdout_documents or data.holdout_fraction."
         )
-    return corpora

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import find_checkpoints
 from evaluation import held_out_sequences
-from launch import training_sequences
+from launch import check_held_out, training_sequences
 from ldlm_hf import AdaptiveTimestepSampler, LDLMPipeline, LikelihoodBound, LikelihoodSettings, load_corpora
 from ldlm_hf.data import DataSettings
 from ldlm_hf.objective.likelihood import (
@@ -125,11 +125,10 @@ def trained_decoder_noise(run: Path | None) -> float:
 def load_pipeline(name: str, tokens_only: bool) -> LDLMPipeline:
     """A pipeline that has what the bound needs; ValueError for one that has not."""
     pipeline = LDLMPipeline.from_pretrained(name)
-    missing = [part for part in ("token_encoder", "latent_encoder") if getattr(pipeline, part) is None]
-    if missing:
+    if pipeline.missing_encoders:
         raise ValueError(
-            f"--pipeline {name!r} lacks {' and '.join(missing)}, which turn held-out text into latents: name the "
-            "pipeline as training saved it (RUN/pipeline), with its encoders."
+            f"--pipeline {name!r} lacks {' and '.join(pipeline.missing_encoders)}, which turn held-out text into "
+            "latents: name the pipeline as training saved it (RUN/pipeline), with its encoders."
         )
     if pipeline.latent_decoder is None and not tokens_only:
         raise ValueError(
@@ -362,10 +361,7 @@ def main() -> None:
         sampler = load_timestep_sampler(Path(options.timestep_sampler or run))
     length = pipeline.latent_encoder.config.sequence_length
     corpora = load_corpora(data, pipeline.tokenizer, length)
-    if corpora.validation is None:
-        raise ValueError(
-            "There is no held-out text: set data.validation_split, data.holdout_documents or data.holdout_fraction."
-        )
+    check_held_out(corpora)
     output_dir = options.output_dir or (run / "likelihood" if run is not None else Path("runs/likelihood"))
 
     start = time.monotonic()

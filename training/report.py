@@ -35,6 +35,7 @@ from logged_runs import (
     read_logged_runs,
     timestep_cdf,
 )
+from markdown_tables import markdown_table
 from provenance import without_path
 
 
@@ -97,12 +98,6 @@ def write_report(
     text = "\n".join("\n".join(lines) + "\n" for lines in sections)
     (output_dir / "report.md").write_text(text, encoding="utf-8")
     return text
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def picture(name: str, caption: str) -> list[str]:

@@ -60,9 +60,7 @@ class Subject:
             ),
             digest=digest([parts, vocabulary]),
             vocabulary=vocabulary,
-            missing_encoders=tuple(
-                part for part in ("token_encoder", "latent_encoder") if getattr(pipeline, part) is None
-            ),
+            missing_encoders=tuple(pipeline.missing_encoders),
         )
 
     def load(self) -> LDLMPipeline:

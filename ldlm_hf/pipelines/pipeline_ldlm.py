@@ -396,9 +396,7 @@ class LDLMPipeline(DiffusionPipeline):
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("`texts` must hold at least one text.")
-        latents = self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
-        self.maybe_free_model_hooks()
-        return latents
+        return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
 
     @torch.no_grad()
     def encode_sequences(self, sequences: torch.Tensor) -> torch.Tensor:
@@ -415,14 +413,20 @@ class LDLMPipeline(DiffusionPipeline):
                 f"(batch_size, {length})."
             )
         hidden_states = self.token_encoder(sequences.to(self._execution_device)).hidden_states
-        return self.latent_encoder(hidden_states.to(self.latent_encoder.dtype)).latents.float()
+        latents = self.latent_encoder(hidden_states.to(self.latent_encoder.dtype)).latents.float()
+        self.maybe_free_model_hooks()
+        return latents
+
+    @property
+    def missing_encoders(self) -> list[str]:
+        """Which of the optional components that [`~LDLMPipeline.encode`] needs are not there."""
+        return [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
 
     def _require_encoders(self) -> None:
-        missing = [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
-        if missing:
+        if self.missing_encoders:
             raise ValueError(
                 f"encode needs the optional components token_encoder and latent_encoder; this pipeline lacks "
-                f"{' and '.join(missing)}. Pass them to from_pretrained or to the constructor."
+                f"{' and '.join(self.missing_encoders)}. Pass them to from_pretrained or to the constructor."
             )
 
     def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ldlm_hf.objective.likelihood import (
     Denoiser,
     Estimate,
     TimeProposal,
+    best_end_time,
     build_proposal,
     diffusion_integral,
     encoder_entropy,
@@ -175,6 +176,32 @@ def test_last_step_is_the_divergence_of_the_gaussians_that_it_names():
     # at t_s nothing is left
     at_start = last_step_kl(errors, NUM_ENTRIES, encoder_noise**-2, encoder_noise, latent_noise)
     torch.testing.assert_close(at_start, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_best_end_is_where_the_denoiser_is_better_than_perfect_ones_are():
+    """A perfect denoiser's error, 1 / (1 + SNR), costs log(1 + 1 / s_enc^2) wherever the process ends: one time with a
+    smaller error decides."""
+    encoder_noise, d = 0.05, 3.0
+    timesteps = torch.linspace(first_time(encoder_noise, d), 1, 2001, dtype=torch.float64)[:-1]
+    perfect = 1 / (1 + tangent.log_snr(timesteps, d).exp())
+    for place in (700, 1900):
+        favoured = perfect.clone()
+        favoured[place] *= 0.8
+        end_time, latent_noise = best_end_time(timesteps, favoured, encoder_noise, d)
+        assert end_time == float(timesteps[place])
+        assert latent_noise == pytest.approx(math.sqrt(float(favoured[place])))
+
+
+@pytest.mark.parametrize(("scale", "snr"), [(0.9, 8.0), (1.1, 0.0)])
+def test_best_end_is_before_the_errors_floor_and_at_once_for_a_poor_denoiser(scale: float, snr: float):
+    """The cost of ending at SNR S has the slope (scale - 1) / (1 + S), nearly, and beyond the floor 0.1, nearly."""
+    encoder_noise, d, floor = 0.05, 3.0, 0.1
+    timesteps = torch.linspace(first_time(encoder_noise, d), 1, 2001, dtype=torch.float64)[:-1]
+    errors = (scale / (1 + tangent.log_snr(timesteps, d).exp())).clamp(min=floor)
+    end_time, latent_noise = best_end_time(timesteps, errors, encoder_noise, d)
+    found = float(tangent.log_snr(torch.tensor(end_time, dtype=torch.float64), d).exp())
+    assert found == pytest.approx(snr, rel=0.02, abs=1e-3)
+    assert latent_noise == pytest.approx(math.sqrt(max(scale / (1 + snr), floor)), rel=0.01)
 
 
 def test_schedules_differ_in_times_only():

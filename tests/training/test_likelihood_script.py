@@ -1,0 +1,77 @@
+"""`training/likelihood.py` on a real tiny run: its terms, its files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldlm_hf import LDLMPipeline
+
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def trained(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> Path:
+    """A tiny run with a checkpoint."""
+    run_script("train_joint", *tiny_overrides, "loop.checkpointing_steps=4")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def bound(run_script: Run, trained: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the script on it; its likelihood.json."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        sizes = ("--num_sequences", "8", "--times_per_sequence", "4")
+        run_script("likelihood", "--pipeline", str(trained / "pipeline"), *sizes, *arguments)
+        return json.loads((trained / "likelihood" / "likelihood.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_terms_add_up_and_settings_come_from_the_run(bound: Callable[..., dict[str, Any]], trained: Path) -> None:
+    results = bound()
+    nats = {name: values["nats_per_token"] for name, values in results["terms"].items()}
+    prior = nats["diffusion"] + nats["last_step"] + nats["terminal_kl"] + nats["encoder_entropy"]
+    assert nats["prior_cross_entropy"] == pytest.approx(prior)
+    assert nats["rate"] == pytest.approx(nats["prior_cross_entropy"] - nats["encoder_entropy"])
+    assert nats["tokens_only"] == pytest.approx(nats["token_reconstruction"] + nats["rate"])
+    assert nats["total"] == pytest.approx(nats["hidden_reconstruction"] + nats["tokens_only"])
+    assert nats["terminal_kl"] == 0
+    assert results["settings"]["decoder_noise"] == 0.5
+    assert results["settings"]["encoder_noise"] == pytest.approx(0.05)
+    bits = results["terms"]["total"]["bits_per_token"]
+    assert bits * 0.6931471805599453 == pytest.approx(nats["total"])
+    text = (trained / "likelihood" / "likelihood.md").read_text(encoding="utf-8")
+    assert "token perplexity" in text
+    assert str(trained.parent) not in text
+    assert bound()["terms"] == results["terms"]
+
+
+def test_tokens_alone_have_the_same_bound(bound: Callable[..., dict[str, Any]]) -> None:
+    whole, tokens_only = bound(), bound("--tokens_only")
+    assert {"hidden_reconstruction", "total"} == whole["terms"].keys() - tokens_only["terms"].keys()
+    assert tokens_only["terms"]["tokens_only"] == whole["terms"]["tokens_only"]
+
+
+def test_what_the_bound_cannot_be_had_of_is_refused(
+    run_script: Run, bound: Callable[..., dict[str, Any]], trained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"a tenth of --decoder_noise 0"):
+        bound("--decoder_noise", "0")
+    with pytest.raises(ValueError, match="no text is held out|hold none out"):
+        bound("data.holdout_documents=0")
+    with pytest.raises(OSError, match="holds no checkpoint"):
+        bound("--proposal", "adaptive", "--timestep_sampler", str(tmp_path))
+    pipe = LDLMPipeline.from_pretrained(trained / "pipeline")
+    pipe.save_pretrained(tmp_path / "copy")
+    with pytest.raises(ValueError, match="--decoder_noise is not given"):
+        run_script("likelihood", "--pipeline", str(tmp_path / "copy"))
+    LDLMPipeline(**pipe.components | {"latent_encoder": None}).save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="lacks latent_encoder"):
+        run_script("likelihood", "--pipeline", str(tmp_path / "without"))
