@@ -48,6 +48,11 @@ _MODULES = {
     "pipelines.pipeline_ldlm": ["LDLMPipeline"],
     "pipelines.pipeline_output": ["LDLMPipelineOutput"],
     "pretrained_sources": ["resolve_pretrained_source"],
+    "schedulers.discrete": ["diffusers_config"],
+    "schedulers.scheduling_tangent": ["TangentScheduler", "TangentSchedulerOutput"],
+    "schedulers.scheduling_tangent_churn": ["TangentChurnScheduler"],
+    "schedulers.scheduling_tangent_ddim": ["TangentDDIMScheduler"],
+    "schedulers.scheduling_tangent_dpmsolver_multistep": ["TangentDPMSolverMultistepScheduler"],
     "schedulers.scheduling_tangent_euler_maruyama": ["TangentEulerMaruyamaScheduler"],
 }
 _MODULE_OF_NAME = {name: module for module, names in _MODULES.items() for name in names}
@@ -75,6 +80,11 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_ldlm import LDLMPipeline
     from .pipelines.pipeline_output import LDLMPipelineOutput
     from .pretrained_sources import resolve_pretrained_source
+    from .schedulers.discrete import diffusers_config
+    from .schedulers.scheduling_tangent import TangentScheduler, TangentSchedulerOutput
+    from .schedulers.scheduling_tangent_churn import TangentChurnScheduler
+    from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
+    from .schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
     from .schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 
 
@@ -116,10 +126,16 @@ __all__ = [
     "NGramDiversity",
     "PreTrainedModel",
     "SchedulerMixin",
+    "TangentChurnScheduler",
+    "TangentDDIMScheduler",
+    "TangentDPMSolverMultistepScheduler",
     "TangentEulerMaruyamaScheduler",
+    "TangentScheduler",
+    "TangentSchedulerOutput",
     "TimestepSamplerSettings",
     "TokenEntropy",
     "UniformTimestepSampler",
+    "diffusers_config",
     "load_corpora",
     "resolve_pretrained_source",
     "scale_gradient",

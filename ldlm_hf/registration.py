@@ -59,7 +59,7 @@ def register(package: ModuleType) -> None:
     1. `LOADABLE_CLASSES["ldlm_hf"]`: components are saved as `["ldlm_hf", class name]` and found there again. The
        base classes named there must be attributes of the package.
     2. `diffusers.pipelines.ldlm_hf`: the installed class wins over code in a repository, and `device_map` finds it.
-    3. Pipeline, scheduler and denoiser as attributes of `diffusers`: `DiffusionPipeline.from_pretrained` and
+    3. Pipeline, schedulers and denoiser as attributes of `diffusers`: `DiffusionPipeline.from_pretrained` and
        `scheduler.compatibles` look their names up there.
     4. `DiffusionPipeline._dict_from_json_file`: the installed pipeline wins over code in a repository, as its
        components do.
@@ -76,9 +76,18 @@ def register(package: ModuleType) -> None:
 
     from .models.transformer_ldlm import LDLMTransformer1DModel
     from .pipelines.pipeline_ldlm import LDLMPipeline
+    from .schedulers.scheduling_tangent_churn import TangentChurnScheduler
+    from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
+    from .schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
     from .schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 
-    for native_class in (LDLMPipeline, TangentEulerMaruyamaScheduler, LDLMTransformer1DModel):
+    schedulers = (
+        TangentChurnScheduler,
+        TangentDDIMScheduler,
+        TangentDPMSolverMultistepScheduler,
+        TangentEulerMaruyamaScheduler,
+    )
+    for native_class in (LDLMPipeline, LDLMTransformer1DModel, *schedulers):
         setattr(diffusers, native_class.__name__, native_class)
     require(diffusers.DiffusionPipeline, "_dict_from_json_file")
     diffusers.DiffusionPipeline._dict_from_json_file = classmethod(read_index)

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import diffusers
 import torch
 import transformers
 from diffusers import ModelMixin
@@ -163,6 +164,9 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
             continue
         if library == COMPONENT_LIBRARY:
             allowed = class_name != "None" and class_name in re.findall(r"\w+", annotation)
+        elif library == "diffusers":
+            # of its own classes those only that the annotation names
+            allowed = class_name in re.findall(r"\w+", annotation) and is_scheduler(class_name)
         else:
             allowed = name == "tokenizer" and library == "transformers" and is_tokenizer(class_name)
         if not allowed:
@@ -171,6 +175,12 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
                 f"{name}, {annotation}. Load a component of another class yourself, and give all components to the "
                 "constructor."
             )
+
+
+def is_scheduler(class_name: Any) -> bool:
+    """Whether diffusers has a scheduler class of this name."""
+    scheduler_class = getattr(diffusers, str(class_name), None)
+    return inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)
 
 
 def is_tokenizer(class_name: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
@@ -22,6 +24,10 @@ from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
+from ..schedulers.discrete import check_schedule, is_discrete, model_times
+from ..schedulers.scheduling_tangent_churn import TangentChurnScheduler
+from ..schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
+from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 from .pipeline_output import LDLMPipelineOutput
 
@@ -54,7 +60,9 @@ class LDLMPipeline(DiffusionPipeline):
             Latents → hidden states. `None` where the token decoder reads latents (App. B.2).
         token_decoder ([`LDLMTokenDecoder`]): hidden states (or latents) → logits.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): tokenizer of the token decoder's vocabulary.
-        scheduler ([`TangentEulerMaruyamaScheduler`]): the noise process.
+        scheduler ([`TangentScheduler`]):
+            The noise process, and how it is reversed: any scheduler of the tangent schedule, or one of diffusers' own
+            that [`diffusers_config`] has put on it.
         token_encoder ([`LDLMTokenEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
         latent_encoder ([`LDLMLatentEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
 
@@ -73,7 +81,13 @@ class LDLMPipeline(DiffusionPipeline):
         latent_decoder: LDLMLatentDecoder | None,
         token_decoder: LDLMTokenDecoder,
         tokenizer: PreTrainedTokenizerBase,
-        scheduler: TangentEulerMaruyamaScheduler,
+        scheduler: TangentEulerMaruyamaScheduler
+        | TangentDDIMScheduler
+        | TangentDPMSolverMultistepScheduler
+        | TangentChurnScheduler
+        | DDIMScheduler
+        | DPMSolverMultistepScheduler
+        | UniPCMultistepScheduler,
         token_encoder: LDLMTokenEncoder | None = None,
         latent_encoder: LDLMLatentEncoder | None = None,
     ):
@@ -263,6 +277,13 @@ class LDLMPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return noise * self.scheduler.init_noise_sigma
 
+    def prepare_step_arguments(
+        self, generator: torch.Generator | list[torch.Generator] | None
+    ) -> dict[str, torch.Generator | list[torch.Generator] | None]:
+        """What the scheduler's step takes beside prediction, time and sample: not all have noise to draw."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if takes_generator else {}
+
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -287,7 +308,8 @@ class LDLMPipeline(DiffusionPipeline):
             batch_size (`int`, defaults to 1): number of texts.
             num_inference_steps (`int`, defaults to 128): number of denoising steps, each one call of the transformer.
             timesteps (`list[float]`, *optional*):
-                Times to evaluate the transformer at instead of the scheduler's own grid, decreasing from 1.
+                Times to evaluate the transformer at instead of the scheduler's own grid, decreasing from 1; for
+                schedulers of the tangent schedule.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all noise. A list gives each sample its own stream: sample i is then the same alone and in
                 any batch.
@@ -317,6 +339,12 @@ class LDLMPipeline(DiffusionPipeline):
         self.check_inputs(
             batch_size, num_inference_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
+        check_schedule(self.scheduler)
+        if timesteps is not None and is_discrete(self.scheduler):
+            raise ValueError(
+                f"`timesteps` are times in [0, 1], but {type(self.scheduler).__name__} counts discrete levels; leave "
+                "them out, or use a scheduler of the tangent schedule."
+            )
         self._interrupt = False
         device = self._execution_device
 
@@ -326,20 +354,22 @@ class LDLMPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        times = model_times(self.scheduler)
+        step_arguments = self.prepare_step_arguments(generator)
         latents = self.prepare_latents(batch_size, device, generator, latents)
         clean_latents = torch.zeros_like(latents)
         transformer_dtype = self.transformer.dtype
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(self.scheduler.timesteps):
+            for i, (t, time) in enumerate(zip(self.scheduler.timesteps, times, strict=True)):
                 if self.interrupt:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, t)
                 clean_latents = self.transformer(
-                    model_input.to(transformer_dtype), t, clean_latents.to(transformer_dtype)
+                    model_input.to(transformer_dtype), time, clean_latents.to(transformer_dtype)
                 ).sample  # (B, N, d_z)
-                latents = self.scheduler.step(clean_latents, t, latents, generator=generator).prev_sample
+                latents = self.scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "clean_latents": clean_latents}

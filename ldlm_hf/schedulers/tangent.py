@@ -52,3 +52,37 @@ def timesteps_from_log_snr(log_snrs: torch.Tensor, d: float) -> torch.Tensor:
 def uniform_time_grid(num_steps: int, t_min: float) -> torch.Tensor:
     """The paper's grid: `num_steps + 1` evenly spaced times from 1 down to `t_min`, float64."""
     return torch.linspace(1.0, t_min, num_steps + 1, dtype=torch.float64)
+
+
+def log_snr_time_grid(num_steps: int, t_max: float, t_min: float, d: float) -> torch.Tensor:
+    """`num_steps + 1` times from `t_max` down to `t_min`, evenly spaced in log-SNR, float64.
+
+    `t_max` < 1, since the log-SNR of pure noise is -inf, and `t_min` > 0.
+    """
+    ends = log_snr(torch.tensor([t_max, t_min], dtype=torch.float64), d)
+    grid = timesteps_from_log_snr(
+        torch.linspace(float(ends[0]), float(ends[1]), num_steps + 1, dtype=torch.float64), d
+    )
+    grid[0], grid[-1] = t_max, t_min
+    return grid
+
+
+def learned_time_grid(num_steps: int, t_min: float, cdf: list[float]) -> torch.Tensor:
+    """`num_steps + 1` times from 1 down to `t_min`, evenly spaced in warped time F(t), float64 (Section 5.3).
+
+    Args:
+        num_steps: steps between them.
+        t_min: last time.
+        cdf: F at evenly spaced times from 0 to 1, rising from 0 to 1; F is a straight line between two of them.
+    """
+    knots = torch.tensor(cdf, dtype=torch.float64)
+    position = t_min * (len(knots) - 1)
+    left = min(int(position), len(knots) - 2)
+    start = torch.lerp(knots[left], knots[left + 1], position - left)
+    levels = torch.linspace(1.0, float(start), num_steps + 1, dtype=torch.float64)
+    # the bin that a level falls into; where F is flat no level lies, up to rounding, but at its right end
+    right = torch.searchsorted(knots, levels).clamp(1, len(knots) - 1)
+    within = (levels - knots[right - 1]) / (knots[right] - knots[right - 1])
+    grid = (right - 1 + within) / (len(knots) - 1)
+    grid[0], grid[-1] = 1.0, t_min
+    return grid

@@ -243,7 +243,10 @@ def test_configuration_survives_saving_and_swapping(tmp_path: Path):
         TangentEulerMaruyamaScheduler.from_pretrained(tmp_path),
         TangentEulerMaruyamaScheduler.from_config(scheduler.config),
     ):
-        assert dict(loaded.config) == dict(scheduler.config)
+        # diffusers also notes there which settings were left at their defaults
+        assert {key: loaded.config[key] for key in scheduler.config if key[0] != "_"} == {
+            key: value for key, value in scheduler.config.items() if key[0] != "_"
+        }
     changed = TangentEulerMaruyamaScheduler.from_config(scheduler.config, t_min=0.02)
     assert (changed.config.t_min, changed.config.tangent_d) == (0.02, 5.0)
     assert TangentEulerMaruyamaScheduler in scheduler.compatibles

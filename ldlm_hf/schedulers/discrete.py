@@ -1,0 +1,109 @@
+"""diffusers' own schedulers on the tangent schedule, and the times that they evaluate the model at.
+
+They count K discrete noise levels where the tangent schedule has continuous time. Level k stands for the middle of the
+k-th of K equal parts, t_k = (k + 1/2) / K, so that no level is free of noise or nothing else, where their formulas
+divide by zero.
+
+    pipe.scheduler = UniPCMultistepScheduler.from_config(diffusers_config(pipe.scheduler))
+    pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config)   # and back
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .scheduling_tangent import TangentScheduler
+from .tangent import alpha_sigma
+
+
+def level_times(levels: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """t_k = (k + 1/2) / K in float64, for levels k of K, whole or not."""
+    return (levels.double() + 0.5) / num_levels
+
+
+def diffusers_config(scheduler: TangentScheduler, num_train_timesteps: int = 1000, **changes: Any) -> dict[str, Any]:
+    """The configuration that makes a scheduler of diffusers one of the tangent schedule.
+
+    For schedulers of variance-preserving processes that take `trained_betas` and can predict the clean sample:
+    `DDIMScheduler`, `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler`. They start from the highest level
+    (`timestep_spacing="trailing"`) and end at the clean latents rather than at `t_min`. Give the result to their
+    `from_config`.
+
+    Args:
+        scheduler: one of the tangent schedule. Its own settings are kept, for the way back.
+        num_train_timesteps: discrete levels K.
+        changes: further settings of the new scheduler, such as `solver_order=3`.
+
+    Raises:
+        ValueError: a scheduler of another schedule, or fewer than two levels.
+    """
+    config = scheduler.config
+    if "tangent_d" not in config or is_discrete(scheduler):
+        raise ValueError(
+            f"{type(scheduler).__name__} is no scheduler of the tangent schedule; give one of ldlm_hf, such as "
+            "TangentDDIMScheduler."
+        )
+    if num_train_timesteps < 2:
+        raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 2.")
+    own_settings = inspect.signature(type(scheduler).__init__).parameters.keys() - {"self"}
+    return {
+        # diffusers leaves out, without a warning, what only this class knows
+        "_class_name": type(scheduler).__name__,
+        **{key: config[key] for key in own_settings},
+        "num_train_timesteps": num_train_timesteps,
+        "trained_betas": level_betas(num_train_timesteps, config.tangent_d).tolist(),
+        "prediction_type": "sample",
+        "timestep_spacing": "trailing",
+        # latents have no range that they could be clipped to
+        "clip_sample": False,
+        "thresholding": False,
+        "set_alpha_to_one": True,
+        "final_sigmas_type": "zero",
+        **changes,
+    }
+
+
+def level_betas(num_levels: int, d: float) -> torch.Tensor:
+    """beta_k = 1 - alpha(t_k)^2 / alpha(t_{k-1})^2 of K levels, with alpha 1 before the first; float64."""
+    alpha, _ = alpha_sigma(level_times(torch.arange(num_levels), num_levels), d)
+    squares = torch.cat([torch.ones(1, dtype=torch.float64), alpha.square()])
+    return 1 - squares[1:] / squares[:-1]
+
+
+def check_schedule(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError unless a scheduler is one of the tangent schedule, for predictions of the clean latents."""
+    name, config = type(scheduler).__name__, scheduler.config
+    remedy = (
+        f"Use {name}.from_config(ldlm_hf.diffusers_config(scheduler)) with the pipeline's own scheduler, or a "
+        "scheduler of ldlm_hf."
+    )
+    if "tangent_d" not in config:
+        raise ValueError(f"{name} belongs to another noise schedule than the model: it has no tangent_d. {remedy}")
+    if not is_discrete(scheduler):
+        return
+    if config.prediction_type != "sample":
+        raise ValueError(
+            f"{name} has prediction_type={config.prediction_type!r}, but the model predicts the clean latents: "
+            f"'sample'. {remedy}"
+        )
+    levels = len(scheduler.alphas_cumprod)
+    alpha, _ = alpha_sigma(level_times(torch.arange(levels), levels), config.tangent_d)
+    found = scheduler.alphas_cumprod.double().cpu().sqrt()
+    if not torch.allclose(found, alpha, rtol=1e-2, atol=1e-5):
+        raise ValueError(f"{name} has other noise levels than the tangent schedule with its tangent_d. {remedy}")
+
+
+def is_discrete(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler counts noise levels, as diffusers' own do, where those of this package have times."""
+    return hasattr(scheduler, "alphas_cumprod")
+
+
+def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
+    """The times in [0, 1] at which a scheduler evaluates the model, of shape `(num_inference_steps,)`, float32."""
+    if is_discrete(scheduler):
+        return level_times(scheduler.timesteps, len(scheduler.alphas_cumprod)).float()
+    return scheduler.timesteps

@@ -1,0 +1,70 @@
+"""DDIM and ancestral sampling on the tangent schedule: first order, the linear part exact."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from ..hub.safe_loading import check_settings
+from .scheduling_tangent import StepWeights, TangentScheduler
+from .tangent import alpha_sigma
+
+
+def ddim_weights(grid: torch.Tensor, d: float, eta: float = 0.0) -> list[StepWeights]:
+    """Generalised DDIM between the times of a grid (Song et al., 2021, Eq. 12 and 16, for a predicted clean sample).
+
+        x' = alpha' x0 + sqrt(sigma'^2 - s^2) (x - alpha x0) / sigma + s eps
+        s  = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)
+
+    s is the standard deviation of the ancestral step, q(x' | x, x0), times eta. Were x0 right, every step would be
+    exact, however long.
+
+    Args:
+        grid (`torch.Tensor` of shape `(num_steps + 1,)`): times in float64, decreasing.
+        d: of the schedule.
+        eta: 0 for the probability-flow ODE, 1 for ancestral sampling.
+    """
+    alpha, sigma = alpha_sigma(grid, d)
+    alpha, next_alpha, sigma, next_sigma = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    noise = eta * next_sigma * torch.sqrt((1 - (alpha * next_sigma / (next_alpha * sigma)).square()).clamp(min=0))
+    sample = torch.sqrt(next_sigma.square() - noise.square()) / sigma
+    columns = (sample.tolist(), (next_alpha - alpha * sample).tolist(), noise.tolist())
+    return [StepWeights(*row) for row in zip(*columns, strict=True)]
+
+
+class TangentDDIMScheduler(TangentScheduler):
+    r"""
+    DDIM (`eta=0`, the probability-flow ODE), ancestral sampling (`eta=1`, the reverse SDE), and what lies between, on
+    the tangent schedule; the noise process and the time grids are those of [`TangentScheduler`]. First order; exact
+    for any grid where the model's prediction does not change (Song et al., 2021).
+
+    Args:
+        tangent_d (`float`, defaults to 3.0): d of the schedule; larger means more noise at every time.
+        eta (`float`, defaults to 0.0): share of the ancestral step's noise that a step adds, in [0, 1].
+        t_min (`float`, defaults to 0.05): where the time grid ends.
+        t_max (`float`, defaults to 0.99): where a grid with `time_grid="log_snr"` begins.
+        time_grid (`str`, defaults to `"uniform"`): `"uniform"`, `"log_snr"` or `"learned"`.
+        timestep_cdf (`list[float]`, *optional*): F at evenly spaced times from 0 to 1, for `time_grid="learned"`.
+
+    Raises:
+        ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        tangent_d: float = 3.0,
+        eta: float = 0.0,
+        t_min: float = 0.05,
+        t_max: float = 0.99,
+        time_grid: str = "uniform",
+        timestep_cdf: list[float] | None = None,
+    ):
+        check_settings(TangentDDIMScheduler.__init__, locals())
+        super().__init__(tangent_d, t_min, t_max, time_grid, timestep_cdf)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must lie in [0, 1]: 0 for DDIM, 1 for ancestral sampling.")
+
+    def solver_weights(self, grid: torch.Tensor) -> tuple[torch.Tensor, list[StepWeights]]:
+        """[`ddim_weights`]; arguments as of [`TangentScheduler.solver_weights`]."""
+        return grid[:-1], ddim_weights(grid, self.config.tangent_d, self.config.eta)
