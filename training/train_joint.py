@@ -34,7 +34,7 @@ from launch import (
     print_overview,
     speed_up,
 )
-from ldlm_hf import JointObjective, warmup_gate
+from ldlm_hf import JointObjective, TangentScheduler, warmup_gate
 from ldlm_hf.objective.joint import systematic_sample
 from randomness import RowRandomness
 from settings import RunSettings, load_settings
@@ -129,6 +129,12 @@ class JointTask(Task):
             values |= {f"warped_diffusion_loss/u={u:.2f}": loss for u, loss in warped}
         return list(zip(grid.tolist(), losses, strict=False)), values
 
+    def save_timestep_cdf(self, scheduler: TangentScheduler) -> None:
+        """Writes F(t) at the edges of the bins into a scheduler's configuration, for its learned time grid."""
+        if self.timestep_sampler.is_active:
+            cdf = self.timestep_sampler.cdf(self.timestep_sampler.edges)
+            scheduler.register_to_config(timestep_cdf=[round(u, 6) for u in cdf.tolist()])
+
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         assert isinstance(snapshot, JointObjective)
         evaluation = self.settings.evaluation
@@ -182,6 +188,8 @@ def main() -> None:
     evaluation = loop.run()
     if evaluation is None or not accelerator.is_main_process:
         return
+    if objective.transformer is not None:
+        task.save_timestep_cdf(loop.snapshot.scheduler)
     if objective.transformer is not None and objective.token_decoder is not None:
         pipeline = build_pipeline(loop.snapshot, tokenizer)
         finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.callbacks import PipelineCallback
 from diffusers.models.modeling_outputs import BaseOutput
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,11 +21,25 @@ from ldlm_hf import (
     LDLMTokenDecoder,
     LDLMTokenDecoderConfig,
     LDLMTransformer1DModel,
+    TangentChurnScheduler,
+    TangentDDIMScheduler,
+    TangentDPMSolverMultistepScheduler,
     TangentEulerMaruyamaScheduler,
+    diffusers_config,
 )
+from ldlm_hf.schedulers.discrete import model_times
 
 
 STEPS = 5
+ALL_SCHEDULERS = [
+    TangentEulerMaruyamaScheduler,
+    TangentDDIMScheduler,
+    TangentDPMSolverMultistepScheduler,
+    TangentChurnScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -346,6 +362,62 @@ def test_scheduler_swap(pipe: LDLMPipeline):
     assert pipe.scheduler.config.t_min == 0.05
     after = pipe(num_inference_steps=STEPS, generator=seeded(), output_type="latent").latents
     assert not torch.allclose(before, after, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", ALL_SCHEDULERS)
+def test_every_scheduler_samples(pipe: LDLMPipeline, solver: type):
+    """The transformer is called once a step, at times of the tangent schedule that fall from 1 or nearly so."""
+    before = pipe.scheduler
+    pipe.scheduler = solver.from_config(
+        diffusers_config(before) if solver.__module__.startswith("diffusers.") else before.config
+    )
+    times = []
+    pipe.transformer.register_forward_pre_hook(lambda module, arguments: times.append(float(arguments[1])))
+    output = pipe(batch_size=2, num_inference_steps=4, generator=seeded(), output_type="latent")
+    assert torch.isfinite(output.latents).all()
+    assert len(times) == pipe.num_timesteps == 4
+    assert times[0] >= 0.99
+    assert times == sorted(times, reverse=True)
+    assert times[-1] < 0.5
+    again = pipe(batch_size=2, num_inference_steps=4, generator=seeded(), output_type="latent")
+    assert torch.equal(output.latents, again.latents)
+    pipe.scheduler = TangentEulerMaruyamaScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.config.tangent_d == before.config.tangent_d
+
+
+@pytest.mark.parametrize("solver", ALL_SCHEDULERS)
+def test_a_pipeline_keeps_its_scheduler(pipe: LDLMPipeline, solver: type, tmp_path: Path):
+    pipe.scheduler = solver.from_config(
+        diffusers_config(pipe.scheduler) if solver.__module__.startswith("diffusers.") else pipe.scheduler.config
+    )
+    expected = pipe(2, 3, generator=seeded()).sequences
+    pipe.save_pretrained(tmp_path)
+    loaded = LDLMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.scheduler) is solver
+    assert torch.equal(loaded(2, 3, generator=seeded()).sequences, expected)
+
+
+def test_a_scheduler_of_another_schedule_is_refused(pipe: LDLMPipeline):
+    given = pipe.scheduler
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="DDIMScheduler belongs to another noise schedule"):
+        pipe(num_inference_steps=2)
+    pipe.scheduler = DDIMScheduler.from_config(diffusers_config(given))
+    with pytest.raises(ValueError, match="counts discrete levels"):
+        pipe(timesteps=[1.0, 0.5])
+
+
+def test_diffusers_ddim_samples_what_ours_does(pipe: LDLMPipeline):
+    """Same noise, same times: the two solve one equation, up to the float32 of diffusers' levels."""
+    noise = torch.randn(2, 6, 16, generator=seeded())
+    ours = TangentDDIMScheduler.from_config(pipe.scheduler.config, t_min=0.0)
+    pipe.scheduler = DDIMScheduler.from_config(diffusers_config(ours))
+    theirs = pipe(2, 4, latents=noise, output_type="latent").latents
+    times = model_times(pipe.scheduler).tolist()
+    pipe.scheduler = ours
+    found = pipe(2, timesteps=times, latents=noise, output_type="latent").latents
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-3)
 
 
 def test_every_component_has_its_turn_when_memory_is_short(pipe: LDLMPipeline):

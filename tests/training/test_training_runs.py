@@ -17,7 +17,7 @@ from torch import nn
 
 from accelerate import Accelerator
 from flops import DevicePeak, PassFlops, RunEstimate
-from ldlm_hf import LDLMPipeline
+from ldlm_hf import LDLMPipeline, TangentDDIMScheduler
 from loop import TrainingLoop, learning_rate_at, split_batch
 from randomness import RowRandomness
 from settings import LoopSettings, OptimizerSettings, RunSettings, load_settings
@@ -64,6 +64,25 @@ def test_a_run_ends_with_a_pipeline_that_loads_a_card_and_samples(
     assert "latent_encoder:" in printed
     assert "held-out text after 2 steps: reconstruction_mse" in printed
     assert "adaptive_timesteps" in printed
+
+
+def test_the_pipeline_holds_the_times_that_training_has_learned(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    settings = ["timestep_sampler.num_bins=2", "timestep_sampler.update_every=2", "evaluation.num_samples=0"]
+    run_script("train_joint", *tiny_overrides, *settings, "evaluation.grid_size=2")
+    pipe = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    logged = next(row for row in records(tmp_path / "run") if "eval/timestep_cdf/t=0.50" in row)
+    cdf = pipe.scheduler.config.timestep_cdf
+    assert cdf == pytest.approx([0, logged["eval/timestep_cdf/t=0.50"], 1], abs=1e-6)
+    pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config, time_grid="learned")
+    assert len(pipe(num_inference_steps=3).texts) == 1
+    assert pipe.scheduler.timesteps[0] == 1
+
+    run_script("train_joint", *tiny_overrides, "timestep_sampler.adaptive=false", f"loop.output_dir={tmp_path}/other")
+    pipe = LDLMPipeline.from_pretrained(tmp_path / "other" / "pipeline")
+    with pytest.raises(ValueError, match="this one has none"):
+        TangentDDIMScheduler.from_config(pipe.scheduler.config, time_grid="learned")
 
 
 def test_dry_run_prints_and_leaves_nothing(
