@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from ..schedulers.scheduling_tangent_churn import TangentChurnScheduler
 from ..schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
 from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+from ..schedulers.tangent import alpha_sigma
 from .pipeline_output import LDLMPipelineOutput
 
 
@@ -218,6 +220,11 @@ class LDLMPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def num_function_evaluations(self) -> int:
+        """How often the transformer has seen each sample in the running or last call (NFE)."""
+        return self._num_function_evaluations
+
+    @property
     def interrupt(self) -> bool:
         """Whether the remaining steps are skipped; a callback asks for that with `pipeline._interrupt = True`."""
         return self._interrupt
@@ -230,11 +237,19 @@ class LDLMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str] | None,
+        self_condition_scale: float = 1.0,
+        self_condition_decay: float = 0.0,
     ) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that `__call__` cannot work with."""
         for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        for name, number in (
+            ("self_condition_scale", self_condition_scale),
+            ("self_condition_decay", self_condition_decay),
+        ):
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+                raise ValueError(f"`{name}` must be a finite number that is not negative, got {number!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         generators = generator if isinstance(generator, list) else [generator]
@@ -284,6 +299,39 @@ class LDLMPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if takes_generator else {}
 
+    def self_condition_weights(self, times: torch.Tensor, scale: float, decay: float) -> list[float]:
+        """Weights w of the self-condition, one a step: w = 1 + (scale - 1) exp(-decay sigma / alpha).
+
+        With a decay the weight is 1, plain carry-over, where there is mostly noise, and goes to `scale` as it clears.
+
+        Args:
+            times: those of the steps, in [0, 1].
+            scale: w without noise.
+            decay: how fast w - 1 falls as the noise level sigma / alpha grows.
+        """
+        alpha, sigma = alpha_sigma(times.cpu(), self.scheduler.config.tangent_d)
+        levels = (sigma / alpha).tolist()
+        return [1 + (scale - 1) * (math.exp(-decay * level) if decay else 1.0) for level in levels]
+
+    def predict_clean_latents(
+        self, latents: torch.Tensor, time: torch.Tensor, self_condition: torch.Tensor, weight: float
+    ) -> torch.Tensor:
+        """The denoiser's prediction (B, N, d_z), guided by its self-condition: x^ = x^_0 + w (x^_sc - x^_0).
+
+        x^_sc is the prediction from the self-condition, x^_0 that without one. For w = 1 and w = 0 one of them is all
+        that counts, and the transformer sees the batch once; for other weights twice.
+        """
+        latents = self.scheduler.scale_model_input(latents, time).to(self.transformer.dtype)
+        self_condition = self_condition.to(latents.dtype)
+        if weight == 1:
+            return self.transformer(latents, time, self_condition).sample
+        nothing = torch.zeros_like(self_condition)
+        if weight == 0:
+            return self.transformer(latents, time, nothing).sample
+        both = torch.cat([nothing, self_condition])
+        unguided, guided = self.transformer(torch.cat([latents, latents]), time, both).sample.float().chunk(2)
+        return torch.lerp(unguided, guided, weight)
+
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -293,6 +341,8 @@ class LDLMPipeline(DiffusionPipeline):
         timesteps: list[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        self_condition_scale: float = 1.0,
+        self_condition_decay: float = 0.0,
         output_type: str = "text",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
@@ -306,7 +356,8 @@ class LDLMPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, defaults to 1): number of texts.
-            num_inference_steps (`int`, defaults to 128): number of denoising steps, each one call of the transformer.
+            num_inference_steps (`int`, defaults to 128): number of denoising steps, each one evaluation of the
+                transformer unless the self-condition guides it.
             timesteps (`list[float]`, *optional*):
                 Times to evaluate the transformer at instead of the scheduler's own grid, decreasing from 1; for
                 schedulers of the tangent schedule.
@@ -315,6 +366,13 @@ class LDLMPipeline(DiffusionPipeline):
                 any batch.
             latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`, *optional*):
                 Noise to start from.
+            self_condition_scale (`float`, defaults to 1.0):
+                Weight w of the last prediction as the next step's self-condition: 1 carries it over as it is, 0
+                leaves it out, and other weights, above 1 beyond what the model says, guide by it (classifier-free
+                guidance with the self-condition in the condition's place), which costs a second evaluation of the
+                transformer in every step but the first.
+            self_condition_decay (`float`, defaults to 0.0):
+                How fast w goes to 1 as the noise level sigma / alpha grows; 0 keeps it in all steps.
             output_type (`str`, defaults to `"text"`):
                 `"text"`: texts and token ids; `"seq"` or `"pt"`: token ids, as a tensor; `"latent"`: clean latents,
                 which [`~LDLMPipeline.decode`] takes.
@@ -337,7 +395,14 @@ class LDLMPipeline(DiffusionPipeline):
 
         # 1. Check inputs
         self.check_inputs(
-            batch_size, num_inference_steps, generator, latents, output_type, callback_on_step_end_tensor_inputs
+            batch_size,
+            num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            self_condition_scale,
+            self_condition_decay,
         )
         check_schedule(self.scheduler)
         if timesteps is not None and is_discrete(self.scheduler):
@@ -358,17 +423,18 @@ class LDLMPipeline(DiffusionPipeline):
         step_arguments = self.prepare_step_arguments(generator)
         latents = self.prepare_latents(batch_size, device, generator, latents)
         clean_latents = torch.zeros_like(latents)
-        transformer_dtype = self.transformer.dtype
+        weights = self.self_condition_weights(times, self_condition_scale, self_condition_decay)
+        # the first step has no prediction to be conditioned on
+        weights[0] = 1.0
+        self._num_function_evaluations = 0
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, (t, time) in enumerate(zip(self.scheduler.timesteps, times, strict=True)):
+            for i, (t, time, weight) in enumerate(zip(self.scheduler.timesteps, times, weights, strict=True)):
                 if self.interrupt:
                     continue
-                model_input = self.scheduler.scale_model_input(latents, t)
-                clean_latents = self.transformer(
-                    model_input.to(transformer_dtype), time, clean_latents.to(transformer_dtype)
-                ).sample  # (B, N, d_z)
+                clean_latents = self.predict_clean_latents(latents, time, clean_latents, weight)  # (B, N, d_z)
+                self._num_function_evaluations += 1 if weight in (0, 1) else 2
                 latents = self.scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
 
                 if callback_on_step_end is not None:

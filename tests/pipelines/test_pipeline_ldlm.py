@@ -420,6 +420,48 @@ def test_diffusers_ddim_samples_what_ours_does(pipe: LDLMPipeline):
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(("scale", "decay"), [(1.0, 0.0), (0.0, 0.0), (1.7, 0.0), (0.5, 0.4), (2.0, 1.5)])
+def test_self_condition_guidance_is_its_formula(pipe: LDLMPipeline, scale: float, decay: float):
+    noise = torch.randn(2, 6, 16, generator=seeded())
+    pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config)
+    seen = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0]) // 2))
+    arguments: dict[str, Any] = {"self_condition_scale": scale, "self_condition_decay": decay}
+    found = pipe(2, STEPS, latents=noise, output_type="latent", **arguments).latents
+    handle.remove()
+    assert pipe.num_function_evaluations == sum(seen) == (STEPS if scale in (0, 1) and not decay else 2 * STEPS - 1)
+
+    scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    latents, clean = noise, torch.zeros_like(noise)
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            unguided = pipe.transformer(latents, t, torch.zeros_like(clean)).sample
+            guided = pipe.transformer(latents, t, clean).sample
+            # sigma / alpha = d tan(pi t / 2)
+            weight = 1 + (scale - 1) * np.exp(-decay * 3 * np.tan(np.pi * float(t) / 2)) if i else 1.0
+            clean = unguided + weight * (guided - unguided)
+            latents = scheduler.step(clean, t, latents).prev_sample
+    torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_self_condition_the_transformer_sees_none(pipe: LDLMPipeline):
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2].abs().max().item()))
+    pipe(num_inference_steps=3, self_condition_scale=0.0)
+    assert seen == [0.0] * 3
+    pipe(num_inference_steps=3)
+    assert seen[3] == 0
+    assert min(seen[4:]) > 0
+
+
+@pytest.mark.parametrize("name", ["self_condition_scale", "self_condition_decay"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", True, None])
+def test_bad_guidance(pipe: LDLMPipeline, name: str, value: Any):
+    with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
+        pipe(num_inference_steps=1, **{name: value})
+
+
 def test_every_component_has_its_turn_when_memory_is_short(pipe: LDLMPipeline):
     in_order = pipe.model_cpu_offload_seq.split("->")
     modules = [name for name, component in pipe.components.items() if isinstance(component, torch.nn.Module)]
