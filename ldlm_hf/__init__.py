@@ -35,6 +35,8 @@ _MODULES = {
     "models.transformer_ldlm": ["LDLMTransformer1DModel"],
     "objective": [
         "AdaptiveTimestepSampler",
+        "DistillationLosses",
+        "DistillationObjective",
         "JointLosses",
         "JointObjective",
         "JointObjectiveSettings",
@@ -54,6 +56,7 @@ _MODULES = {
     "schedulers.scheduling_tangent_ddim": ["TangentDDIMScheduler"],
     "schedulers.scheduling_tangent_dpmsolver_multistep": ["TangentDPMSolverMultistepScheduler"],
     "schedulers.scheduling_tangent_euler_maruyama": ["TangentEulerMaruyamaScheduler"],
+    "schedulers.scheduling_tangent_flow_map": ["TangentFlowMapScheduler"],
 }
 _MODULE_OF_NAME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
     from .models.transformer_ldlm import LDLMTransformer1DModel
     from .objective import (
         AdaptiveTimestepSampler,
+        DistillationLosses,
+        DistillationObjective,
         JointLosses,
         JointObjective,
         JointObjectiveSettings,
@@ -86,6 +91,7 @@ if TYPE_CHECKING:
     from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
     from .schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
     from .schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+    from .schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
 
 
 def __getattr__(name: str) -> Any:
@@ -104,6 +110,8 @@ def __dir__() -> list[str]:
 __all__ = [
     "AdaptiveTimestepSampler",
     "DataSettings",
+    "DistillationLosses",
+    "DistillationObjective",
     "GenerativePerplexity",
     "JointLosses",
     "JointObjective",
@@ -130,6 +138,7 @@ __all__ = [
     "TangentDDIMScheduler",
     "TangentDPMSolverMultistepScheduler",
     "TangentEulerMaruyamaScheduler",
+    "TangentFlowMapScheduler",
     "TangentScheduler",
     "TangentSchedulerOutput",
     "TimestepSamplerSettings",

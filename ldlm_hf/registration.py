@@ -80,12 +80,14 @@ def register(package: ModuleType) -> None:
     from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
     from .schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
     from .schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+    from .schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
 
     schedulers = (
         TangentChurnScheduler,
         TangentDDIMScheduler,
         TangentDPMSolverMultistepScheduler,
         TangentEulerMaruyamaScheduler,
+        TangentFlowMapScheduler,
     )
     for native_class in (LDLMPipeline, LDLMTransformer1DModel, *schedulers):
         setattr(diffusers, native_class.__name__, native_class)

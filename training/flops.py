@@ -34,7 +34,13 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, GPT2Con
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from components import build_objective
-from ldlm_hf import JointObjective, LDLMTokenEncoder, LDLMTokenEncoderConfig, resolve_pretrained_source
+from ldlm_hf import (
+    DistillationObjective,
+    JointObjective,
+    LDLMTokenEncoder,
+    LDLMTokenEncoderConfig,
+    resolve_pretrained_source,
+)
 from ldlm_hf.models.token_encoder import cut_config
 from settings import LoopSettings, ModelSettings, RunSettings, human_count, load_settings
 
@@ -107,7 +113,7 @@ class PassFlops:
 
 
 def count_flops(objective: nn.Module, batch_size: int, sequence_length: int) -> PassFlops:
-    """Counts the FLOPs of one pass of a `JointObjective` or a `TokenDecoderObjective`, on a meta copy of it.
+    """Counts the FLOPs of one pass of an objective of the training scripts, on a meta copy of it.
 
     Args:
         objective: before accelerate wraps it; it may be on any device.
@@ -145,15 +151,17 @@ def count_by_part(
         for module in objective.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
-    inputs = [torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")]
+    inputs: list[Any] = [torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")]
     if isinstance(objective, JointObjective):
         objective.settings = replace(objective.settings, self_conditioning_probability=0.0)
         inputs.append(torch.empty(batch_size, device="meta"))
+    if isinstance(objective, DistillationObjective):
+        inputs += [torch.empty(batch_size, 3, device="meta"), [False] * batch_size]
     # the objective may draw on the CPU
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         ledger = PartLedger(objective, counter)
         losses = objective(*inputs)
-        total = losses.total if isinstance(objective, JointObjective) else losses[0]
+        total = losses[0] if isinstance(losses, tuple) else losses.total
         ledger.turn_to(ledger.part, "backward")
         total.backward()
         ledger.turn_to(ledger.part, "backward")
@@ -392,7 +400,7 @@ def estimate_run(
     """The estimate of a run.
 
     Args:
-        objective: a `JointObjective` or `TokenDecoderObjective`, before accelerate wraps it.
+        objective: of one of the training scripts, before accelerate wraps it.
         loop: the run's settings.
         sequence_length: tokens L.
         device_batch_size: sequences of one pass on one device.

@@ -33,6 +33,11 @@ class RowRandomness:
         numbers = np.random.default_rng((self.seed, self.step)).random(self.batch_size)
         return torch.from_numpy(numbers[self.rows.start : self.rows.stop])
 
+    def uniforms(self, count: int) -> torch.Tensor:
+        """`count` numbers in [0, 1) for each row, float64 of shape (rows, count), on the CPU."""
+        numbers = np.random.default_rng((self.seed, self.step, 3)).random((self.batch_size, count))
+        return torch.from_numpy(numbers[self.rows.start : self.rows.stop])
+
     def shared_uniform(self) -> float:
         """One number in [0, 1) that all rows of the step share."""
         return np.random.default_rng((self.seed, self.step, 1)).random()

@@ -38,6 +38,12 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         sample_size (`int`, defaults to 1024): number N of latents, each with a learned position.
         mlp_ratio (`float`, defaults to 4.0): inner width of the feed-forward over the width of the blocks.
         frequency_embedding_size (`int`, defaults to 256): width of the sinusoidal time embedding.
+        self_conditioning (`bool`, defaults to `True`):
+            Whether the model was trained with a self-condition; the pipeline gives it none where it was not.
+        next_timestep_conditioning (`bool`, defaults to `False`):
+            Whether the model is also told the time that a step goes to, and predicts the mean of the clean latents on
+            the way there (see `ldlm_hf/objective/flow_map.py`). Where the two times are one, it is the model without
+            this.
     """
 
     _supports_gradient_checkpointing = True
@@ -55,6 +61,8 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         sample_size: int = 1024,
         mlp_ratio: float = 4.0,
         frequency_embedding_size: int = 256,
+        self_conditioning: bool = True,
+        next_timestep_conditioning: bool = False,
     ):
         check_settings(LDLMTransformer1DModel.__init__, locals())
         super().__init__()
@@ -64,6 +72,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         # t in [0, 1] is scaled to the 0..1000 that the sinusoids' frequencies are made for
         self.time_proj = Timesteps(frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
         self.time_embedder = TimestepEmbedding(frequency_embedding_size, width)
+        self.next_time_embedder = None
+        if next_timestep_conditioning:
+            self.next_time_embedder = TimestepEmbedding(frequency_embedding_size, width)
         self.blocks = nn.ModuleList(
             [DiffusionTransformerBlock(width, num_attention_heads, int(width * mlp_ratio)) for _ in range(num_layers)]
         )
@@ -73,10 +84,12 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """DiT's start: every block is the identity, and the prediction is zero."""
+        """DiT's start: every block is the identity, and the prediction is zero; the second time changes nothing."""
         self.apply(lambda module: initialize_layer(module, initializer_range=0.02))
         nn.init.normal_(self.positions, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
+        if self.next_time_embedder is not None:
+            nn.init.zeros_(self.next_time_embedder.linear_2.weight)
 
     def forward(
         self,
@@ -84,6 +97,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         timestep: torch.Tensor,
         self_condition: torch.Tensor | None = None,
         return_dict: bool = True,
+        next_timestep: torch.Tensor | None = None,
     ) -> LDLMTransformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -95,14 +109,15 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
                 An earlier prediction of the clean latents; `None` stands for zeros.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`LDLMTransformer1DModelOutput`] instead of a tuple.
+            next_timestep (`torch.Tensor` of the shape of `timestep`, *optional*):
+                Time that the step goes to, for a model with `next_timestep_conditioning`; `None` stands for
+                `timestep` itself, where the prediction is that of the clean latents at one time.
 
         Raises:
             ValueError: shapes that do not fit the model or each other.
         """
         self._check_shapes(hidden_states, timestep, self_condition)
-        frequencies = self.time_proj(timestep.reshape(-1).float())
-        # the embedder may be cast to half precision; the sinusoids are not
-        time_embedding = self.time_embedder(frequencies.to(hidden_states.dtype))  # (R, D), R = B or 1
+        time_embedding = self.embed_times(timestep, next_timestep, hidden_states.dtype)  # (R, D), R = B or 1
 
         if self_condition is None:
             self_condition = torch.zeros_like(hidden_states)
@@ -115,6 +130,32 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         hidden_states = modulate(hidden_states, *self.modulation_out(time_embedding))
         sample = self.proj_out(hidden_states)  # (B, N, d_z)
         return LDLMTransformer1DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def embed_times(
+        self, timestep: torch.Tensor, next_timestep: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Embedding (R, D) of one time, or of the two ends of a step: e(s) + f(t) - f(s), which is e(s) for t = s.
+
+        Raises:
+            ValueError: a second time for a model that knows one only, or of another shape than the first.
+        """
+        # the embedder may be cast to half precision; the sinusoids are not
+        frequencies = self.time_proj(timestep.reshape(-1).float()).to(dtype)
+        embedding = self.time_embedder(frequencies)
+        if next_timestep is None:
+            return embedding
+        if self.next_time_embedder is None:
+            raise ValueError(
+                "next_timestep is for a model with next_timestep_conditioning=True, as training/distill.py trains it; "
+                "leave it out."
+            )
+        if next_timestep.numel() != timestep.numel():
+            raise ValueError(
+                f"next_timestep of shape {tuple(next_timestep.shape)} must have the shape of timestep, "
+                f"{tuple(timestep.shape)}."
+            )
+        next_frequencies = self.time_proj(next_timestep.reshape(-1).float()).to(dtype)
+        return embedding + self.next_time_embedder(next_frequencies) - self.next_time_embedder(frequencies)
 
     def _check_shapes(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, self_condition: torch.Tensor | None

@@ -1,5 +1,6 @@
-"""The joint-training recipe, one equation of the paper a function."""
+"""The joint-training recipe, one equation of the paper a function, and distillation to few steps."""
 
+from .flow_map import DistillationLosses, DistillationObjective
 from .joint import JointLosses, JointObjective, JointObjectiveSettings
 from .likelihood import LikelihoodBound, LikelihoodSettings, LikelihoodTerms
 from .timesteps import AdaptiveTimestepSampler, TimestepSamplerSettings, UniformTimestepSampler
@@ -8,6 +9,8 @@ from .warmup import scale_gradient, warmup_gate
 
 __all__ = [
     "AdaptiveTimestepSampler",
+    "DistillationLosses",
+    "DistillationObjective",
     "JointLosses",
     "JointObjective",
     "JointObjectiveSettings",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -361,16 +362,24 @@ class JointObjective(nn.Module):
         # ranks of a sharded run must call the denoiser equally often, so one example stands in where none was drawn
         places = torch.tensor([place for place, drawn in enumerate(self_conditioned) if drawn] or [0])
         chosen = places.to(device, non_blocking=True)
-        # autocast would keep the weights that this pass casts, which have no graph, for the pass that is trained
-        without_cache = torch.autocast(
-            device.type,
-            dtype=torch.get_autocast_dtype(device.type),
-            enabled=torch.is_autocast_enabled(device.type),
-            cache_enabled=False,
-        )
-        with torch.no_grad(), without_cache:
+        with torch.no_grad(), without_autocast_cache(device):
             estimate = self.transformer(noisy_latents[chosen].detach(), timesteps[chosen]).sample
             return self_condition.index_copy(0, chosen, estimate.to(noisy_latents.dtype) * any(self_conditioned))
+
+
+def without_autocast_cache(device: torch.device) -> AbstractContextManager:
+    """Autocast as it is, for a pass without gradients before one that is trained.
+
+    Else it would keep the weights that the first pass casts, which have no graph, for the second.
+    """
+    if device.type == "meta":  # where FLOPs are counted, and nothing is cast
+        return nullcontext()
+    return torch.autocast(
+        device.type,
+        dtype=torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
 
 
 def layers_to_shard(objective: nn.Module) -> list[str]:

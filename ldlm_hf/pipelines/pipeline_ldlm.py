@@ -30,6 +30,7 @@ from ..schedulers.scheduling_tangent_churn import TangentChurnScheduler
 from ..schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
 from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+from ..schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
 from ..schedulers.tangent import alpha_sigma
 from .pipeline_output import LDLMPipelineOutput
 
@@ -87,6 +88,7 @@ class LDLMPipeline(DiffusionPipeline):
         | TangentDDIMScheduler
         | TangentDPMSolverMultistepScheduler
         | TangentChurnScheduler
+        | TangentFlowMapScheduler
         | DDIMScheduler
         | DPMSolverMultistepScheduler
         | UniPCMultistepScheduler,
@@ -237,7 +239,7 @@ class LDLMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str] | None,
-        self_condition_scale: float = 1.0,
+        self_condition_scale: float | None = None,
         self_condition_decay: float = 0.0,
     ) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that `__call__` cannot work with."""
@@ -245,11 +247,16 @@ class LDLMPipeline(DiffusionPipeline):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         for name, number in (
-            ("self_condition_scale", self_condition_scale),
+            ("self_condition_scale", 1.0 if self_condition_scale is None else self_condition_scale),
             ("self_condition_decay", self_condition_decay),
         ):
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
                 raise ValueError(f"`{name}` must be a finite number that is not negative, got {number!r}.")
+        if self_condition_scale and not self.transformer.config.self_conditioning:
+            raise ValueError(
+                f"`self_condition_scale`={self_condition_scale}: this transformer was trained without a "
+                "self-condition; leave it out."
+            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         generators = generator if isinstance(generator, list) else [generator]
@@ -313,23 +320,42 @@ class LDLMPipeline(DiffusionPipeline):
         levels = (sigma / alpha).tolist()
         return [1 + (scale - 1) * (math.exp(-decay * level) if decay else 1.0) for level in levels]
 
+    def next_times(self) -> list[torch.Tensor | None]:
+        """Where each step goes, for a flow map with its scheduler; None for a denoiser of one time."""
+        if not hasattr(self.scheduler, "next_timesteps"):
+            return [None] * len(self.scheduler.timesteps)
+        if not self.transformer.config.next_timestep_conditioning:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes steps of a flow map, which this transformer is not "
+                "(next_timestep_conditioning=False). Distil it by training/distill.py, or use another scheduler."
+            )
+        return list(self.scheduler.next_timesteps)
+
     def predict_clean_latents(
-        self, latents: torch.Tensor, time: torch.Tensor, self_condition: torch.Tensor, weight: float
+        self,
+        latents: torch.Tensor,
+        time: torch.Tensor,
+        self_condition: torch.Tensor,
+        weight: float = 1.0,
+        next_time: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The denoiser's prediction (B, N, d_z), guided by its self-condition: x^ = x^_0 + w (x^_sc - x^_0).
 
         x^_sc is the prediction from the self-condition, x^_0 that without one. For w = 1 and w = 0 one of them is all
-        that counts, and the transformer sees the batch once; for other weights twice.
+        that counts, and the transformer sees the batch once; for other weights twice. A flow map is also given the
+        time that the step goes to.
         """
         latents = self.scheduler.scale_model_input(latents, time).to(self.transformer.dtype)
         self_condition = self_condition.to(latents.dtype)
+        ends = {} if next_time is None else {"next_timestep": next_time}
         if weight == 1:
-            return self.transformer(latents, time, self_condition).sample
+            return self.transformer(latents, time, self_condition, **ends).sample
         nothing = torch.zeros_like(self_condition)
         if weight == 0:
-            return self.transformer(latents, time, nothing).sample
+            return self.transformer(latents, time, nothing, **ends).sample
         both = torch.cat([nothing, self_condition])
-        unguided, guided = self.transformer(torch.cat([latents, latents]), time, both).sample.float().chunk(2)
+        predictions = self.transformer(torch.cat([latents, latents]), time, both, **ends).sample
+        unguided, guided = predictions.float().chunk(2)
         return torch.lerp(unguided, guided, weight)
 
     @torch.no_grad()
@@ -341,7 +367,7 @@ class LDLMPipeline(DiffusionPipeline):
         timesteps: list[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        self_condition_scale: float = 1.0,
+        self_condition_scale: float | None = None,
         self_condition_decay: float = 0.0,
         output_type: str = "text",
         return_dict: bool = True,
@@ -366,11 +392,11 @@ class LDLMPipeline(DiffusionPipeline):
                 any batch.
             latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`, *optional*):
                 Noise to start from.
-            self_condition_scale (`float`, defaults to 1.0):
+            self_condition_scale (`float`, *optional*):
                 Weight w of the last prediction as the next step's self-condition: 1 carries it over as it is, 0
                 leaves it out, and other weights, above 1 beyond what the model says, guide by it (classifier-free
                 guidance with the self-condition in the condition's place), which costs a second evaluation of the
-                transformer in every step but the first.
+                transformer in every step but the first. By default 1, or 0 for a model trained without it.
             self_condition_decay (`float`, defaults to 0.0):
                 How fast w goes to 1 as the noise level sigma / alpha grows; 0 keeps it in all steps.
             output_type (`str`, defaults to `"text"`):
@@ -423,6 +449,9 @@ class LDLMPipeline(DiffusionPipeline):
         step_arguments = self.prepare_step_arguments(generator)
         latents = self.prepare_latents(batch_size, device, generator, latents)
         clean_latents = torch.zeros_like(latents)
+        next_times = self.next_times()
+        if self_condition_scale is None:
+            self_condition_scale = 1.0 if self.transformer.config.self_conditioning else 0.0
         weights = self.self_condition_weights(times, self_condition_scale, self_condition_decay)
         # the first step has no prediction to be conditioned on
         weights[0] = 1.0
@@ -433,7 +462,9 @@ class LDLMPipeline(DiffusionPipeline):
             for i, (t, time, weight) in enumerate(zip(self.scheduler.timesteps, times, weights, strict=True)):
                 if self.interrupt:
                     continue
-                clean_latents = self.predict_clean_latents(latents, time, clean_latents, weight)  # (B, N, d_z)
+                clean_latents = self.predict_clean_latents(
+                    latents, time, clean_latents, weight, next_times[i]
+                )  # (B, N, d_z)
                 self._num_function_evaluations += 1 if weight in (0, 1) else 2
                 latents = self.scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
 

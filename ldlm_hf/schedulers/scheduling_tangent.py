@@ -102,6 +102,7 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         "TangentDDIMScheduler",
         "TangentDPMSolverMultistepScheduler",
         "TangentChurnScheduler",
+        "TangentFlowMapScheduler",
         "DDIMScheduler",
         "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler",

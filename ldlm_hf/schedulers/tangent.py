@@ -86,3 +86,12 @@ def learned_time_grid(num_steps: int, t_min: float, cdf: list[float]) -> torch.T
     grid = (right - 1 + within) / (len(knots) - 1)
     grid[0], grid[-1] = 1.0, t_min
     return grid
+
+
+def signal_to_noise(timesteps: torch.Tensor, d: float) -> torch.Tensor:
+    """rho = alpha / sigma = cot(pi t / 2) / d, float64; +inf at t = 0 and 0 at t = 1.
+
+    In rho the probability-flow ODE is d(z / sigma) = x0(z, t) d(rho), without a linear part.
+    """
+    sine, cosine = _sine_cosine(timesteps)
+    return cosine / (d * sine)

@@ -1,0 +1,173 @@
+"""Distillation of a trained denoiser into one that needs few steps, in the space of latents.
+
+With rho = alpha / sigma the probability-flow ODE of the tangent process is d(z / sigma) = x0(z, t) d(rho). So a step
+from time s to an earlier t, however long, is DDIM's with the mean of the clean predictions along the way:
+
+    X_{s,t}(z)  = sigma_t / sigma_s z + sigma_t (rho_t - rho_s) D(z; s, t)
+    D(z; s, t)  = 1 / (rho_t - rho_s)  integral of x0(z_r, r) d(rho_r) from s to t
+
+D(z; s, s) is the denoiser itself. Two steps make one, X_{s,t} = X_{u,t} o X_{s,u}, which in terms of D is an average:
+
+    D(z; s, t) = l D(z; s, u) + (1 - l) D(X_{s,u}(z); u, t),   l = (rho_u - rho_s) / (rho_t - rho_s)
+
+A *flow map* learns D for every pair of times from this identity, with its own predictions on the right (the idea of
+shortcut models, Frans et al., 2025, whose weights are those of the linear path, l = (s - u) / (s - t)). *Progressive*
+distillation (Salimans and Ho, 2022) learns D between the neighbours of one grid, with the teacher on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from ..models.latent_encoder import LDLMLatentEncoder
+from ..models.token_encoder import LDLMTokenEncoder
+from ..models.transformer_ldlm import LDLMTransformer1DModel
+from ..schedulers.scheduling_tangent import TangentScheduler
+from ..schedulers.tangent import alpha_sigma, signal_to_noise
+from .joint import layers_to_shard, without_autocast_cache
+
+
+# (noisy latents (B, N, d_z), s of shape (B,), t of shape (B,)) → D(z; s, t)
+TwoTimeDenoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor, d: float) -> torch.Tensor:
+    """l = (rho_u - rho_s) / (rho_t - rho_s) for times s > u > t, float64; 0 where t = 0."""
+    start = signal_to_noise(s, d)
+    return (signal_to_noise(u, d) - start) / (signal_to_noise(t, d) - start)
+
+
+def flow_map_step(
+    latents: torch.Tensor, clean: torch.Tensor, s: torch.Tensor, t: torch.Tensor, d: float
+) -> torch.Tensor:
+    """X_{s,t}(z) for the mean clean prediction D(z; s, t), both (B, N, d_z), at times (B,)."""
+    (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma(s, d), alpha_sigma(t, d)
+    ratio = next_sigma / sigma
+    weights = (ratio, next_alpha - alpha * ratio)
+    sample_weight, clean_weight = (weight.to(latents.dtype)[:, None, None] for weight in weights)
+    return sample_weight * latents + clean_weight * clean
+
+
+def semigroup_target(
+    denoise: TwoTimeDenoiser, latents: torch.Tensor, s: torch.Tensor, u: torch.Tensor, t: torch.Tensor, d: float
+) -> torch.Tensor:
+    """What D(z; s, t) is by two steps, s → u → t (B, N, d_z)."""
+    first = denoise(latents, s, u)
+    second = denoise(flow_map_step(latents, first, s, u, d), u, t)
+    weight = semigroup_weight(s, u, t, d).to(latents.dtype)[:, None, None]
+    return torch.lerp(second, first, weight)
+
+
+@dataclass
+class DistillationLosses:
+    """Mean squared errors of one batch, in units of the latents.
+
+    Attributes:
+        total: mean over all examples; the one to call `backward` on.
+        semigroup: mean over the examples with two times.
+        diagonal: mean over those with one, against the teacher; 0 where there are none.
+    """
+
+    total: torch.Tensor
+    semigroup: torch.Tensor
+    diagonal: torch.Tensor
+
+
+class DistillationObjective(nn.Module):
+    r"""
+    Distils a teacher into a student on the latents of frozen encoders; no tensor of it has the vocabulary's size.
+
+    Neither sees a self-condition: in few steps there is hardly an earlier prediction to carry over.
+
+    Args:
+        token_encoder: frozen.
+        latent_encoder: frozen.
+        transformer: the student; with `next_timestep_conditioning` it becomes a flow map, else a denoiser of
+            one grid by progressive distillation.
+        teacher: the trained denoiser; frozen.
+        scheduler: the noise process.
+
+    Raises:
+        ValueError: a student and a teacher of different latents.
+    """
+
+    def __init__(
+        self,
+        token_encoder: LDLMTokenEncoder,
+        latent_encoder: LDLMLatentEncoder,
+        transformer: LDLMTransformer1DModel,
+        teacher: LDLMTransformer1DModel,
+        scheduler: TangentScheduler,
+    ):
+        super().__init__()
+        for name in ("in_channels", "sample_size"):
+            sizes = [getattr(model.config, name) for model in (transformer, teacher)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"The student's {name}={sizes[0]} differs from the teacher's, {sizes[1]}.")
+        self.token_encoder = token_encoder.requires_grad_(False)
+        self.latent_encoder = latent_encoder.requires_grad_(False)
+        self.transformer = transformer
+        self.teacher = teacher.requires_grad_(False)
+        self.scheduler = scheduler
+        self.is_flow_map = transformer.config.next_timestep_conditioning
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        return layers_to_shard(self)
+
+    def student_denoiser(self, latents: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """D(z; s, t) of the student in float32; of a progressive one, which knows the grid, D(z; s)."""
+        next_timestep = t.float() if self.is_flow_map else None
+        return self.transformer(latents, s.float(), next_timestep=next_timestep).sample.float()
+
+    def teacher_denoiser(self, latents: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The teacher's prediction at s in float32, wherever the step goes: DDIM."""
+        return self.teacher(latents, s.float()).sample.float()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        times: torch.Tensor,
+        on_diagonal: Sequence[bool],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> DistillationLosses:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): token ids.
+            times (`torch.Tensor` of shape `(B, 3)`): s > u > t of each example, in [0, 1], s positive.
+            on_diagonal (`Sequence[bool]` of length `B`):
+                Which examples keep the diagonal D(z; s, s) at the teacher's prediction; none for a progressive
+                student. No tensor: what DDP moves to an accelerator cannot be looked at without waiting for it.
+            generator: source of the noise; a list gives each example a stream of its own.
+        """
+        d = self.scheduler.config.tangent_d
+        with torch.no_grad():
+            latents = self.latent_encoder(self.token_encoder(input_ids).hidden_states).latents.float()  # (B, N, d_z)
+        times = times.double()
+        s, u, t = times.unbind(-1)
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+        noisy_latents = self.scheduler.add_noise(latents, noise, s)
+
+        rows = [place for place, is_diagonal in enumerate(on_diagonal) if is_diagonal]
+        others = [place for place, is_diagonal in enumerate(on_diagonal) if not is_diagonal]
+        diagonal, pairs = (torch.tensor(places).long().to(s.device, non_blocking=True) for places in (rows, others))
+        target = torch.empty_like(latents)
+        with torch.no_grad(), without_autocast_cache(latents.device):
+            if rows:
+                target[diagonal] = self.teacher_denoiser(noisy_latents[diagonal], s[diagonal], s[diagonal])
+            if others:
+                denoise = self.student_denoiser if self.is_flow_map else self.teacher_denoiser
+                target[pairs] = semigroup_target(denoise, noisy_latents[pairs], s[pairs], u[pairs], t[pairs], d)
+        end = t.index_copy(0, diagonal, s[diagonal])
+        errors = (self.student_denoiser(noisy_latents, s, end) - target).square().flatten(1).mean(1)  # (B,)
+        zero = errors.new_zeros(())
+        return DistillationLosses(
+            total=errors.mean(),
+            semigroup=errors.detach()[pairs].mean() if others else zero,
+            diagonal=errors.detach()[diagonal].mean() if rows else zero,
+        )

@@ -1,0 +1,160 @@
+"""Distillation of a tiny run: what students learn, and the pipelines that they come in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import flow_map_times, progressive_times
+from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler, TangentFlowMapScheduler
+
+
+Run = Callable[..., None]
+
+
+def evaluations(run: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row[f"eval/{name}"] for row in rows if f"eval/{name}" in row]
+
+
+@pytest.fixture
+def shared(tiny_overrides: list[str]) -> list[str]:
+    """The settings that distillation has, too."""
+    return [item for item in tiny_overrides if item.split(".")[0] in ("data", "optimizer", "loop", "evaluation")]
+
+
+@pytest.fixture
+def teacher(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> Path:
+    """Long enough that its predictions depend on what it is given."""
+    quick = ["loop.max_steps=150", "optimizer.learning_rate=0.01", "evaluation.num_samples=0"]
+    run_script("train_joint", *tiny_overrides, *quick)
+    return tmp_path / "run" / "pipeline"
+
+
+def test_a_flow_map_comes_near_its_teacher_in_few_steps(
+    run_script: Run, shared: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "flow-map"
+    run_script(
+        "distill",
+        *shared,
+        f"components={teacher}",
+        f"loop.output_dir={folder}",
+        "loop.max_steps=200",
+        "optimizer.learning_rate=0.003",
+        "evaluation.every=10",
+        "evaluation.num_inference_steps=2",
+    )
+    for steps in (1, 2):
+        distances = evaluations(folder, f"distance_to_teacher/steps={steps}")
+        assert distances[-1] < 0.7 * distances[0]
+    pipe = LDLMPipeline.from_pretrained(folder / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler) is TangentFlowMapScheduler
+    assert pipe.transformer.config.next_timestep_conditioning
+    assert not pipe.transformer.config.self_conditioning
+    ends = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, arguments, keywords: ends.append(float(keywords["next_timestep"])), with_kwargs=True
+    )
+    assert len(pipe(batch_size=3, num_inference_steps=1).texts) == 3
+    assert ends == [0.0]
+    pipe(num_inference_steps=4)
+    assert ends[1:] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+    with pytest.raises(ValueError, match="trained without a self-condition"):
+        pipe(num_inference_steps=1, self_condition_scale=1.0)
+    # on its diagonal it is a denoiser for any solver
+    pipe.scheduler = TangentEulerMaruyamaScheduler.from_config(pipe.scheduler.config, t_min=0.05)
+    hook.remove()
+    assert len(pipe(num_inference_steps=2).texts) == 1
+    card = (folder / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert "held-out real texts" in card
+
+
+def test_progressive_students_halve_their_teachers_steps(
+    run_script: Run, shared: list[str], teacher: Path, tmp_path: Path
+) -> None:
+    source = teacher
+    for num_steps in (4, 2):
+        folder = tmp_path / f"progressive-{num_steps}"
+        run_script(
+            "distill",
+            *shared,
+            f"components={source}",
+            "method=progressive",
+            f"num_steps={num_steps}",
+            f"loop.output_dir={folder}",
+            "loop.max_steps=60",
+            "evaluation.every=10",
+            f"evaluation.num_inference_steps={num_steps}",
+        )
+        losses = evaluations(folder, "distillation_loss")
+        assert losses[-1] < losses[0]
+        source = folder / "pipeline"
+    pipe = LDLMPipeline.from_pretrained(source)
+    assert type(pipe.scheduler) is TangentDDIMScheduler
+    assert not pipe.transformer.config.next_timestep_conditioning
+    assert pipe(num_inference_steps=2).texts
+
+
+def test_times_of_a_flow_map_cover_the_grid_with_its_ends() -> None:
+    uniforms = torch.rand(50_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s, u, t = flow_map_times(TangentFlowMapScheduler(), uniforms).unbind(1)
+    assert bool(torch.all((s > u) & (u > t)))
+    assert float(s.max()) == 1.0
+    assert float(t.min()) == 0.0
+    # the larger of two draws lies beyond the end if one of them does: 1 - (1 - 1/12)^2
+    assert float((s == 1).double().mean()) == pytest.approx(1 - (11 / 12) ** 2, abs=0.01)
+    assert float((t == 0).double().mean()) == pytest.approx(1 - (11 / 12) ** 2, abs=0.01)
+
+    cdf = [0.0, 0.8, 1.0]
+    learned = TangentFlowMapScheduler(time_grid="learned", timestep_cdf=cdf)
+    s, _, t = flow_map_times(learned, uniforms).unbind(1)
+    inside = torch.cat([s, t])[(torch.cat([s, t]) > 0.01) & (torch.cat([s, t]) < 0.99)]
+    assert float((inside < 0.5).double().mean()) == pytest.approx(0.8, abs=0.02)
+
+
+def test_times_of_a_progressive_student_are_its_grid() -> None:
+    uniforms = torch.tensor([[0.0], [0.49], [0.51], [0.999]], dtype=torch.float64)
+    times = progressive_times(TangentDDIMScheduler(t_min=0.0), 2, uniforms)
+    expected = [[1.0, 0.75, 0.5], [1.0, 0.75, 0.5], [0.5, 0.25, 0.0], [0.5, 0.25, 0.0]]
+    torch.testing.assert_close(times, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=shortcut"], "method='shortcut' is unknown; it is one of flow_map, progressive"),
+        (["num_steps=0"], "num_steps=0 must be at least 1"),
+        (["diagonal_share=1.0"], "diagonal_share=1.0"),
+        (["components=''"], "components='' names no teacher"),
+        (["time_grid=learned"], "this one has none"),
+    ],
+)
+def test_bad_settings(
+    run_script: Run, shared: list[str], overrides: list[str], message: str, tmp_path: Path, make_pipeline: Callable
+) -> None:
+    make_pipeline().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=message):
+        run_script("distill", *shared, f"components={tmp_path / 'teacher'}", *overrides)
+
+
+def test_a_flow_map_teaches_no_progressive_student(
+    run_script: Run, shared: list[str], tmp_path: Path, make_pipeline: Callable
+) -> None:
+    pipe = make_pipeline()
+    flow_map = type(pipe.transformer).from_config(pipe.transformer.config, next_timestep_conditioning=True)
+    make_pipeline(transformer=flow_map).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="The teacher is a flow map"):
+        run_script("distill", *shared, f"components={tmp_path / 'teacher'}", "method=progressive")
+
+
+def test_the_scheduler_of_a_flow_map_needs_one(make_pipeline: Callable) -> None:
+    pipe = make_pipeline()
+    pipe.scheduler = TangentFlowMapScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="which this transformer is not"):
+        pipe(num_inference_steps=1)

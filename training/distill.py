@@ -1,0 +1,284 @@
+"""Distils a trained pipeline's denoiser into one of few steps, on its own latents (ldlm_hf/objective/flow_map.py).
+
+    accelerate launch training/distill.py --config CONFIG.yaml components=RUN/pipeline [method=progressive] [key=value]
+
+`method=flow_map` trains one student for any number of steps; `method=progressive` halves the steps of its teacher, so
+that a chain of runs, each with the one before as its `components`, goes from many steps to few. Both leave a pipeline
+with the frozen encoders and decoders of the teacher's, and a scheduler for the student.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from components import AUTOENCODER, load_part
+from evaluation import held_out_sequences, sample, score
+from launch import (
+    build_accelerator,
+    build_loop,
+    finish_run,
+    load_text,
+    parse_arguments,
+    prepare_run,
+    print_overview,
+    speed_up,
+)
+from ldlm_hf import (
+    DataSettings,
+    DistillationObjective,
+    LDLMPipeline,
+    LDLMTransformer1DModel,
+    TangentDDIMScheduler,
+    TangentDPMSolverMultistepScheduler,
+    TangentFlowMapScheduler,
+    TangentScheduler,
+)
+from ldlm_hf.objective.joint import systematic_sample
+from randomness import RowRandomness
+from settings import EvaluationSettings, LoopSettings, OptimizerSettings, load_settings
+from task import Evaluation, StepLosses, Task
+
+
+METHODS = ("flow_map", "progressive")
+# numbers of steps that a flow map is compared with its teacher at while it trains
+COMPARED_STEPS = (1, 2, 4, 8)
+# those of the teacher's, by a solver of second order
+TEACHER_STEPS = 64
+# positions on the time grid are drawn from a range this much wider at either end and clipped to [0, 1], so that steps
+# from pure noise and to the end, which every sample takes, are not left out
+OVERHANG = 0.1
+# no step is shorter than this share of the grid: the weights of the semigroup are 0 / 0 for two times that are one
+SHORTEST_STEP = 1e-3
+# points of the grid that positions are looked up on
+GRID_POINTS = 4096
+
+
+@dataclass
+class DistillationSettings:
+    """All settings of `distill.py`.
+
+    Attributes:
+        components: folder or Hub id of the teacher's pipeline, with its encoders.
+        method: `flow_map` or `progressive`.
+        num_steps: steps of a progressive student; its teacher takes twice as many.
+        time_grid: `uniform`, `log_snr` or `learned`: of a progressive student the grid, of a flow map what its times
+            are evenly spread over in training. The student's scheduler has it, too.
+        t_min: where sampling ends.
+        diagonal_share: share of a flow map's examples that keep it a denoiser, at the teacher's prediction.
+    """
+
+    components: str = ""
+    method: str = "flow_map"
+    num_steps: int = 8
+    time_grid: str = "uniform"
+    t_min: float = 0.0
+    diagonal_share: float = 0.25
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    loop: LoopSettings = field(default_factory=lambda: LoopSettings(output_dir="runs/distilled", max_steps=100_000))
+    evaluation: EvaluationSettings = field(default_factory=lambda: EvaluationSettings(num_inference_steps=8))
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; it is one of {', '.join(METHODS)}.")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1.")
+        if not 0 <= self.diagonal_share < 1:
+            raise ValueError(f"diagonal_share={self.diagonal_share} must lie in [0, 1).")
+
+
+def flow_map_times(scheduler: TangentScheduler, uniforms: torch.Tensor) -> torch.Tensor:
+    """Times s > u > t (B, 3), float64, for three uniform numbers each (B, 3): anywhere on the scheduler's time grid.
+
+    s and t are the later and the earlier of two draws, u lies evenly between them.
+    """
+    ends, between = uniforms[:, :2], uniforms[:, 2]
+    ends = ((1 + 2 * OVERHANG) * ends - OVERHANG).clamp(0, 1)
+    late = ends.amax(1).clamp(min=SHORTEST_STEP)
+    early = torch.minimum(ends.amin(1), late - SHORTEST_STEP)
+    middle = torch.lerp(early, late, between.clamp(0.01, 0.99))
+    # the grid falls from its beginning at position 1 to its end at 0
+    grid = scheduler.make_time_grid(GRID_POINTS).flip(0)
+    place = torch.stack([late, middle, early], dim=1) * GRID_POINTS
+    left = place.long().clamp(max=GRID_POINTS - 1)
+    return torch.lerp(grid[left], grid[left + 1], place - left)
+
+
+def progressive_times(scheduler: TangentScheduler, num_steps: int, uniforms: torch.Tensor) -> torch.Tensor:
+    """Times s > u > t (B, 3), float64, by a uniform number each (B, 1): a step of the student and its middle."""
+    grid = scheduler.make_time_grid(2 * num_steps)
+    first = 2 * (uniforms[:, 0] * num_steps).long()
+    return torch.stack([grid[first], grid[first + 1], grid[first + 2]], dim=1)
+
+
+def build_student(teacher: LDLMTransformer1DModel, method: str) -> LDLMTransformer1DModel:
+    """A copy of the teacher without self-condition; that of a flow map knows a second time, which changes nothing yet.
+
+    Raises:
+        ValueError: a flow map as the teacher of a progressive student.
+    """
+    is_flow_map = method == "flow_map"
+    if teacher.config.next_timestep_conditioning and not is_flow_map:
+        raise ValueError("The teacher is a flow map, which takes any number of steps already; use method=flow_map.")
+    student = LDLMTransformer1DModel.from_config(
+        teacher.config, self_conditioning=False, next_timestep_conditioning=is_flow_map
+    )
+    student.load_state_dict(teacher.state_dict(), strict=not is_flow_map or teacher.config.next_timestep_conditioning)
+    return student
+
+
+class DistillationTask(Task):
+    """Training of a student beside its frozen teacher."""
+
+    module: DistillationObjective
+
+    def __init__(
+        self,
+        module: DistillationObjective,
+        decoders: dict[str, nn.Module],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DistillationSettings,
+        held_out: torch.Tensor,
+        device: torch.device,
+    ):
+        super().__init__(module)
+        self.decoders = decoders
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.held_out = held_out
+        self.device = device
+
+    def times(self, uniforms: torch.Tensor) -> torch.Tensor:
+        """Times s > u > t (B, 3) for three uniform numbers each (B, 3)."""
+        scheduler = self.module.scheduler
+        if self.module.is_flow_map:
+            return flow_map_times(scheduler, uniforms)
+        return progressive_times(scheduler, self.settings.num_steps, uniforms)
+
+    @property
+    def diagonal_share(self) -> float:
+        """Share of the examples with one time; a progressive student has none."""
+        return self.settings.diagonal_share if self.module.is_flow_map else 0.0
+
+    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+        device = input_ids.device
+        on_diagonal = systematic_sample(randomness.batch_size, self.diagonal_share, randomness.shared_uniform())
+        losses = module(
+            input_ids,
+            self.times(randomness.uniforms(3)).to(device, non_blocking=True),
+            [on_diagonal[row] for row in randomness.rows],
+            randomness.generators(device),
+        )
+        return StepLosses(losses.total, {"semigroup_loss": losses.semigroup, "diagonal_loss": losses.diagonal})
+
+    def pipeline(self, snapshot: DistillationObjective) -> LDLMPipeline:
+        """The student's pipeline."""
+        return LDLMPipeline(
+            transformer=snapshot.transformer,
+            tokenizer=self.tokenizer,
+            scheduler=snapshot.scheduler,
+            token_encoder=snapshot.token_encoder,
+            latent_encoder=snapshot.latent_encoder,
+            **self.decoders,
+        ).to(self.device)
+
+    @torch.no_grad()
+    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
+        """Held-out losses at fixed times with fixed noise; how far samples are from the teacher's, which follows the
+        probability-flow ODE from the same noise (mean squared error of the latents); and texts.
+        """
+        assert isinstance(snapshot, DistillationObjective)
+        evaluation, count = self.settings.evaluation, len(self.held_out)
+        times = self.times(RowRandomness(0, 0, range(count), count).uniforms(3))
+        on_diagonal = systematic_sample(count, self.diagonal_share, 0.5)
+        generator = torch.Generator(self.device).manual_seed(0)
+        total = 0.0
+        for first in range(0, count, evaluation.batch_size):
+            rows = slice(first, first + evaluation.batch_size)
+            some = self.held_out[rows].to(self.device)
+            losses = snapshot(some, times[rows].to(self.device), on_diagonal[rows], generator)
+            total += float(losses.total) * len(some)
+        results = {"distillation_loss": total / count} | self.distances_to_teacher(snapshot)
+        texts: list[str] = []
+        if evaluation.num_preview_samples:
+            pipeline = self.pipeline(snapshot)
+            pipeline.set_progress_bar_config(disable=True)
+            sequences, texts = sample(pipeline, evaluation, evaluation.num_preview_samples, seed=0)
+            results |= {f"samples/{name}": value for name, value in score(sequences).items()}
+        return Evaluation(results, texts)
+
+    def distances_to_teacher(self, snapshot: DistillationObjective) -> dict[str, float]:
+        """Mean squared error of the student's latents for each number of steps, against the teacher's."""
+        scheduler = snapshot.scheduler
+        ode = TangentDPMSolverMultistepScheduler.from_config(scheduler.config)
+        student, teacher = self.pipeline(snapshot), self.pipeline(snapshot)
+        teacher.register_modules(transformer=snapshot.teacher, scheduler=ode)
+        config = student.transformer.config
+        shape = (self.settings.evaluation.batch_size, config.sample_size, config.in_channels)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+        def latents(pipeline: LDLMPipeline, num_steps: int) -> torch.Tensor:
+            pipeline.set_progress_bar_config(disable=True)
+            output = pipeline(len(noise), num_steps, latents=noise, self_condition_scale=0.0, output_type="latent")
+            return output.latents
+
+        target = latents(teacher, TEACHER_STEPS)
+        compared = COMPARED_STEPS if self.module.is_flow_map else (self.settings.num_steps,)
+        distances = {n: float((latents(student, n) - target).square().mean()) for n in compared}
+        return {f"distance_to_teacher/steps={n}": distance for n, distance in distances.items()}
+
+
+def load_objective(settings: DistillationSettings) -> tuple[DistillationObjective, dict[str, nn.Module]]:
+    """The objective of a new student, and the frozen decoders of its pipeline.
+
+    Raises:
+        ValueError: no components, or a teacher that cannot teach this student.
+    """
+    if not settings.components:
+        raise ValueError("components='' names no teacher; set components=RUN/pipeline or a Hub id.")
+    parts = {name: load_part(settings.components, name) for name in (*AUTOENCODER, "transformer")}
+    scheduler_class = TangentFlowMapScheduler if settings.method == "flow_map" else TangentDDIMScheduler
+    scheduler = scheduler_class.from_config(
+        load_part(settings.components, "scheduler").config, time_grid=settings.time_grid, t_min=settings.t_min
+    )
+    objective = DistillationObjective(
+        parts["token_encoder"],
+        parts["latent_encoder"],
+        build_student(parts["transformer"], settings.method),
+        parts["transformer"],
+        scheduler,
+    )
+    return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")}
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    settings: DistillationSettings = load_settings(DistillationSettings, arguments.config, arguments.overrides)
+    accelerator = build_accelerator(settings.loop)
+    set_seed(settings.loop.seed)
+    objective, decoders = load_objective(settings)
+    sequence_length = objective.latent_encoder.config.sequence_length
+    speed_up(objective, settings.loop)
+    print_overview(settings, objective, sequence_length, accelerator)
+    if arguments.dry_run:
+        return
+
+    checkpoint, uploads = prepare_run(arguments, settings, accelerator)
+    tokenizer = AutoTokenizer.from_pretrained(settings.components, subfolder="tokenizer")
+    corpora = load_text(settings.data, tokenizer, sequence_length, accelerator)
+    held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
+    task = DistillationTask(objective, decoders, tokenizer, settings, held_out, accelerator.device)
+    loop = build_loop(task, corpora.train, sequence_length, settings, accelerator, arguments, checkpoint, uploads)
+    evaluation = loop.run()
+    if evaluation is not None and accelerator.is_main_process:
+        pipeline = task.pipeline(loop.snapshot.eval())
+        finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
+
+
+if __name__ == "__main__":
+    main()
