@@ -456,7 +456,7 @@ def test_without_a_self_condition_the_transformer_sees_none(pipe: LDLMPipeline):
 
 
 @pytest.mark.parametrize("name", ["self_condition_scale", "self_condition_decay"])
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", True, None])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", True])
 def test_bad_guidance(pipe: LDLMPipeline, name: str, value: Any):
     with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
         pipe(num_inference_steps=1, **{name: value})
