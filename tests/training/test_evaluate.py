@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 import pareto
 import pipeline_evaluation
 import smoothness
-from finished_parts import FinishedParts, module_digest
+from finished_parts import FinishedParts, module_digest, remove_unfinished
+from folder_lock import lock_folder
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TokenEntropy
 from ldlm_hf.metrics import load_judge
 from pareto import pareto_frontier
@@ -257,6 +258,17 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
     assert len(scored) == 7 and len({tuple(texts) for texts in scored}) == 7
     assert without_times(resumed) == without_times(whole)
 
+    # what a killed process has left half-written goes; another evaluation in the same folder is refused
+    half = tmp_path / "killed" / "parts" / "scores-0.json.17.unfinished"
+    half.write_text("{", encoding="utf-8")
+    with (
+        lock_folder(half.parent, "wait"),
+        pytest.raises(OSError, match="parts is in use .* wait for that evaluation, or name another --output_dir"),
+    ):
+        run("killed", "--controls")
+    run("killed", "--controls")
+    assert not half.exists() and Counter(made) == ALL_SAMPLES
+
     # a part that is lost is the only one that is made again
     next(iter(sorted((tmp_path / "killed" / "parts").glob("samples-*/00000008.pt")))).unlink()
     made.clear()
@@ -374,6 +386,7 @@ def test_blank_texts_are_counted_and_leave_no_number(
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| run | 1 | – | – | – | 0." in table and "| 40 | 40 | 0 |" in table
     assert (tmp_path / "out" / "pareto.png").is_file()
+    assert "no text to score: 2." in pareto.plot_pareto([results]).axes[0].get_title(loc="left")
 
 
 @pytest.mark.parametrize(
@@ -392,6 +405,7 @@ def test_blank_texts_are_counted_and_leave_no_number(
         (["--steps", "3", "3"], "has a number twice"),
         (["--interpolation", "--num_pairs", "11"], "at most 10 pairs"),
         (["--interpolation", "--num_positions", "2"], "a point between"),
+        (["--num_pairs", "3"], "--num_pairs 3 is of the lines that --interpolation decodes"),
     ],
 )
 def test_bad_evaluations_stop_before_any_sampling(
@@ -532,6 +546,22 @@ def test_pareto_frontier() -> None:
     assert set(pareto_frontier([tuple(point) for point in drawn])) == set(range(40)) - beaten
 
 
+def test_results_are_there_when_everything_else_is(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever finds them takes the evaluation for finished."""
+
+    def fails(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_evaluation, "plot_pareto", fails)
+        with pytest.raises(OSError, match="disk is full"):
+            run("out", "--seeds", "1", "--steps", "1")
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert run("out", "--seeds", "1", "--steps", "1")["pipelines"]
+
+
 def test_controls() -> None:
     words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran"]
     shuffled = shuffled_words(words, np.random.default_rng(0))
@@ -590,6 +620,26 @@ def test_finished_parts(tmp_path: Path) -> None:
     (rows.folder / "00000003.pt.17.unfinished").write_bytes(b"half")
     assert rows.missing(6) == [3, 5] and parts.rows("y", seed=1).missing(2) == [0, 1]
     assert rows.load(3)["values"].tolist() == [[0.0], [1.0], [2.0]]
+    # two that made the same rows in other batches
+    rows.save([1, 2, 3], {"values": torch.tensor([[1.0], [2.0], [3.0]])})
+    assert rows.load(5)["values"].tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+    with pytest.raises(KeyError, match="5"):
+        rows.load(6)
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.rglob("*.unfinished")) and len(list(rows.folder.iterdir())) == 3
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "new", "wait"), pytest.raises(OSError, match=r"new is in use .*\.lock: wait"):
+        lock_folder(tmp_path / "new", "wait")
+    # one that was started with the lock keeps it
+    with lock_folder(tmp_path / "new", "wait") as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
+    with pytest.raises(OSError, match="in use"):
+        lock_folder(tmp_path / "new", "wait")
+    child.kill()
+    child.wait()
+    lock_folder(tmp_path / "new", "wait").close()
 
 
 def test_a_digest_sees_weights_and_configuration(make_components: Callable) -> None:
