@@ -76,7 +76,6 @@ def write_table(number: str, plan: Plan, seeds: int, problems: Mapping[AblationR
         for group in definition.groups
         for name, label in group.rows.items()
     ]
-    plan.root.mkdir(parents=True, exist_ok=True)
     file = plan.root / f"table-{number}.md"
     file.write_text(table_text(number, definition, rows, plan, command), encoding="utf-8")
     content = json.dumps(table_values(number, definition, rows, plan, command), indent=1, ensure_ascii=False)

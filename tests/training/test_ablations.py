@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ablate import Conductor, main, training_command
+from ablate import CommandProcess, Conductor, failure, main, size_of, training_command
 from ablations import JOINT, TOKEN_DECODER, AblationRun, EvaluationPlan, Plan, dotted_values, read_ablations, times
 from components import (
     build_diffusion_objective,
@@ -29,6 +30,7 @@ from components import (
     build_tokenizer,
     save_components,
 )
+from folder_lock import lock_folder
 from launch import parse_arguments
 from loop import build_optimizer
 from settings import RunSettings, differences, load_settings, to_yaml
@@ -606,6 +608,9 @@ def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, reposi
         deadline = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline and not list(folder.glob("checkpoint-*")):
             time.sleep(0.05)
+        # another call, of the same rows or of others
+        with pytest.raises(OSError, match="tiny is in use by another process.*name another --output_dir"):
+            main([*command[2:8], "--rows", "self_attention", "--train_only"])
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=120)
     printed = (tmp_path / "log").read_text(encoding="utf-8")
@@ -617,6 +622,49 @@ def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, reposi
     assert (checkpoint / "manifest.json").is_file()
     assert not (folder / "pipeline").exists()
     assert not (output_dir / "tiny/uniform").exists()
+
+
+def test_what_an_ablation_that_was_killed_leaves_running_keeps_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import time; time.sleep(600)", encoding="utf-8")
+    accelerate = str(SHIPPED.parents[1] / "accelerate/one_cpu.yaml")
+    command = ["accelerate", "launch", "--config_file", accelerate, str(tmp_path / "script.py")]
+    with lock_folder(tmp_path, "wait") as lock:
+        process = CommandProcess(command, tmp_path / "log", dict(os.environ), lock)
+    with pytest.raises(OSError, match="in use"):
+        lock_folder(tmp_path, "wait")
+    process.stop()
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lock_folder(tmp_path, "wait").close()
+    # nobody is left to be stopped
+    process.stop()
+
+
+def test_a_request_to_stop_reaches_what_is_just_being_started(tiny_config: Path, tmp_path: Path) -> None:
+    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
+
+    def launch(command: list[str], log: Path) -> Sleeper:
+        process = Sleeper(command, log)
+        conductor.stop()
+        return process
+
+    conductor = Conductor(plan, 1, launch)
+    runs = [plan.run("default", 0), plan.run("uniform", 0)]
+    conductor.work(runs, set())
+    assert conductor.problems[runs[0]] == "stopped before its end; the same call goes on with it"
+    assert conductor.problems[runs[1]] == "stopped before it began"
+
+
+def test_a_failure_is_told_in_the_words_of_the_process_that_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("ValueError: of yesterday\n", encoding="utf-8")
+    earlier = size_of(log)
+    assert failure("training", -9, log, earlier).startswith("training ended with status -9: no output (")
+    with log.open("a") as output:
+        output.write("step 3\n")
+    assert failure("training", -9, log, earlier).startswith("training ended with status -9: step 3 (")
+    assert "of yesterday" in failure("training", 1, log, size_of(tmp_path / "none"))
 
 
 # commands
