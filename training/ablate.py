@@ -219,7 +219,7 @@ def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:
         "config": shown(plan.config),
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    data = [override for override in plan.common_overrides if override.startswith("data.")]
+    data = [override for override in run.overrides if override.startswith("data.")]
     return [*launch_command(plan, "evaluate.py"), *arguments, *data]
 
 
@@ -252,7 +252,7 @@ def size_of(file: Path) -> int:
 
 
 def failure(what: str, status: int, log: Path, earlier: int) -> str:
-    """What went wrong in a process, with its last line: behind what earlier processes have logged."""
+    """What went wrong in a process: the last line of its own, which stands behind `earlier` bytes of the log."""
     printed = log.read_bytes()[earlier:].decode(errors="replace")
     lines = [line for line in printed.splitlines() if line.strip()]
     # the launcher's own complaint about a process that has failed comes after what that process says

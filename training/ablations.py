@@ -6,6 +6,7 @@ seed, it is one training run.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 from collections.abc import Iterable
@@ -15,8 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file
 
 from ldlm_hf.hub.model_card import read_settings_and_log
 from provenance import source
@@ -231,7 +234,8 @@ class AblationRun:
         """Whether what a run writes last is there.
 
         Raises:
-            ValueError: the folder holds a run with other settings.
+            ValueError: the folder holds a run with other settings, or one that started from other components than
+                those that are there now.
         """
         saved = self.folder / "settings.yaml"
         if not saved.is_file():
@@ -254,7 +258,22 @@ class AblationRun:
             )
         # the card of a pipeline, and of other components the tokenizer
         last = "README.md" if self.has_pipeline else "tokenizer/tokenizer_config.json"
-        return (self.pipeline / last).is_file()
+        if not (self.pipeline / last).is_file():
+            return False
+        if self.needs is not None and not self.started_from(self.needs.pipeline):
+            raise ValueError(
+                f"{self.folder} holds a run that started from other components than those of {self.needs.pipeline}, "
+                "which were trained anew since; delete that folder."
+            )
+        return True
+
+    def started_from(self, components: Path) -> bool:
+        """Whether the finished pipeline has the weights of these components in the part that training leaves as it is;
+        True if they are not there any more."""
+        part = "transformer" if self.script == TOKEN_DECODER else "token_decoder"
+        return all(
+            same_weights(file, self.pipeline / part / file.name) for file in (components / part).glob("*.safetensors")
+        )
 
     @property
     def pipeline(self) -> Path:
@@ -282,6 +301,9 @@ class AblationRun:
             "seeds": list(range(plan.sampling_seeds)),
             "steps": [plan.steps],
             "judge": None if plan.judge is None else source(plan.judge).name,
+            # as long as nobody has asked for less by hand
+            "mauve": plan.judge is not None,
+            "dtype": "float32",
         }
         return results if {key: results["settings"][key] for key in planned} == planned else None
 
@@ -374,6 +396,17 @@ class Plan:
         values |= {key: value for key, value in self.base_values.items() if key.split(".")[0] in shared}
         defaults = dotted_values(TokenDecoderSettings())
         return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two files of weights hold the same tensors."""
+    if not other.is_file():
+        return False
+    if filecmp.cmp(one, other):
+        return True
+    # another version of the library may have written the same tensors in other words
+    mine, theirs = load_file(one), load_file(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def dotted_values(settings: Any) -> dict[str, Any]:

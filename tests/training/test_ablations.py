@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ablate import CommandProcess, Conductor, failure, main, size_of, training_command
+from ablation_tables import last_gate
 from ablations import JOINT, TOKEN_DECODER, AblationRun, EvaluationPlan, Plan, dotted_values, read_ablations, times
 from components import (
     build_diffusion_objective,
@@ -472,6 +474,15 @@ def test_a_configuration_in_several_places_is_one_run_and_is_reused(
     assert ablate("--table", "7", "--rows", "default", "--num_samples", "6") == 0
     assert [Path(one[4]).name for one in launched] == ["evaluate.py"]
     launched.clear()
+    # nor are those of another precision, which only a call of evaluate.py by hand can have asked for
+    results = tmp_path / "ablations/tiny/default/seed-0/evaluation/results.json"
+    results.write_text(results.read_text(encoding="utf-8").replace('"float32"', '"bfloat16"'), encoding="utf-8")
+    assert ablate("--table", "7", "--rows", "self_attention", "--num_samples", "6", "--train_only") == 0
+    assert ablate("--table", "7", "--rows", "self_attention", "--num_samples", "100000") == 1
+    rows_of_7 = table_of(tmp_path, "7")[1]["rows"]
+    assert rows_of_7[0]["runs"][0]["problem"] == "not evaluated as asked"
+    assert "| Perceiver Resampler | not evaluated as asked |" in table_of(tmp_path, "7")[0]
+    launched.clear()
     assert ablate("--table", "7", "--rows", "default", "objective.decoder_noise=0.25") == 1
     assert launched == []
     assert "settings differ in objective.decoder_noise; delete that folder or name another --output_dir" in (
@@ -547,8 +558,35 @@ def test_a_run_that_was_stopped_goes_on_and_feeds_a_token_decoder(
     assert launched == []
     (tmp_path / "moved").rename(tmp_path / "ablations")
     text, values = table_of(tmp_path, "5")
-    assert "| Reference, trained jointly | not run |" in text
+    assert "| Reference, trained jointly | not evaluated as asked |" in text
     assert values["rows"][2]["runs"][0]["held_out"]["reconstruction_accuracy"] >= 0
+
+
+def test_a_run_does_not_outlive_what_it_started_from(
+    ablate: Ablate, launched: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rows", "token_decoder_head", "cosmos", "--train_only"]
+    folders = [tmp_path / "ablations/tiny" / row / "seed-0" for row in ("default", "cosmos_autoencoder")]
+    assert ablate(*arguments) == 0
+    launched.clear()
+    # the same settings give the same weights
+    shutil.rmtree(folders[0])
+    assert ablate(*arguments) == 0
+    assert trained(launched) == ["default/seed-0"]
+    assert capsys.readouterr().out.count("is trained already") == 3
+    for folder in folders:
+        shutil.rmtree(folder)
+    launched.clear()
+    assert ablate(*arguments, "optimizer.lr_warmup_steps=3", "optimizer.learning_rate=0.01") == 1
+    assert trained(launched) == ["default/seed-0", "cosmos_autoencoder/seed-0"]
+    for row in ("token_decoder_head", "cosmos"):
+        file = tmp_path / "ablations/tiny" / row / "seed-0/settings.yaml"
+        saved = OmegaConf.load(file)
+        OmegaConf.update(saved, "optimizer.lr_warmup_steps", 3)
+        OmegaConf.update(saved, "optimizer.learning_rate", 0.01)
+        OmegaConf.save(saved, file)
+    assert ablate(*arguments, "optimizer.lr_warmup_steps=3", "optimizer.learning_rate=0.01") == 1
+    assert capsys.readouterr().out.count("started from other components than those of") == 2
 
 
 def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, tmp_path: Path) -> None:
@@ -556,7 +594,25 @@ def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, t
     text, values = table_of(tmp_path, "6")
     assert text.count("| Real text, in tokens of") == len(values["real_text"]) == 2
     # two steps of warmup in a run of one
-    assert "the warmup is longer than the run, whose last gate is" in text
+    assert "the run ends before its warmup does; its last gate is 0." in text
+    # here both tokenizers cut the held-out text alike; what differs between rows is said of each
+    assert text.count("- Real text: held-out part of `corpus.txt`") == 1
+    file = tmp_path / "ablations/tiny/other_token_encoder/seed-0/evaluation/results.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    results["reference"]["num_held_out"] += 1
+    file.write_text(json.dumps(results), encoding="utf-8")
+    assert ablate("--table", "6", "loop.max_steps=1") == 0
+    text, values = table_of(tmp_path, "6")
+    assert text.count("- Real text: held-out part of `corpus.txt`") == 2
+    for content in (text, json.dumps(values)):
+        assert str(tmp_path) not in content.replace(values["command"], "").replace(json.dumps(values["command"]), "")
+
+
+def test_the_last_gate_is_that_of_the_last_step() -> None:
+    """Steps count from 0, so a warmup that is as long as the run is not through with it."""
+    for steps, ends in ((2, False), (3, True)):
+        gate = last_gate(plan_of("demo", 1.0, "warmup.steps=2", f"loop.max_steps={steps}").run("default", 0))
+        assert (gate == 1) is ends
 
 
 class Sleeper:
