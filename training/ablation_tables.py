@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ablations import AblationRun, Plan, Table, scaled_values
-from evaluation_report import COLUMNS, COUNTS, cell, conditions
+from evaluation_report import COLUMNS, COUNTS, conditions
 from ldlm_hf import warmup_gate
-from markdown_tables import markdown_table
+from markdown_tables import cell, markdown_table
 from model_card import MACHINE_SETTINGS
 from provenance import without_path
 from settings import human_count

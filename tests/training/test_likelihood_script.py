@@ -17,8 +17,8 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def trained(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> Path:
-    """A tiny run with a checkpoint."""
-    run_script("train_joint", *tiny_overrides, "loop.checkpointing_steps=4")
+    """A tiny run with a checkpoint, whose adaptive sampler has so few bins that it has learned something of each."""
+    run_script("train_joint", *tiny_overrides, "loop.checkpointing_steps=4", "timestep_sampler.num_bins=2")
     return tmp_path / "run"
 
 
@@ -57,6 +57,39 @@ def test_tokens_alone_have_the_same_bound(bound: Callable[..., dict[str, Any]]) 
     whole, tokens_only = bound(), bound("--tokens_only")
     assert {"hidden_reconstruction", "total"} == whole["terms"].keys() - tokens_only["terms"].keys()
     assert tokens_only["terms"]["tokens_only"] == whole["terms"]["tokens_only"]
+
+
+def test_times_from_the_runs_own_sampler(
+    bound: Callable[..., dict[str, Any]], run_script: Run, tiny_overrides: list[str], trained: Path, tmp_path: Path
+) -> None:
+    """They are other times with the same mean."""
+    many = ("--times_per_sequence", "64")
+    log_snr, adaptive = bound(*many), bound(*many, "--proposal", "adaptive")
+    assert [one["settings"]["proposal"] for one in (log_snr, adaptive)] == ["log_snr", "adaptive"]
+    ours, theirs = (one["terms"]["diffusion"] for one in (log_snr, adaptive))
+    assert ours["nats_per_token"] != theirs["nats_per_token"]
+    error = ours["monte_carlo_error"] + theirs["monte_carlo_error"]
+    assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], abs=4 * error)
+    uniform = ["timestep_sampler.adaptive=false", "loop.checkpointing_steps=4", f"loop.output_dir={tmp_path / 'two'}"]
+    run_script("train_joint", *tiny_overrides, *uniform)
+    with pytest.raises(ValueError, match="sampled its times uniformly"):
+        bound("--proposal", "adaptive", "--timestep_sampler", str(tmp_path / "two"))
+
+
+def test_a_denoiser_trained_alone_does_not_know_its_decoders_noise(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    token_loss = "objective.reconstruction=hidden+token"
+    run_script("train_joint", *tiny_overrides, "stage=autoencoder", token_loss, f"loop.output_dir={first}")
+    stage = ["stage=diffusion", f"components={first}/pipeline", f"loop.output_dir={second}"]
+    run_script("train_joint", *tiny_overrides, *stage)
+    command = ("--pipeline", str(second / "pipeline"), "--num_sequences", "4", "--times_per_sequence", "2")
+    with pytest.raises(ValueError, match="second trained a denoiser alone.*units of the standardised latents"):
+        run_script("likelihood", *command)
+    run_script("likelihood", *command, "--decoder_noise", "0", "--encoder_noise", "0.1")
+    results = json.loads((second / "likelihood" / "likelihood.json").read_text(encoding="utf-8"))
+    assert (results["settings"]["decoder_noise"], results["settings"]["encoder_noise"]) == (0, 0.1)
 
 
 def test_what_the_bound_cannot_be_had_of_is_refused(
