@@ -312,7 +312,11 @@ class Conductor:
             problem = returned.value
         else:
             if not self.is_stopped:
-                process = self.launch(command, run.log)
+                try:
+                    process = self.launch(command, run.log)
+                except OSError as error:
+                    self.end(run, f"could not be started: {error}")
+                    return
                 self.active[run] = (work, process)
                 if self.is_stopped:
                     # the request has come while it was being started

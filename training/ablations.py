@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 
+from evaluation_report import COLUMNS
 from ldlm_hf.hub.model_card import read_settings_and_log
 from provenance import source
 from run_folder import RESUMABLE_CHANGES
@@ -40,7 +41,9 @@ SCALED_STEPS = (
     "evaluation.every",
 )
 SCALED_DECAYS = ("optimizer.ema_decay", "timestep_sampler.ema_decay")
-# every row is scored afterwards, once, by evaluate.py
+# settings of each run that the command line has options for
+OPTIONS = {"loop.seed": "--seeds", "loop.output_dir": "--output_dir"}
+# every row is scored afterwards, once, by evaluate.py; an override may ask for more
 UNSCORED = {
     "evaluation.num_samples": 0,
     "evaluation.judge": None,
@@ -170,6 +173,8 @@ def read_ablations(path: Path) -> Ablations:
     for number, table in ablations.tables.items():
         for name in table.rows:
             check_known(f"{path}: table {number}: row", name, ablations.rows)
+        for name in table.columns:
+            check_known(f"{path}: table {number}: column", name, COLUMNS)
     return ablations
 
 
@@ -340,6 +345,8 @@ class Plan:
         check_known("base", self.base_name, self.ablations.bases)
         if not 0 < self.scale < math.inf:
             raise ValueError(f"--scale {self.scale} must be a positive number.")
+        for key in OPTIONS.keys() & self.given:
+            raise ValueError(f"{key} differs from run to run: use {OPTIONS[key]} instead of an override.")
 
     @property
     def base(self) -> Base:
@@ -350,6 +357,11 @@ class Plan:
     def config(self) -> Path:
         """Configuration of the base."""
         return self.directory / self.base.config
+
+    @property
+    def given(self) -> set[str]:
+        """Keys of the overrides."""
+        return {override.partition("=")[0] for override in self.overrides}
 
     @property
     def common_overrides(self) -> list[str]:
@@ -365,12 +377,14 @@ class Plan:
         """The run of a row.
 
         Raises:
-            ValueError: an unknown row, or settings of the base that are refused.
+            ValueError: an unknown row, a factor of an unknown setting, or settings of the base that are refused.
         """
         check_known("row", name, self.ablations.rows)
         row = self.ablations.rows[name]
         needs = None if row.needs is None else self.run(row.needs, seed)
         folder = self.root / name / f"seed-{seed}"
+        for key in row.factors:
+            check_known(f"row {name!r}: factor of setting", key, self.base_values)
         values = row.overrides | row.bases.get(self.base_name, {})
         values |= {key: times(self.base_values[key], factor) for key, factor in row.factors.items()}
         if needs is not None:
@@ -382,7 +396,8 @@ class Plan:
             # its settings are other sections than the configuration's, so it is given those that both have
             shared = self.token_decoder_values(needs)
             config, common, base_values = None, as_overrides(shared), dotted_values(TokenDecoderSettings()) | shared
-        values |= scaled_values(base_values | flatten(values), self.scale) | UNSCORED
+        values |= scaled_values(base_values | flatten(values), self.scale)
+        values |= {key: value for key, value in UNSCORED.items() if key not in self.given}
         values |= {"loop.seed": seed, "loop.output_dir": str(folder)}
         # a row's value may be scaled, and each key is to be there once
         kept = [override for override in common if override.split("=", 1)[0] not in values]

@@ -113,7 +113,7 @@ def run_of(pipeline: str) -> Path | None:
 def trained_decoder_noise(run: Path | None) -> float:
     """delta of a run of joint training, or of a token decoder; ValueError if there is no run that says it."""
     settings = OmegaConf.load(run / "settings.yaml") if run is not None else OmegaConf.create()
-    if settings.get("stage") == "diffusion":
+    if run is not None and OmegaConf.select(settings, "stage") == "diffusion":
         raise ValueError(
             f"--decoder_noise is not given, and {run.name} trained a denoiser alone, on latents that it standardised "
             "itself: the decoders have had their noise before, of which its settings say nothing. Give the delta, in "

@@ -427,6 +427,16 @@ def test_overrides_change_the_base_and_rows_win_over_them() -> None:
     assert (head.decoder_noise, head.data.seed) == (0.6, 7)
     with pytest.raises(ValueError, match=r"unknown setting 'warmup\.step'"):
         plan_of("demo", 1.0, "warmup.step=3").run("default", 0)
+    # what all runs have for want of an override
+    loops = [
+        plan_of("demo", 1.0, "loop.trackers=[wandb]").run(row, 0).settings.loop
+        for row in ("default", "token_decoder_head")
+    ]
+    assert [loop.trackers for loop in loops] == [["wandb"], ["wandb"]]
+    assert [loop.checkpoints_total_limit for loop in loops] == [1, 1]
+    for override, option in (("loop.seed=3", "--seeds"), ("loop.output_dir=x", "--output_dir")):
+        with pytest.raises(ValueError, match=f"differs from run to run: use {option} instead"):
+            plan_of("demo", 1.0, override)
 
 
 # runs
@@ -712,6 +722,21 @@ def test_a_request_to_stop_reaches_what_is_just_being_started(tiny_config: Path,
     assert conductor.problems[runs[1]] == "stopped before it began"
 
 
+def test_a_run_that_cannot_be_started_loses_no_other(tiny_config: Path, tmp_path: Path) -> None:
+    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
+
+    def launch(command: list[str], log: Path) -> Sleeper:
+        if "default" in str(log):
+            raise OSError("no space left")
+        return Sleeper(command, log)
+
+    conductor = Conductor(plan, 2, launch)
+    runs = [plan.run("uniform", 0), plan.run("default", 0)]
+    conductor.work(runs, set())
+    assert conductor.problems[runs[1]] == "could not be started: no space left"
+    assert "nothing was trained" in (conductor.problems[runs[0]] or "")
+
+
 def test_a_failure_is_told_in_the_words_of_the_process_that_failed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("ValueError: of yesterday\n", encoding="utf-8")
@@ -803,9 +828,18 @@ def test_bad_command_lines_name_what_is_known_and_start_nothing(
         ("rows: {a: {script: train_token_decoder.py}}", "name it as `needs`"),
         ("rows: {a: {bases: {b: {}}}}", "row 'a': base 'b' is unknown"),
         ("tables: {'1': {groups: [{rows: {a: A}}]}}", "table 1: row 'a' is unknown"),
+        ("tables: {'1': {columns: [perplexity]}}", "table 1: column 'perplexity' is unknown; known: generative_perp"),
     ],
 )
 def test_a_file_of_ablations_that_contradicts_itself_is_refused(broken: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text(broken, encoding="utf-8")
     with pytest.raises(ValueError, match=expected):
         read_ablations(tmp_path / "broken.yaml")
+
+
+def test_a_factor_of_what_is_no_setting_is_refused(tiny_config: Path) -> None:
+    ablations = OmegaConf.load(tiny_config)
+    OmegaConf.update(ablations, "rows.uniform.factors", {"warmup.step": 2})
+    OmegaConf.save(ablations, tiny_config)
+    with pytest.raises(ValueError, match=r"row 'uniform': factor of setting 'warmup\.step' is unknown"):
+        plan_of("tiny", config=tiny_config).run("uniform", 0)
