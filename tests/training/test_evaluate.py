@@ -331,6 +331,26 @@ def test_other_weights_and_steps_are_never_served_from_what_is_there(
     assert len(made) == 2 * 20
 
 
+def test_a_pipeline_that_changes_during_its_evaluation_is_refused(
+    run: Callable, make_pipeline: Callable[..., LDLMPipeline], pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples would be kept under the name of what was there before."""
+    plan = pipeline_evaluation.plan
+
+    def plan_and_train(*arguments: Any) -> Any:
+        pipeline = make_pipeline()
+        with torch.no_grad():
+            next(pipeline.transformer.parameters()).mul_(1.5)
+        pipeline.save_pretrained(pipeline_folder)
+        return plan(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_evaluation, "plan", plan_and_train)
+        with pytest.raises(OSError, match="has changed since this evaluation has begun"):
+            run("out", "--judge", "none", "--steps", "1")
+    assert run("out", "--judge", "none", "--steps", "1")["pipelines"]
+
+
 def test_reference_features_are_made_once_for_all_evaluations(
     run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
