@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 import evaluate
 import torch
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -207,10 +207,20 @@ def plan(
     parts: FinishedParts,
     accelerator: Accelerator,
 ) -> tuple[list[SampleSet], list[Lines]]:
-    """All that is to be made."""
+    """All that is to be made.
+
+    Raises:
+        ValueError: the processes run on devices of several kinds.
+    """
     device = device_name(accelerator.device)
     if accelerator.device.type == "cpu":
         device += f", {torch.get_num_threads()} threads"
+    kinds = sorted(set(gather_object([device])))
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The processes run on devices of several kinds ({'; '.join(kinds)}), and the sampling time of a set is "
+            "that of one: launch them on one kind, with as many threads each."
+        )
     sets = [
         SampleSet.of(parts, subject, steps, seed, device)
         for subject in subjects

@@ -310,6 +310,16 @@ def test_two_processes_give_the_results_of_one(
     assert without_times(results) == without_times(expected)
 
 
+def test_processes_on_devices_of_several_kinds_are_refused(
+    run: Callable, made: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The times of a set would be of neither; here another process has told of its device."""
+    monkeypatch.setattr(pipeline_evaluation, "gather_object", lambda mine: [*mine, "another processor"])
+    with pytest.raises(ValueError, match=r"several kinds \(.*another processor.*launch them on one kind"):
+        run("out", "--judge", "none", "--steps", "1")
+    assert not made
+
+
 def test_other_weights_and_steps_are_never_served_from_what_is_there(
     run: Callable, made: list, pipeline_folder: Path, tmp_path: Path
 ) -> None:
