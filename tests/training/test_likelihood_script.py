@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ldlm_hf import LDLMPipeline
+from ldlm_hf import LDLMPipeline, LikelihoodBound, LikelihoodSettings
+from likelihood import calibrate
 
 
 Run = Callable[..., None]
@@ -51,6 +53,24 @@ def test_terms_add_up_and_settings_come_from_the_run(bound: Callable[..., dict[s
     assert "token perplexity" in text
     assert str(trained.parent) not in text
     assert bound()["terms"] == results["terms"]
+
+
+def test_calibration_measures_what_its_names_say(make_components: Callable, random_tokens: Callable) -> None:
+    settings = LikelihoodSettings(encoder_noise=1e-6, decoder_noise=0.0, hidden_noise=1.0)
+    bound = LikelihoodBound(**make_components(), settings=settings)
+    sequences, times = random_tokens(7), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    measured = calibrate(bound, sequences, times, 7, torch.device("cpu"), seed=3)
+    hidden_states, latents = bound.encode(sequences)
+    dealt = times[[0, 1, 2, 0, 1, 2, 0]]
+    errors = bound.squared_errors(latents, dealt, torch.Generator().manual_seed(3)) / latents[0].numel()
+    expected = torch.stack([errors[place::3].mean() for place in range(3)])
+    torch.testing.assert_close(measured.latent_errors, expected)
+    with torch.no_grad():
+        predicted = bound.latent_decoder(latents).hidden_states
+    in_batches = calibrate(bound, sequences, times, 2, torch.device("cpu"), seed=3)
+    for one in (measured, in_batches):
+        assert one.hidden_error == pytest.approx(float((predicted - hidden_states).square().mean().sqrt()), rel=1e-4)
+        assert one.latent_std == pytest.approx(float(latents.var(0, correction=0).mean().sqrt()), rel=1e-5)
 
 
 def test_tokens_alone_have_the_same_bound(bound: Callable[..., dict[str, Any]]) -> None:
