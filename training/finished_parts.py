@@ -106,7 +106,8 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     unfinished.replace(file)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what processes that were killed have left half-written, at any depth; none may be writing there now."""
-    for file in folder.rglob(f"*{UNFINISHED}"):
-        file.unlink()
+def remove_unfinished(*folders: Path) -> None:
+    """Removes what processes that were killed have left half-written; none may be writing there now."""
+    for folder in folders:
+        for file in folder.glob(f"*{UNFINISHED}"):
+            file.unlink()

@@ -126,12 +126,12 @@ def main() -> None:
 
 
 def lock_parts(parts: FinishedParts) -> TextIO:
-    """Takes the folder of parts for this evaluation, and clears it of what one that was killed has left half-written.
+    """Takes the folder for this evaluation, and clears it of what one that was killed has left half-written.
 
     The main process does it; the others write nothing before they have waited for it.
     """
     lock = lock_folder(parts.folder, "wait for that evaluation, or name another --output_dir.")
-    remove_unfinished(parts.folder)
+    remove_unfinished(parts.folder.parent, parts.folder, *parts.folder.iterdir())
     return lock
 
 

@@ -259,15 +259,18 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
     assert without_times(resumed) == without_times(whole)
 
     # what a killed process has left half-written goes; another evaluation in the same folder is refused
-    half = tmp_path / "killed" / "parts" / "scores-0.json.17.unfinished"
-    half.write_text("{", encoding="utf-8")
+    parts = tmp_path / "killed" / "parts"
+    half = [parts.parent / "results.json.17", parts / "scores-0.json.17", next(parts.glob("samples-*")) / "8.pt.17"]
+    half = [file.with_name(f"{file.name}.unfinished") for file in half]
+    for file in half:
+        file.write_text("{", encoding="utf-8")
     with (
-        lock_folder(half.parent, "wait"),
+        lock_folder(parts, "wait"),
         pytest.raises(OSError, match="parts is in use .* wait for that evaluation, or name another --output_dir"),
     ):
         run("killed", "--controls")
     run("killed", "--controls")
-    assert not half.exists() and Counter(made) == ALL_SAMPLES
+    assert not any(file.exists() for file in half) and Counter(made) == ALL_SAMPLES
 
     # a part that is lost is the only one that is made again
     next(iter(sorted((tmp_path / "killed" / "parts").glob("samples-*/00000008.pt")))).unlink()
@@ -655,7 +658,7 @@ def test_finished_parts(tmp_path: Path) -> None:
     assert rows.load(5)["values"].tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
     with pytest.raises(KeyError, match="5"):
         rows.load(6)
-    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path, *tmp_path.iterdir())
     assert not list(tmp_path.rglob("*.unfinished")) and len(list(rows.folder.iterdir())) == 3
 
 
