@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ablate import CommandProcess, Conductor, failure, main, size_of, training_command
-from ablation_tables import last_gate
+from ablation_tables import described, last_gate
 from ablations import JOINT, TOKEN_DECODER, AblationRun, EvaluationPlan, Plan, dotted_values, read_ablations, times
 from components import (
     build_diffusion_objective,
@@ -616,6 +616,12 @@ def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, t
     assert text.count("- Real text: held-out part of `corpus.txt`") == 2
     for content in (text, json.dumps(values)):
         assert str(tmp_path) not in content.replace(values["command"], "").replace(json.dumps(values["command"]), "")
+
+
+def test_tables_name_overrides_without_folders(tmp_path: Path) -> None:
+    long = "model.transformer={" + 300 * "a" + ": 1}"
+    overrides = [long, f"data.source={tmp_path}/corpus.txt", "data.cache_dir=cache", "loop.trackers=[]", "a=b=c"]
+    assert described(overrides) == [long, "data.source=corpus.txt", "loop.trackers=[]", "a=b=c"]
 
 
 def test_the_last_gate_is_that_of_the_last_step() -> None:

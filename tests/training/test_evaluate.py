@@ -18,6 +18,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -542,6 +543,18 @@ def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.M
     }
     for name, values in others.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    # what they show is what was measured
+    entry = results["pipelines"][0]
+    shown = [entry["sets"][0]["mean"], results["real_text"]]
+    axes = pareto.plot_pareto([results]).axes[0]
+    places = [tuple(points.get_offsets()[0]) for points in axes.collections if isinstance(points, PathCollection)]
+    assert places == [(one["entropy"], one["generative_perplexity"]) for one in shown]
+    assert [text.get_text() for text in axes.texts] == ["1"]
+    (line,) = smoothness.plot_smoothness([results]).axes[0].lines
+    assert list(line.get_xdata()) == entry["interpolation"]["positions"]
+    assert list(line.get_ydata()) == entry["interpolation"]["generative_perplexity"]
+    assert f"roughness {entry['interpolation']['roughness']:+.3f}" in line.get_label()
+
     first = str(tmp_path / "a" / "results.json")
     for script in (pareto, smoothness):
         figure = tmp_path / "figures" / script.__name__
