@@ -5,11 +5,13 @@
 Runs that are finished are reused, one that was stopped goes on from its last checkpoint, and one that fails takes only
 those with it that need it. Overrides change the base; what a row sets wins over them. With `--print_commands` the
 commands are printed for a cluster, each after those that it needs; the same call without it then writes the tables.
+One call at a time works in a base's folder; a second one is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -19,10 +21,11 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from ablation_tables import write_table
 from ablations import AblationRun, Ablations, EvaluationPlan, Plan, check_known, read_ablations
+from folder_lock import lock_folder
 from launch import check_judge
 from real_text import check_mauve_size
 from settings import EvaluationSettings
@@ -49,14 +52,22 @@ Launch = Callable[[list[str], Path], Process]
 
 
 class CommandProcess:
-    """A command of `accelerate launch` in a process group of its own, its output appended to a file."""
+    """A command of `accelerate launch` in a process group of its own, its output appended to a file.
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
+    It keeps the lock as long as it runs, also where this process is killed and leaves it behind.
+    """
+
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str], lock: TextIO):
         # the launcher that belongs to this interpreter, whatever the search path says
         command = [sys.executable, "-m", "accelerate.commands.launch", *command[2:]]
         with log.open("a", encoding="utf-8") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=[lock.fileno()],
             )
         self.was_stopped = False
 
@@ -73,7 +84,9 @@ class CommandProcess:
 
     def stop(self) -> None:
         self.was_stopped = True
-        os.killpg(self.process.pid, signal.SIGTERM)
+        # it may have ended by itself, or have been asked before
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -206,7 +219,7 @@ def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:
         "config": shown(plan.config),
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    data = [override for override in plan.common_overrides if override.startswith("data.")]
+    data = [override for override in run.overrides if override.startswith("data.")]
     return [*launch_command(plan, "evaluate.py"), *arguments, *data]
 
 
@@ -218,22 +231,30 @@ def work_on(run: AblationRun, plan: Plan, is_scored: bool) -> Work:
         else:
             run.folder.parent.mkdir(parents=True, exist_ok=True)
             print(f"{run.name}: training, log in {shown(run.log)}", flush=True)
+            earlier = size_of(run.log)
             status = yield training_command(run, plan)
             if not run.is_finished:
-                return failure("training", status, run.log)
-    except ValueError as error:
+                return failure("training", status, run.log, earlier)
+        if is_scored and run.scores(plan.evaluation) is None:
+            print(f"{run.name}: evaluation, log in {shown(run.log)}", flush=True)
+            earlier = size_of(run.log)
+            status = yield evaluation_command(run, plan)
+            if run.scores(plan.evaluation) is None:
+                return failure("evaluation", status, run.log, earlier)
+    except (OSError, ValueError) as error:
         return str(error)
-    if is_scored and run.scores(plan.evaluation) is None:
-        print(f"{run.name}: evaluation, log in {shown(run.log)}", flush=True)
-        status = yield evaluation_command(run, plan)
-        if run.scores(plan.evaluation) is None:
-            return failure("evaluation", status, run.log)
     return None
 
 
-def failure(what: str, status: int, log: Path) -> str:
-    """What went wrong in a process, with the last line that it has printed."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def size_of(file: Path) -> int:
+    """Bytes of a file; 0 of one that is not there."""
+    return file.stat().st_size if file.is_file() else 0
+
+
+def failure(what: str, status: int, log: Path, earlier: int) -> str:
+    """What went wrong in a process: the last line of its own, which stands behind `earlier` bytes of the log."""
+    printed = log.read_bytes()[earlier:].decode(errors="replace")
+    lines = [line for line in printed.splitlines() if line.strip()]
     # the launcher's own complaint about a process that has failed comes after what that process says
     said = [line for line in lines if "Error" in line and "CalledProcessError" not in line] or lines or ["no output"]
     return f"{what} ended with status {status}: {said[-1].strip()[:400]} (log: {shown(log)})"
@@ -291,7 +312,15 @@ class Conductor:
             problem = returned.value
         else:
             if not self.is_stopped:
-                self.active[run] = (work, self.launch(command, run.log))
+                try:
+                    process = self.launch(command, run.log)
+                except OSError as error:
+                    self.end(run, f"could not be started: {error}")
+                    return
+                self.active[run] = (work, process)
+                if self.is_stopped:
+                    # the request has come while it was being started
+                    process.stop()
                 return
             problem = ""
         if self.is_stopped and problem is not None:
@@ -330,20 +359,22 @@ def main(arguments: Sequence[str] | None = None, launch: Launch | None = None) -
     if scored:
         check_evaluation(plan.evaluation)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {})
-    conductor = Conductor(
-        plan, options.jobs, launch or (lambda command, log: CommandProcess(command, log, environment))
-    )
-    handlers = {number: signal.signal(number, conductor.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        conductor.work(runs, scored)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if not options.train_only:
-        command = shlex.join(["python", "training/ablate.py", *(sys.argv[1:] if arguments is None else arguments)])
-        for table in options.table:
-            file = write_table(table, plan, options.seeds, conductor.problems, command)
-            print(f"table {table}: {shown(file)}")
+    remedy = "wait for that call of ablate.py and all that it has started, or name another --output_dir."
+    with lock_folder(plan.root, remedy) as lock:
+        conductor = Conductor(
+            plan, options.jobs, launch or (lambda command, log: CommandProcess(command, log, environment, lock))
+        )
+        handlers = {number: signal.signal(number, conductor.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            conductor.work(runs, scored)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if not options.train_only:
+            command = shlex.join(["python", "training/ablate.py", *(sys.argv[1:] if arguments is None else arguments)])
+            for table in options.table:
+                file = write_table(table, plan, options.seeds, conductor.problems, command)
+                print(f"table {table}: {shown(file)}")
     return 1 if any(problem is not None for problem in conductor.problems.values()) else 0
 
 

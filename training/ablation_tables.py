@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ablations import AblationRun, Plan, Table, scaled_values
-from evaluation_report import COLUMNS, COUNTS, cell, conditions
+from evaluation_report import COLUMNS, COUNTS, conditions
 from ldlm_hf import warmup_gate
-from markdown_tables import markdown_table
+from markdown_tables import cell, markdown_table
+from model_card import MACHINE_SETTINGS
+from provenance import without_path
 from settings import human_count
+
+
+# why a run that nobody has worked on now has no scores
+NOT_RUN, NOT_EVALUATED = "not run", "not evaluated as asked"
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,6 @@ def write_table(number: str, plan: Plan, seeds: int, problems: Mapping[AblationR
         for group in definition.groups
         for name, label in group.rows.items()
     ]
-    plan.root.mkdir(parents=True, exist_ok=True)
     file = plan.root / f"table-{number}.md"
     file.write_text(table_text(number, definition, rows, plan, command), encoding="utf-8")
     content = json.dumps(table_values(number, definition, rows, plan, command), indent=1, ensure_ascii=False)
@@ -91,17 +96,21 @@ def row_results(
     scores: list[dict[str, Any] | None] = []
     reasons: list[str | None] = []
     for run in runs:
-        problem = problems.get(run)
+        found, problem = None, problems.get(run)
         try:
-            found = run.scores(plan.evaluation) if problem is None and run.is_finished else None
-        except ValueError as error:
-            found, problem = None, str(error)
+            if problem is None and not run.is_finished:
+                problem = NOT_RUN
+            elif problem is None:
+                found = run.scores(plan.evaluation)
+                problem = None if found else NOT_EVALUATED
+        except (OSError, ValueError) as error:
+            problem = str(error)
         scores.append(found)
-        reasons.append(problem if found is None and problem is not None else None if found else "not run")
-    # a label may name any setting of its run
+        reasons.append(problem)
+    # a label may name any setting of its run, a folder too
     settings = runs[0].settings
     values = {name: getattr(settings, name) for name in vars(settings)}
-    return RowResults(group, label.format(**values), runs, scores, reasons)
+    return RowResults(group, without_path(label.format(**values)), runs, scores, reasons)
 
 
 def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan: Plan, command: str) -> str:
@@ -121,8 +130,9 @@ def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan:
             cells = [cell(*row.over_seeds(name), COLUMNS[name][1]) for name in names]
             cells += [cell(*row.held_out_accuracy(), 3), ", ".join(str(run.seed) for run, _ in row.measured)]
         else:
-            ran = any(problem != "not run" for problem in row.problems)
-            cells = ["failed" if ran else "not run", *[""] * (len(header) - 2)]
+            # the worst of it: a seed that has failed
+            missing = [problem if problem in (NOT_EVALUATED, NOT_RUN) else "failed" for problem in row.problems]
+            cells = [min(missing), *[""] * (len(header) - 2)]
         lines.append([row.label, *cells])
     sections = [
         f"# Table {number}: {definition.title}",
@@ -138,7 +148,7 @@ def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan:
 
 def real_texts(rows: Sequence[RowResults]) -> dict[str, dict[str, Any]]:
     """Scores of real text, by label: of each tokenizer, since texts of as many tokens are others with another one."""
-    found = {run.tokenizer: scores["real_text"] for row in rows for run, scores in row.measured}
+    found = {without_path(run.tokenizer): scores["real_text"] for row in rows for run, scores in row.measured}
     if len(found) == 1:
         return {"Real text": next(iter(found.values()))}
     return {f"Real text, in tokens of {tokenizer}": scores for tokenizer, scores in found.items()}
@@ -149,7 +159,7 @@ def notes(rows: Sequence[RowResults], plan: Plan) -> list[str]:
     found = []
     for row in rows:
         for run, problem in zip(row.runs, row.problems, strict=True):
-            if problem not in (None, "not run"):
+            if problem not in (None, NOT_EVALUATED, NOT_RUN):
                 found.append(f"{run.name}: failed: {problem}")
         for run, scores in row.measured:
             for one in scores["pipelines"][0]["sets"][0]["seeds"]:
@@ -161,7 +171,7 @@ def notes(rows: Sequence[RowResults], plan: Plan) -> list[str]:
         gate = last_gate(row.runs[0])
         if row.measured and gate is not None and gate < 1:
             found.append(
-                f"{row.group}, {row.label}: the warmup is longer than the run, whose last gate is {gate:.2g}."
+                f"{row.group}, {row.label}: the run ends before its warmup does; its last gate is {gate:.2g}."
             )
         note = plan.ablations.rows[row.runs[0].row].note
         if note is not None:
@@ -170,12 +180,12 @@ def notes(rows: Sequence[RowResults], plan: Plan) -> list[str]:
 
 
 def last_gate(run: AblationRun) -> float | None:
-    """gamma at a run's end (Eq. 29–30); None where no latent encoder is trained beside a denoiser."""
+    """gamma at a run's last step (Eq. 29–30); None where no latent encoder is trained beside a denoiser."""
     settings = run.settings
     if getattr(settings, "stage", None) != "joint" or settings.model.latent_encoder.get("architecture") == "identity":
         return None
     warmup = settings.warmup
-    return warmup_gate(settings.loop.max_steps, warmup.steps, warmup.midpoint, warmup.steepness)
+    return warmup_gate(settings.loop.max_steps - 1, warmup.steps, warmup.midpoint, warmup.steepness)
 
 
 def what_was_run(rows: Sequence[RowResults], plan: Plan) -> list[str]:
@@ -186,7 +196,7 @@ def what_was_run(rows: Sequence[RowResults], plan: Plan) -> list[str]:
         f"{values['loop.batch_size']} sequences of {values['model.sequence_length']} tokens, warmup "
         f"{values['warmup.steps']:,} steps, decoder noise {values['objective.decoder_noise']:g}, where a row does not "
         "say otherwise.",
-        *(f"For all rows: `{override}`." for override in plan.overrides),
+        *(f"For all rows: `{override}`." for override in described(plan.overrides)),
     ]
     measured = [pair for row in rows for pair in row.measured]
     if not measured:
@@ -203,8 +213,14 @@ def what_was_run(rows: Sequence[RowResults], plan: Plan) -> list[str]:
         f"Trained on {' and '.join(dict.fromkeys(one['hardware'] for one in trained))}; "
         f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} minutes a run."
     )
-    # every row was scored as this one, or it would not be here
-    return lines + conditions(measured[0][1])
+    # each once: rows may have been scored on several machines, with several versions, or with tokens of their own
+    return lines + list(dict.fromkeys(line for _, scores in measured for line in conditions(scores)))
+
+
+def described(overrides: Sequence[str]) -> list[str]:
+    """Overrides without what says where the machine keeps files."""
+    pairs = [override.split("=", 1) for override in overrides]
+    return [f"{key}={without_path(value)}" for key, value in pairs if key not in MACHINE_SETTINGS]
 
 
 def table_values(
@@ -214,7 +230,7 @@ def table_values(
     names = [*COLUMNS, *COUNTS]
 
     def of_run(run: AblationRun, scores: dict[str, Any] | None, problem: str | None) -> dict[str, Any]:
-        values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": list(run.overrides)}
+        values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
         if scores is None:
             return values | {"problem": problem}
         sampled = scores["pipelines"][0]["sets"][0]["seeds"]
@@ -227,7 +243,7 @@ def table_values(
         "command": command,
         "base": plan.base_name,
         "scale": plan.scale,
-        "overrides": list(plan.overrides),
+        "overrides": described(plan.overrides),
         "evaluation": asdict(plan.evaluation),
         "real_text": real_texts(rows),
         "rows": [
@@ -237,6 +253,7 @@ def table_values(
                 "mean": {name: row.over_seeds(name)[0] for name in names},
                 "std": {name: row.over_seeds(name)[1] for name in names},
                 "held_out_accuracy": row.held_out_accuracy()[0],
+                "held_out_accuracy_std": row.held_out_accuracy()[1],
                 "runs": [of_run(*one) for one in zip(row.runs, row.scores, row.problems, strict=True)],
             }
             for row in rows

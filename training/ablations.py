@@ -6,6 +6,7 @@ seed, it is one training run.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 from collections.abc import Iterable
@@ -15,9 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file
 
+from evaluation_report import COLUMNS
 from ldlm_hf.hub.model_card import read_settings_and_log
 from provenance import source
 from run_folder import RESUMABLE_CHANGES
@@ -37,7 +41,9 @@ SCALED_STEPS = (
     "evaluation.every",
 )
 SCALED_DECAYS = ("optimizer.ema_decay", "timestep_sampler.ema_decay")
-# every row is scored afterwards, once, by evaluate.py
+# settings of each run that the command line has options for
+OPTIONS = {"loop.seed": "--seeds", "loop.output_dir": "--output_dir"}
+# every row is scored afterwards, once, by evaluate.py; an override may ask for more
 UNSCORED = {
     "evaluation.num_samples": 0,
     "evaluation.judge": None,
@@ -167,6 +173,8 @@ def read_ablations(path: Path) -> Ablations:
     for number, table in ablations.tables.items():
         for name in table.rows:
             check_known(f"{path}: table {number}: row", name, ablations.rows)
+        for name in table.columns:
+            check_known(f"{path}: table {number}: column", name, COLUMNS)
     return ablations
 
 
@@ -231,7 +239,8 @@ class AblationRun:
         """Whether what a run writes last is there.
 
         Raises:
-            ValueError: the folder holds a run with other settings.
+            ValueError: the folder holds a run with other settings, or one that started from other components than
+                those that are there now.
         """
         saved = self.folder / "settings.yaml"
         if not saved.is_file():
@@ -254,7 +263,22 @@ class AblationRun:
             )
         # the card of a pipeline, and of other components the tokenizer
         last = "README.md" if self.has_pipeline else "tokenizer/tokenizer_config.json"
-        return (self.pipeline / last).is_file()
+        if not (self.pipeline / last).is_file():
+            return False
+        if self.needs is not None and not self.started_from(self.needs.pipeline):
+            raise ValueError(
+                f"{self.folder} holds a run that started from other components than those of {self.needs.pipeline}, "
+                "which were trained anew since; delete that folder."
+            )
+        return True
+
+    def started_from(self, components: Path) -> bool:
+        """Whether the finished pipeline has the weights of these components in the part that training leaves as it is;
+        True if they are not there any more."""
+        part = "transformer" if self.script == TOKEN_DECODER else "token_decoder"
+        return all(
+            same_weights(file, self.pipeline / part / file.name) for file in (components / part).glob("*.safetensors")
+        )
 
     @property
     def pipeline(self) -> Path:
@@ -282,6 +306,9 @@ class AblationRun:
             "seeds": list(range(plan.sampling_seeds)),
             "steps": [plan.steps],
             "judge": None if plan.judge is None else source(plan.judge).name,
+            # as long as nobody has asked for less by hand
+            "mauve": plan.judge is not None,
+            "dtype": "float32",
         }
         return results if {key: results["settings"][key] for key in planned} == planned else None
 
@@ -318,6 +345,8 @@ class Plan:
         check_known("base", self.base_name, self.ablations.bases)
         if not 0 < self.scale < math.inf:
             raise ValueError(f"--scale {self.scale} must be a positive number.")
+        for key in OPTIONS.keys() & self.given:
+            raise ValueError(f"{key} differs from run to run: use {OPTIONS[key]} instead of an override.")
 
     @property
     def base(self) -> Base:
@@ -328,6 +357,11 @@ class Plan:
     def config(self) -> Path:
         """Configuration of the base."""
         return self.directory / self.base.config
+
+    @property
+    def given(self) -> set[str]:
+        """Keys of the overrides."""
+        return {override.partition("=")[0] for override in self.overrides}
 
     @property
     def common_overrides(self) -> list[str]:
@@ -343,12 +377,14 @@ class Plan:
         """The run of a row.
 
         Raises:
-            ValueError: an unknown row, or settings of the base that are refused.
+            ValueError: an unknown row, a factor of an unknown setting, or settings of the base that are refused.
         """
         check_known("row", name, self.ablations.rows)
         row = self.ablations.rows[name]
         needs = None if row.needs is None else self.run(row.needs, seed)
         folder = self.root / name / f"seed-{seed}"
+        for key in row.factors:
+            check_known(f"row {name!r}: factor of setting", key, self.base_values)
         values = row.overrides | row.bases.get(self.base_name, {})
         values |= {key: times(self.base_values[key], factor) for key, factor in row.factors.items()}
         if needs is not None:
@@ -360,7 +396,8 @@ class Plan:
             # its settings are other sections than the configuration's, so it is given those that both have
             shared = self.token_decoder_values(needs)
             config, common, base_values = None, as_overrides(shared), dotted_values(TokenDecoderSettings()) | shared
-        values |= scaled_values(base_values | flatten(values), self.scale) | UNSCORED
+        values |= scaled_values(base_values | flatten(values), self.scale)
+        values |= {key: value for key, value in UNSCORED.items() if key not in self.given}
         values |= {"loop.seed": seed, "loop.output_dir": str(folder)}
         # a row's value may be scaled, and each key is to be there once
         kept = [override for override in common if override.split("=", 1)[0] not in values]
@@ -374,6 +411,17 @@ class Plan:
         values |= {key: value for key, value in self.base_values.items() if key.split(".")[0] in shared}
         defaults = dotted_values(TokenDecoderSettings())
         return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two files of weights hold the same tensors."""
+    if not other.is_file():
+        return False
+    if filecmp.cmp(one, other):
+        return True
+    # another version of the library may have written the same tensors in other words
+    mine, theirs = load_file(one), load_file(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def dotted_values(settings: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldlm_hf.hub.model_card import Sample, fenced, sample_scores
-from markdown_tables import markdown_table
+from markdown_tables import cell, markdown_table
 from real_text import REPEATED_WORDS
 
 
@@ -19,13 +19,6 @@ COLUMNS = {
     "seconds": ("sampling (s)", 1),
 }
 COUNTS = {"num_blank_texts": "blank", "num_unscored_texts": "unscored", "num_nonfinite_texts": "not finite"}
-
-
-def cell(mean: float | None, std: float | None, digits: int) -> str:
-    """12.3 ± 0.4"""
-    if mean is None:
-        return "–"
-    return f"{mean:,.{digits}f}" + ("" if std is None else f" ± {std:,.{digits}f}")
 
 
 def results_text(results: dict[str, Any]) -> str:

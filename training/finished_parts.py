@@ -3,7 +3,7 @@
 What a part is filed under is a digest of everything that its content depends on. A part that was made under other
 settings, by other weights or with other versions has another digest: it is never found, so parts cannot be mixed.
 Files are renamed into place when they are whole. Processes share the work through this folder, so all of them must
-see it.
+see it. The digest knows packages by their versions: after changing their code, delete the folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+
+# ending of a file that is not whole yet
+UNFINISHED = ".unfinished"
 
 
 def digest(value: Any) -> str:
@@ -62,9 +66,10 @@ class Rows:
         write_whole(self.folder / f"{rows[0]:08d}.pt", lambda file: torch.save(values, file))
 
     def load(self, count: int) -> dict[str, torch.Tensor]:
-        """The first `count` rows, none of which is missing, in order."""
+        """The first `count` rows, none of which is missing, in order, each once."""
         batches = list(self.batches())
-        order = torch.cat([batch["rows"] for batch in batches]).argsort()[:count]
+        places = {row: place for place, row in enumerate(torch.cat([batch["rows"] for batch in batches]).tolist())}
+        order = torch.tensor([places[row] for row in range(count)])
         return {name: torch.cat([batch[name] for batch in batches])[order] for name in batches[0] if name != "rows"}
 
 
@@ -96,6 +101,13 @@ class FinishedParts:
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file that is either whole or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}{UNFINISHED}")
     write(unfinished)
     unfinished.replace(file)
+
+
+def remove_unfinished(*folders: Path) -> None:
+    """Removes what processes that were killed have left half-written; none may be writing there now."""
+    for folder in folders:
+        for file in folder.glob(f"*{UNFINISHED}"):
+            file.unlink()

@@ -35,6 +35,7 @@ from ldlm_hf.objective.likelihood import (
     stratified_uniforms,
     sum_of_squares,
 )
+from markdown_tables import cell, markdown_table
 from provenance import hardware, source, versions
 from settings import load_data_settings
 
@@ -112,6 +113,12 @@ def run_of(pipeline: str) -> Path | None:
 def trained_decoder_noise(run: Path | None) -> float:
     """delta of a run of joint training, or of a token decoder; ValueError if there is no run that says it."""
     settings = OmegaConf.load(run / "settings.yaml") if run is not None else OmegaConf.create()
+    if run is not None and OmegaConf.select(settings, "stage") == "diffusion":
+        raise ValueError(
+            f"--decoder_noise is not given, and {run.name} trained a denoiser alone, on latents that it standardised "
+            "itself: the decoders have had their noise before, of which its settings say nothing. Give the delta, in "
+            "units of the standardised latents."
+        )
     for key in ("objective.decoder_noise", "decoder_noise"):
         value = OmegaConf.select(settings, key)
         if value is not None:
@@ -281,16 +288,10 @@ def summarize(draws: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
 
 def table(terms: dict[str, dict[str, float]]) -> str:
     """The terms as a Markdown table."""
-    lines = [
-        "| term | nats a token | bits a token | Monte-Carlo error | with sampling of sequences |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name, values in terms.items():
-        numbers = f"{values['nats_per_token']:.4f} | {values['bits_per_token']:.4f}"
-        lines.append(
-            f"| {TERMS[name]} | {numbers} | {values['monte_carlo_error']:.4f} | {values['standard_error']:.4f} |"
-        )
-    return "\n".join(lines)
+    columns = ["term", "nats a token", "bits a token", "Monte-Carlo error", "with sampling of sequences"]
+    keys = ("nats_per_token", "bits_per_token", "monte_carlo_error", "standard_error")
+    rows = [[TERMS[name], *(cell(values[key], None, 4) for key in keys)] for name, values in terms.items()]
+    return "\n".join(markdown_table(columns, rows))
 
 
 def caveats(results: dict[str, Any]) -> str:
@@ -331,13 +332,13 @@ def caveats(results: dict[str, Any]) -> str:
 
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    settings = "\n".join(f"| {key} | {value} |" for key, value in results["settings"].items())
+    settings = markdown_table(["setting", "value"], [[key, str(value)] for key, value in results["settings"].items()])
     used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
         f"# Likelihood bound of {results['pipeline']}\n\n{table(results['terms'])}\n\n"
         "Errors are standard errors in nats a token: of noise and times for these very sequences, and with that of "
         f"having drawn these sequences.\n\n## What the numbers are\n\n{caveats(results)}\n\n"
-        f"## Settings\n\n| setting | value |\n|---|---|\n{settings}\n\n"
+        "## Settings\n\n" + "\n".join(settings) + "\n\n"
         f"{results['seconds']:.0f} s on {results['hardware']}; {used}.\n"
     )
 

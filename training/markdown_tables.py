@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def cell(mean: float | None, std: float | None, digits: int) -> str:
+    """12.3 ± 0.4; a dash was not measured."""
+    if mean is None:
+        return "–"
+    return f"{mean:,.{digits}f}" + ("" if std is None else f" ± {std:,.{digits}f}")
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table."""
     lines = [columns, ["---"] * len(columns), *rows]

@@ -39,15 +39,17 @@ def plot_pareto(results: list[dict[str, Any]]) -> Figure:
     """Means over seeds, their standard deviations as bars, number of steps beside each; real text as a star.
 
     The line joins the sets of a pipeline that none of its others beats; beaten ones are hollow. The area of a marker
-    grows with the seconds that sampling took.
+    grows with the seconds that sampling took. Sets without a perplexity have no place; the title counts them.
     """
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     axes = figure.add_subplot()
     entries = [entry for one in results for entry in one["pipelines"]]
     slowest = max(one["mean"]["seconds"] for entry in entries for one in entry["sets"])
+    num_missing = 0
     for place, entry in enumerate(entries):
         style = run_style(place)
         sets = [one for one in entry["sets"] if one["mean"]["generative_perplexity"] is not None]
+        num_missing += len(entry["sets"]) - len(sets)
         points = [(one["mean"]["generative_perplexity"], one["mean"]["entropy"]) for one in sets]
         frontier = pareto_frontier(points)
         axes.plot(
@@ -90,7 +92,8 @@ def plot_pareto(results: list[dict[str, Any]]) -> Figure:
     finish_perplexity(axes, results, "entropy (nats)")
     axes.set_title(
         f"Number: denoising steps. Area: seconds of sampling (largest: {slowest:,.1f} s a set). "
-        "Hollow: beaten by another number of steps.",
+        "Hollow: beaten by another number of steps."
+        + (f"\nNot shown, since a seed has no text to score: {num_missing}." if num_missing else ""),
         fontsize="small",
         loc="left",
     )

@@ -9,11 +9,14 @@ It writes to its output folder
 * `parts/`: what is finished. A killed evaluation goes on from there when the same command is given again; parts that
   were made under other settings are not found, and made anew. All processes must see the folder; it may be deleted
   afterwards.
+
+`results.json` is written last. One evaluation at a time works in a folder; a second one is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -21,17 +24,18 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import evaluate
 import torch
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from accelerate import Accelerator
 from evaluation_report import results_text, samples_text
-from finished_parts import FinishedParts, digest, module_digest, write_whole
+from finished_parts import FinishedParts, digest, module_digest, remove_unfinished, write_whole
+from folder_lock import lock_folder
 from ldlm_hf import TokenEntropy
 from ldlm_hf.data import DataSettings
 from ldlm_hf.hub.model_card import Sample, TextScores
@@ -110,14 +114,25 @@ def main() -> None:
             rank=accelerator.process_index,
         )
     parts = FinishedParts(options.output_dir / "parts", evaluation_versions())
-    sets, lines = plan(subjects, options, real, parts, accelerator)
-    for subject in subjects:
-        make_missing(subject, [made for made in [*sets, *lines] if made.subject is subject], options, accelerator)
-    scorer = build_scorer(real, judge, tokenizer, options, parts, accelerator)
-    score_missing(scorer, real, sets, lines, options, accelerator)
-    if accelerator.is_main_process:
-        write_results(scorer, real, subjects, sets, lines, options, data, accelerator.device)
+    with lock_parts(parts) if accelerator.is_main_process else contextlib.nullcontext():
+        sets, lines = plan(subjects, options, real, parts, accelerator)
+        for subject in subjects:
+            make_missing(subject, [made for made in [*sets, *lines] if made.subject is subject], options, accelerator)
+        scorer = build_scorer(real, judge, tokenizer, options, parts, accelerator)
+        score_missing(scorer, real, sets, lines, options, accelerator)
+        if accelerator.is_main_process:
+            write_results(scorer, real, subjects, sets, lines, options, data, accelerator.device)
     accelerator.end_training()
+
+
+def lock_parts(parts: FinishedParts) -> TextIO:
+    """Takes the folder for this evaluation, and clears it of what one that was killed has left half-written.
+
+    The main process does it; the others write nothing before they have waited for it.
+    """
+    lock = lock_folder(parts.folder, "wait for that evaluation, or name another --output_dir.")
+    remove_unfinished(parts.folder.parent, parts.folder, *parts.folder.iterdir())
+    return lock
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -141,6 +156,8 @@ def check_options(options: argparse.Namespace) -> None:
             )
         if options.num_positions < 3:
             raise ValueError(f"--num_positions {options.num_positions}: a line needs its ends and a point between.")
+    elif options.num_pairs is not None:
+        raise ValueError(f"--num_pairs {options.num_pairs} is of the lines that --interpolation decodes: add that.")
 
 
 def default_name(pipeline: str) -> str:
@@ -190,10 +207,20 @@ def plan(
     parts: FinishedParts,
     accelerator: Accelerator,
 ) -> tuple[list[SampleSet], list[Lines]]:
-    """All that is to be made."""
+    """All that is to be made.
+
+    Raises:
+        ValueError: the processes run on devices of several kinds.
+    """
     device = device_name(accelerator.device)
     if accelerator.device.type == "cpu":
         device += f", {torch.get_num_threads()} threads"
+    kinds = sorted(set(gather_object([device])))
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The processes run on devices of several kinds ({'; '.join(kinds)}), and the sampling time of a set is "
+            "that of one: launch them on one kind, with as many threads each."
+        )
     sets = [
         SampleSet.of(parts, subject, steps, seed, device)
         for subject in subjects
@@ -314,8 +341,12 @@ def build_scorer(
         rows = shared.rows("features", texts=digest(real.reference_texts), judge=judge_digest)
         count = len(real.reference_texts)
         if accelerator.is_main_process and rows.missing(count):
-            features = text_features(real.reference_texts, judge, options.judge_batch_size)
-            rows.save(list(range(count)), {"features": torch.from_numpy(features)})
+            # evaluations that share the folder wait for the one that makes them
+            with lock_folder(rows.folder):
+                remove_unfinished(rows.folder)
+                if rows.missing(count):
+                    features = text_features(real.reference_texts, judge, options.judge_batch_size)
+                    rows.save(list(range(count)), {"features": torch.from_numpy(features)})
         accelerator.wait_for_everyone()
         references = References(real.reference_texts, rows.load(count)["features"].numpy())
     return Scorer(judge, judge_digest, options.judge_batch_size, references, tokenizer, parts)
@@ -399,13 +430,13 @@ def write_results(
         results["pipelines"].append(entry)
     folder = options.output_dir
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    write_whole(folder / "results.json", lambda file: file.write_text(text, encoding="utf-8"))
     (folder / "results.md").write_text(results_text(results), encoding="utf-8")
     (folder / "samples.md").write_text(samples_text(shown, results), encoding="utf-8")
     if scorer.judge is not None:
         save_figure(plot_pareto([results]), folder / "pareto")
         if lines:
             save_figure(plot_smoothness([results]), folder / "interpolation")
+    write_whole(folder / "results.json", lambda file: file.write_text(text, encoding="utf-8"))
     print((folder / "results.md").read_text(encoding="utf-8"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def without_path(value: Any) -> Any:
     """A setting's value; of a path on this machine only its last part."""
     if not isinstance(value, str):
         return value
-    is_path = value.startswith((".", "~")) or Path(value).is_absolute() or Path(value).exists()
+    # os.path says no, and raises nothing, of what is too long to be a path
+    is_path = value.startswith((".", "~")) or Path(value).is_absolute() or os.path.exists(value)
     return Path(value).name if is_path else value
 
 

@@ -35,7 +35,7 @@ from logged_runs import (
     read_logged_runs,
     timestep_cdf,
 )
-from markdown_tables import markdown_table
+from markdown_tables import cell, markdown_table
 from provenance import without_path
 
 
@@ -105,11 +105,6 @@ def picture(name: str, caption: str) -> list[str]:
     return [f"![{caption.partition('.')[0]}]({name}.png)", "", f"*{caption}* ([SVG]({name}.svg))"]
 
 
-def number(value: float | None, digits: int) -> str:
-    """A cell of a table; a dash was not measured."""
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
 def runs_section(runs: Sequence[LoggedRun]) -> list[str]:
     """What each run is."""
     keys = [key for key in differing_settings(runs) if key != "loop.seed"]
@@ -146,8 +141,8 @@ def numbers_section(runs: Sequence[LoggedRun], smoothing_steps: int) -> list[str
         cells = [run.name, f"{run.evaluations[-1]['step']:,}"]
         for key, (_, digits) in logged.items():
             values = series(run.log, key)[1]
-            cells.append(number(values[-1] if values else None, digits))
-        cells += [number(getattr(scores[run.name], name, None), metric.digits) for name, metric in metrics.items()]
+            cells.append(cell(values[-1] if values else None, None, digits))
+        cells += [cell(getattr(scores[run.name], name, None), None, metric.digits) for name, metric in metrics.items()]
         rows.append(cells)
     titles = [title for title, _ in logged.values()] + [f"samples' {metric.title}" for metric in metrics.values()]
     lines = ["## Final numbers", "", *markdown_table(["run", "evaluated after step", *titles], rows), ""]

@@ -64,8 +64,18 @@ class Subject:
         )
 
     def load(self) -> LDLMPipeline:
-        """The pipeline, on the CPU."""
-        return load_pipeline(self.source, self.dtype)
+        """The pipeline, on the CPU.
+
+        Raises:
+            OSError: it cannot be loaded, or is another one by now.
+        """
+        pipeline = load_pipeline(self.source, self.dtype)
+        if Subject.of(pipeline, self.name, self.source, self.dtype) != self:
+            raise OSError(
+                f"--pipeline {self.source!r} has changed since this evaluation has begun: wait until nobody writes "
+                "there any more, and give the same command again."
+            )
+        return pipeline
 
 
 def load_pipeline(source: str, dtype: str) -> LDLMPipeline:

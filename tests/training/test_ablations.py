@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ablate import Conductor, main, training_command
+from ablate import CommandProcess, Conductor, failure, main, size_of, training_command
+from ablation_tables import described, last_gate
 from ablations import JOINT, TOKEN_DECODER, AblationRun, EvaluationPlan, Plan, dotted_values, read_ablations, times
 from components import (
     build_diffusion_objective,
@@ -29,6 +32,7 @@ from components import (
     build_tokenizer,
     save_components,
 )
+from folder_lock import lock_folder
 from launch import parse_arguments
 from loop import build_optimizer
 from settings import RunSettings, differences, load_settings, to_yaml
@@ -423,6 +427,16 @@ def test_overrides_change_the_base_and_rows_win_over_them() -> None:
     assert (head.decoder_noise, head.data.seed) == (0.6, 7)
     with pytest.raises(ValueError, match=r"unknown setting 'warmup\.step'"):
         plan_of("demo", 1.0, "warmup.step=3").run("default", 0)
+    # what all runs have for want of an override
+    loops = [
+        plan_of("demo", 1.0, "loop.trackers=[wandb]").run(row, 0).settings.loop
+        for row in ("default", "token_decoder_head")
+    ]
+    assert [loop.trackers for loop in loops] == [["wandb"], ["wandb"]]
+    assert [loop.checkpoints_total_limit for loop in loops] == [1, 1]
+    for override, option in (("loop.seed=3", "--seeds"), ("loop.output_dir=x", "--output_dir")):
+        with pytest.raises(ValueError, match=f"differs from run to run: use {option} instead"):
+            plan_of("demo", 1.0, override)
 
 
 # runs
@@ -469,6 +483,15 @@ def test_a_configuration_in_several_places_is_one_run_and_is_reused(
     # more samples are scored without training again, and other settings are not mixed with these
     assert ablate("--table", "7", "--rows", "default", "--num_samples", "6") == 0
     assert [Path(one[4]).name for one in launched] == ["evaluate.py"]
+    launched.clear()
+    # nor are those of another precision, which only a call of evaluate.py by hand can have asked for
+    results = tmp_path / "ablations/tiny/default/seed-0/evaluation/results.json"
+    results.write_text(results.read_text(encoding="utf-8").replace('"float32"', '"bfloat16"'), encoding="utf-8")
+    assert ablate("--table", "7", "--rows", "self_attention", "--num_samples", "6", "--train_only") == 0
+    assert ablate("--table", "7", "--rows", "self_attention", "--num_samples", "100000") == 1
+    rows_of_7 = table_of(tmp_path, "7")[1]["rows"]
+    assert rows_of_7[0]["runs"][0]["problem"] == "not evaluated as asked"
+    assert "| Perceiver Resampler | not evaluated as asked |" in table_of(tmp_path, "7")[0]
     launched.clear()
     assert ablate("--table", "7", "--rows", "default", "objective.decoder_noise=0.25") == 1
     assert launched == []
@@ -545,8 +568,35 @@ def test_a_run_that_was_stopped_goes_on_and_feeds_a_token_decoder(
     assert launched == []
     (tmp_path / "moved").rename(tmp_path / "ablations")
     text, values = table_of(tmp_path, "5")
-    assert "| Reference, trained jointly | not run |" in text
+    assert "| Reference, trained jointly | not evaluated as asked |" in text
     assert values["rows"][2]["runs"][0]["held_out"]["reconstruction_accuracy"] >= 0
+
+
+def test_a_run_does_not_outlive_what_it_started_from(
+    ablate: Ablate, launched: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rows", "token_decoder_head", "cosmos", "--train_only"]
+    folders = [tmp_path / "ablations/tiny" / row / "seed-0" for row in ("default", "cosmos_autoencoder")]
+    assert ablate(*arguments) == 0
+    launched.clear()
+    # the same settings give the same weights
+    shutil.rmtree(folders[0])
+    assert ablate(*arguments) == 0
+    assert trained(launched) == ["default/seed-0"]
+    assert capsys.readouterr().out.count("is trained already") == 3
+    for folder in folders:
+        shutil.rmtree(folder)
+    launched.clear()
+    assert ablate(*arguments, "optimizer.lr_warmup_steps=3", "optimizer.learning_rate=0.01") == 1
+    assert trained(launched) == ["default/seed-0", "cosmos_autoencoder/seed-0"]
+    for row in ("token_decoder_head", "cosmos"):
+        file = tmp_path / "ablations/tiny" / row / "seed-0/settings.yaml"
+        saved = OmegaConf.load(file)
+        OmegaConf.update(saved, "optimizer.lr_warmup_steps", 3)
+        OmegaConf.update(saved, "optimizer.learning_rate", 0.01)
+        OmegaConf.save(saved, file)
+    assert ablate(*arguments, "optimizer.lr_warmup_steps=3", "optimizer.learning_rate=0.01") == 1
+    assert capsys.readouterr().out.count("started from other components than those of") == 2
 
 
 def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, tmp_path: Path) -> None:
@@ -554,7 +604,31 @@ def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, t
     text, values = table_of(tmp_path, "6")
     assert text.count("| Real text, in tokens of") == len(values["real_text"]) == 2
     # two steps of warmup in a run of one
-    assert "the warmup is longer than the run, whose last gate is" in text
+    assert "the run ends before its warmup does; its last gate is 0." in text
+    # here both tokenizers cut the held-out text alike; what differs between rows is said of each
+    assert text.count("- Real text: held-out part of `corpus.txt`") == 1
+    file = tmp_path / "ablations/tiny/other_token_encoder/seed-0/evaluation/results.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    results["reference"]["num_held_out"] += 1
+    file.write_text(json.dumps(results), encoding="utf-8")
+    assert ablate("--table", "6", "loop.max_steps=1") == 0
+    text, values = table_of(tmp_path, "6")
+    assert text.count("- Real text: held-out part of `corpus.txt`") == 2
+    for content in (text, json.dumps(values)):
+        assert str(tmp_path) not in content.replace(values["command"], "").replace(json.dumps(values["command"]), "")
+
+
+def test_tables_name_overrides_without_folders(tmp_path: Path) -> None:
+    long = "model.transformer={" + 300 * "a" + ": 1}"
+    overrides = [long, f"data.source={tmp_path}/corpus.txt", "data.cache_dir=cache", "loop.trackers=[]", "a=b=c"]
+    assert described(overrides) == [long, "data.source=corpus.txt", "loop.trackers=[]", "a=b=c"]
+
+
+def test_the_last_gate_is_that_of_the_last_step() -> None:
+    """Steps count from 0, so a warmup that is as long as the run is not through with it."""
+    for steps, ends in ((2, False), (3, True)):
+        gate = last_gate(plan_of("demo", 1.0, "warmup.steps=2", f"loop.max_steps={steps}").run("default", 0))
+        assert (gate == 1) is ends
 
 
 class Sleeper:
@@ -606,6 +680,9 @@ def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, reposi
         deadline = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline and not list(folder.glob("checkpoint-*")):
             time.sleep(0.05)
+        # another call, of the same rows or of others
+        with pytest.raises(OSError, match="tiny is in use by another process.*name another --output_dir"):
+            main([*command[2:8], "--rows", "self_attention", "--train_only"])
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=120)
     printed = (tmp_path / "log").read_text(encoding="utf-8")
@@ -617,6 +694,64 @@ def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, reposi
     assert (checkpoint / "manifest.json").is_file()
     assert not (folder / "pipeline").exists()
     assert not (output_dir / "tiny/uniform").exists()
+
+
+def test_what_an_ablation_that_was_killed_leaves_running_keeps_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("import time; time.sleep(600)", encoding="utf-8")
+    accelerate = str(SHIPPED.parents[1] / "accelerate/one_cpu.yaml")
+    command = ["accelerate", "launch", "--config_file", accelerate, str(tmp_path / "script.py")]
+    with lock_folder(tmp_path, "wait") as lock:
+        process = CommandProcess(command, tmp_path / "log", dict(os.environ), lock)
+    with pytest.raises(OSError, match="in use"):
+        lock_folder(tmp_path, "wait")
+    process.stop()
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lock_folder(tmp_path, "wait").close()
+    # nobody is left to be stopped
+    process.stop()
+
+
+def test_a_request_to_stop_reaches_what_is_just_being_started(tiny_config: Path, tmp_path: Path) -> None:
+    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
+
+    def launch(command: list[str], log: Path) -> Sleeper:
+        process = Sleeper(command, log)
+        conductor.stop()
+        return process
+
+    conductor = Conductor(plan, 1, launch)
+    runs = [plan.run("default", 0), plan.run("uniform", 0)]
+    conductor.work(runs, set())
+    assert conductor.problems[runs[0]] == "stopped before its end; the same call goes on with it"
+    assert conductor.problems[runs[1]] == "stopped before it began"
+
+
+def test_a_run_that_cannot_be_started_loses_no_other(tiny_config: Path, tmp_path: Path) -> None:
+    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
+
+    def launch(command: list[str], log: Path) -> Sleeper:
+        if "default" in str(log):
+            raise OSError("no space left")
+        return Sleeper(command, log)
+
+    conductor = Conductor(plan, 2, launch)
+    runs = [plan.run("uniform", 0), plan.run("default", 0)]
+    conductor.work(runs, set())
+    assert conductor.problems[runs[1]] == "could not be started: no space left"
+    assert "nothing was trained" in (conductor.problems[runs[0]] or "")
+
+
+def test_a_failure_is_told_in_the_words_of_the_process_that_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("ValueError: of yesterday\n", encoding="utf-8")
+    earlier = size_of(log)
+    assert failure("training", -9, log, earlier).startswith("training ended with status -9: no output (")
+    with log.open("a") as output:
+        output.write("step 3\n")
+    assert failure("training", -9, log, earlier).startswith("training ended with status -9: step 3 (")
+    assert "of yesterday" in failure("training", 1, log, size_of(tmp_path / "none"))
 
 
 # commands
@@ -699,9 +834,18 @@ def test_bad_command_lines_name_what_is_known_and_start_nothing(
         ("rows: {a: {script: train_token_decoder.py}}", "name it as `needs`"),
         ("rows: {a: {bases: {b: {}}}}", "row 'a': base 'b' is unknown"),
         ("tables: {'1': {groups: [{rows: {a: A}}]}}", "table 1: row 'a' is unknown"),
+        ("tables: {'1': {columns: [perplexity]}}", "table 1: column 'perplexity' is unknown; known: generative_perp"),
     ],
 )
 def test_a_file_of_ablations_that_contradicts_itself_is_refused(broken: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text(broken, encoding="utf-8")
     with pytest.raises(ValueError, match=expected):
         read_ablations(tmp_path / "broken.yaml")
+
+
+def test_a_factor_of_what_is_no_setting_is_refused(tiny_config: Path) -> None:
+    ablations = OmegaConf.load(tiny_config)
+    OmegaConf.update(ablations, "rows.uniform.factors", {"warmup.step": 2})
+    OmegaConf.save(ablations, tiny_config)
+    with pytest.raises(ValueError, match=r"row 'uniform': factor of setting 'warmup\.step' is unknown"):
+        plan_of("tiny", config=tiny_config).run("uniform", 0)

@@ -18,13 +18,15 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 from PIL import Image
 from tokenizers import Tokenizer
 
 import pareto
 import pipeline_evaluation
 import smoothness
-from finished_parts import FinishedParts, module_digest
+from finished_parts import FinishedParts, module_digest, remove_unfinished
+from folder_lock import lock_folder
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TokenEntropy
 from ldlm_hf.metrics import load_judge
 from pareto import pareto_frontier
@@ -257,6 +259,20 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
     assert len(scored) == 7 and len({tuple(texts) for texts in scored}) == 7
     assert without_times(resumed) == without_times(whole)
 
+    # what a killed process has left half-written goes; another evaluation in the same folder is refused
+    parts = tmp_path / "killed" / "parts"
+    half = [parts.parent / "results.json.17", parts / "scores-0.json.17", next(parts.glob("samples-*")) / "8.pt.17"]
+    half = [file.with_name(f"{file.name}.unfinished") for file in half]
+    for file in half:
+        file.write_text("{", encoding="utf-8")
+    with (
+        lock_folder(parts, "wait"),
+        pytest.raises(OSError, match="parts is in use .* wait for that evaluation, or name another --output_dir"),
+    ):
+        run("killed", "--controls")
+    run("killed", "--controls")
+    assert not any(file.exists() for file in half) and Counter(made) == ALL_SAMPLES
+
     # a part that is lost is the only one that is made again
     next(iter(sorted((tmp_path / "killed" / "parts").glob("samples-*/00000008.pt")))).unlink()
     made.clear()
@@ -298,6 +314,16 @@ def test_two_processes_give_the_results_of_one(
     assert without_times(results) == without_times(expected)
 
 
+def test_processes_on_devices_of_several_kinds_are_refused(
+    run: Callable, made: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The times of a set would be of neither; here another process has told of its device."""
+    monkeypatch.setattr(pipeline_evaluation, "gather_object", lambda mine: [*mine, "another processor"])
+    with pytest.raises(ValueError, match=r"several kinds \(.*another processor.*launch them on one kind"):
+        run("out", "--judge", "none", "--steps", "1")
+    assert not made
+
+
 def test_other_weights_and_steps_are_never_served_from_what_is_there(
     run: Callable, made: list, pipeline_folder: Path, tmp_path: Path
 ) -> None:
@@ -317,6 +343,26 @@ def test_other_weights_and_steps_are_never_served_from_what_is_there(
     made.clear()
     run("out", *no_judge, "--dtype", "bfloat16")
     assert len(made) == 2 * 20
+
+
+def test_a_pipeline_that_changes_during_its_evaluation_is_refused(
+    run: Callable, make_pipeline: Callable[..., LDLMPipeline], pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples would be kept under the name of what was there before."""
+    plan = pipeline_evaluation.plan
+
+    def plan_and_train(*arguments: Any) -> Any:
+        pipeline = make_pipeline()
+        with torch.no_grad():
+            next(pipeline.transformer.parameters()).mul_(1.5)
+        pipeline.save_pretrained(pipeline_folder)
+        return plan(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_evaluation, "plan", plan_and_train)
+        with pytest.raises(OSError, match="has changed since this evaluation has begun"):
+            run("out", "--judge", "none", "--steps", "1")
+    assert run("out", "--judge", "none", "--steps", "1")["pipelines"]
 
 
 def test_reference_features_are_made_once_for_all_evaluations(
@@ -374,6 +420,7 @@ def test_blank_texts_are_counted_and_leave_no_number(
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| run | 1 | – | – | – | 0." in table and "| 40 | 40 | 0 |" in table
     assert (tmp_path / "out" / "pareto.png").is_file()
+    assert "no text to score: 2." in pareto.plot_pareto([results]).axes[0].get_title(loc="left")
 
 
 @pytest.mark.parametrize(
@@ -392,6 +439,7 @@ def test_blank_texts_are_counted_and_leave_no_number(
         (["--steps", "3", "3"], "has a number twice"),
         (["--interpolation", "--num_pairs", "11"], "at most 10 pairs"),
         (["--interpolation", "--num_positions", "2"], "a point between"),
+        (["--num_pairs", "3"], "--num_pairs 3 is of the lines that --interpolation decodes"),
     ],
 )
 def test_bad_evaluations_stop_before_any_sampling(
@@ -495,6 +543,18 @@ def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.M
     }
     for name, values in others.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    # what they show is what was measured
+    entry = results["pipelines"][0]
+    shown = [entry["sets"][0]["mean"], results["real_text"]]
+    axes = pareto.plot_pareto([results]).axes[0]
+    places = [tuple(points.get_offsets()[0]) for points in axes.collections if isinstance(points, PathCollection)]
+    assert places == [(one["entropy"], one["generative_perplexity"]) for one in shown]
+    assert [text.get_text() for text in axes.texts] == ["1"]
+    (line,) = smoothness.plot_smoothness([results]).axes[0].lines
+    assert list(line.get_xdata()) == entry["interpolation"]["positions"]
+    assert list(line.get_ydata()) == entry["interpolation"]["generative_perplexity"]
+    assert f"roughness {entry['interpolation']['roughness']:+.3f}" in line.get_label()
+
     first = str(tmp_path / "a" / "results.json")
     for script in (pareto, smoothness):
         figure = tmp_path / "figures" / script.__name__
@@ -530,6 +590,22 @@ def test_pareto_frontier() -> None:
         if any(p <= perplexity and e >= entropy and (p < perplexity or e > entropy) for p, e in drawn)
     }
     assert set(pareto_frontier([tuple(point) for point in drawn])) == set(range(40)) - beaten
+
+
+def test_results_are_there_when_everything_else_is(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever finds them takes the evaluation for finished."""
+
+    def fails(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline_evaluation, "plot_pareto", fails)
+        with pytest.raises(OSError, match="disk is full"):
+            run("out", "--seeds", "1", "--steps", "1")
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert run("out", "--seeds", "1", "--steps", "1")["pipelines"]
 
 
 def test_controls() -> None:
@@ -590,6 +666,26 @@ def test_finished_parts(tmp_path: Path) -> None:
     (rows.folder / "00000003.pt.17.unfinished").write_bytes(b"half")
     assert rows.missing(6) == [3, 5] and parts.rows("y", seed=1).missing(2) == [0, 1]
     assert rows.load(3)["values"].tolist() == [[0.0], [1.0], [2.0]]
+    # two that made the same rows in other batches
+    rows.save([1, 2, 3], {"values": torch.tensor([[1.0], [2.0], [3.0]])})
+    assert rows.load(5)["values"].tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+    with pytest.raises(KeyError, match="5"):
+        rows.load(6)
+    remove_unfinished(tmp_path, *tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.unfinished")) and len(list(rows.folder.iterdir())) == 3
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "new", "wait"), pytest.raises(OSError, match=r"new is in use .*\.lock: wait"):
+        lock_folder(tmp_path / "new", "wait")
+    # one that was started with the lock keeps it
+    with lock_folder(tmp_path / "new", "wait") as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
+    with pytest.raises(OSError, match="in use"):
+        lock_folder(tmp_path / "new", "wait")
+    child.kill()
+    child.wait()
+    lock_folder(tmp_path / "new", "wait").close()
 
 
 def test_a_digest_sees_weights_and_configuration(make_components: Callable) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ldlm_hf import LDLMPipeline
+from ldlm_hf import LDLMPipeline, LikelihoodBound, LikelihoodSettings
+from likelihood import calibrate
 
 
 Run = Callable[..., None]
@@ -17,8 +19,8 @@ Run = Callable[..., None]
 
 @pytest.fixture
 def trained(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> Path:
-    """A tiny run with a checkpoint."""
-    run_script("train_joint", *tiny_overrides, "loop.checkpointing_steps=4")
+    """A tiny run with a checkpoint, whose adaptive sampler has so few bins that it has learned something of each."""
+    run_script("train_joint", *tiny_overrides, "loop.checkpointing_steps=4", "timestep_sampler.num_bins=2")
     return tmp_path / "run"
 
 
@@ -53,10 +55,61 @@ def test_terms_add_up_and_settings_come_from_the_run(bound: Callable[..., dict[s
     assert bound()["terms"] == results["terms"]
 
 
+def test_calibration_measures_what_its_names_say(make_components: Callable, random_tokens: Callable) -> None:
+    settings = LikelihoodSettings(encoder_noise=1e-6, decoder_noise=0.0, hidden_noise=1.0)
+    bound = LikelihoodBound(**make_components(), settings=settings)
+    sequences, times = random_tokens(7), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    measured = calibrate(bound, sequences, times, 7, torch.device("cpu"), seed=3)
+    hidden_states, latents = bound.encode(sequences)
+    dealt = times[[0, 1, 2, 0, 1, 2, 0]]
+    errors = bound.squared_errors(latents, dealt, torch.Generator().manual_seed(3)) / latents[0].numel()
+    expected = torch.stack([errors[place::3].mean() for place in range(3)])
+    torch.testing.assert_close(measured.latent_errors, expected)
+    with torch.no_grad():
+        predicted = bound.latent_decoder(latents).hidden_states
+    in_batches = calibrate(bound, sequences, times, 2, torch.device("cpu"), seed=3)
+    for one in (measured, in_batches):
+        assert one.hidden_error == pytest.approx(float((predicted - hidden_states).square().mean().sqrt()), rel=1e-4)
+        assert one.latent_std == pytest.approx(float(latents.var(0, correction=0).mean().sqrt()), rel=1e-5)
+
+
 def test_tokens_alone_have_the_same_bound(bound: Callable[..., dict[str, Any]]) -> None:
     whole, tokens_only = bound(), bound("--tokens_only")
     assert {"hidden_reconstruction", "total"} == whole["terms"].keys() - tokens_only["terms"].keys()
     assert tokens_only["terms"]["tokens_only"] == whole["terms"]["tokens_only"]
+
+
+def test_times_from_the_runs_own_sampler(
+    bound: Callable[..., dict[str, Any]], run_script: Run, tiny_overrides: list[str], trained: Path, tmp_path: Path
+) -> None:
+    """They are other times with the same mean."""
+    many = ("--times_per_sequence", "64")
+    log_snr, adaptive = bound(*many), bound(*many, "--proposal", "adaptive")
+    assert [one["settings"]["proposal"] for one in (log_snr, adaptive)] == ["log_snr", "adaptive"]
+    ours, theirs = (one["terms"]["diffusion"] for one in (log_snr, adaptive))
+    assert ours["nats_per_token"] != theirs["nats_per_token"]
+    error = ours["monte_carlo_error"] + theirs["monte_carlo_error"]
+    assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], abs=4 * error)
+    uniform = ["timestep_sampler.adaptive=false", "loop.checkpointing_steps=4", f"loop.output_dir={tmp_path / 'two'}"]
+    run_script("train_joint", *tiny_overrides, *uniform)
+    with pytest.raises(ValueError, match="sampled its times uniformly"):
+        bound("--proposal", "adaptive", "--timestep_sampler", str(tmp_path / "two"))
+
+
+def test_a_denoiser_trained_alone_does_not_know_its_decoders_noise(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    token_loss = "objective.reconstruction=hidden+token"
+    run_script("train_joint", *tiny_overrides, "stage=autoencoder", token_loss, f"loop.output_dir={first}")
+    stage = ["stage=diffusion", f"components={first}/pipeline", f"loop.output_dir={second}"]
+    run_script("train_joint", *tiny_overrides, *stage)
+    command = ("--pipeline", str(second / "pipeline"), "--num_sequences", "4", "--times_per_sequence", "2")
+    with pytest.raises(ValueError, match="second trained a denoiser alone.*units of the standardised latents"):
+        run_script("likelihood", *command)
+    run_script("likelihood", *command, "--decoder_noise", "0", "--encoder_noise", "0.1")
+    results = json.loads((second / "likelihood" / "likelihood.json").read_text(encoding="utf-8"))
+    assert (results["settings"]["decoder_noise"], results["settings"]["encoder_noise"]) == (0, 0.1)
 
 
 def test_what_the_bound_cannot_be_had_of_is_refused(

@@ -1,0 +1,33 @@
+"""Folders that one process at a time writes to."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import TextIO
+
+
+LOCK = ".lock"
+
+
+def lock_folder(folder: Path, remedy: str | None = None) -> TextIO:
+    """Takes a folder, which is made if it is not there, for as long as the file that is returned is open.
+
+    The system closes it with the process, however that ends. Processes that are started with its descriptor
+    (`pass_fds`) keep the folder taken until they have ended, too.
+
+    Args:
+        folder: what is taken.
+        remedy: what to do if another process has it, for the error; None waits until it is free.
+
+    Raises:
+        OSError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if remedy is None else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        lock.close()
+        raise OSError(f"{folder} is in use by another process, which has locked {folder / LOCK}: {remedy}") from error
+    return lock
