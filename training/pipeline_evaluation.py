@@ -5,7 +5,8 @@ It writes to its output folder
 * `results.json`: every score of every seed, mean and standard deviation over seeds, settings, versions, hardware;
 * `results.md`: the table, with real text and its controls in rows of their own;
 * `samples.md`: the first texts of each set, each with its own Gen. PPL and entropy;
-* `pareto.png`, `.svg`: Gen. PPL against entropy; `interpolation.png`, `.svg`: Gen. PPL between two real texts;
+* `pareto.png`, `.svg`: Gen. PPL against entropy; `evaluations.png`, `.svg`: every score over the evaluations of the
+  denoiser (NFE); `interpolation.png`, `.svg`: Gen. PPL between two real texts;
 * `parts/`: what is finished. A killed evaluation goes on from there when the same command is given again; parts that
   were made under other settings are not found, and made anew. All processes must see the folder; it may be deleted
   afterwards.
@@ -40,10 +41,12 @@ from ldlm_hf import TokenEntropy
 from ldlm_hf.data import DataSettings
 from ldlm_hf.hub.model_card import Sample, TextScores
 from ldlm_hf.metrics import Judge, LatentSmoothness, load_judge, text_features
+from over_evaluations import plot_over_evaluations
 from pareto import plot_pareto
 from provenance import device_name, hardware, source, versions, without_path
 from real_text import CONTROL_SEED, CONTROLS, RealText, check_mauve_size, control_set, load_real_text
 from result_files import save_figure
+from samplers import OWN, Sampler
 from sampling import Lines, SampleSet, Subject, load_pipeline, missing_batches, pairs_of
 from settings import load_data_settings
 from smoothness import plot_smoothness
@@ -72,6 +75,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_samples", type=positive, default=1000, help="texts of each set")
     add("--seeds", type=positive, default=5, metavar="N", help="sets for each number of steps: seeds 0 to N - 1")
     add("--steps", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024], help="denoising steps")
+    add(
+        "--samplers",
+        nargs="+",
+        default=[OWN],
+        metavar="NAME[:key=value,...]",
+        help="schedulers and their settings, each for all pipelines and steps; by default the pipelines' own",
+    )
     add(
         "--judge", default="gpt2-large", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none"
     )
@@ -178,13 +188,20 @@ def load_subjects(options: argparse.Namespace) -> tuple[list[Subject], PreTraine
 
     Raises:
         OSError: one cannot be loaded.
-        ValueError: they differ in tokenizer or sequence length, or one has no encoders for `--interpolation`.
+        ValueError: they differ in tokenizer or sequence length, one has no encoders for `--interpolation`, or a sampler
+            is unknown or refuses its settings or a number of steps.
     """
     subjects = []
     for name, path in zip(options.names, options.pipeline, strict=True):
-        pipeline = load_pipeline(path, options.dtype)
-        tokenizer = pipeline.tokenizer
-        subjects.append(Subject.of(pipeline, name, path, options.dtype))
+        for sampler in map(Sampler.parse, options.samplers):
+            pipeline = load_pipeline(path, options.dtype)
+            tokenizer = pipeline.tokenizer
+            sampler.apply(pipeline)
+            for steps in options.steps:
+                # fewer than the solver needs, for example
+                pipeline.scheduler.set_timesteps(steps)
+            full_name = name if options.samplers == [OWN] else f"{name}, {sampler.text}"
+            subjects.append(Subject.of(pipeline, full_name, path, options.dtype, sampler))
     for subject in subjects:
         if options.interpolation and subject.missing_encoders:
             raise ValueError(
@@ -230,7 +247,9 @@ def plan(
     lines = []
     if options.interpolation:
         ends = pairs_of(real.sequences, options.num_pairs)
-        lines = [Lines.of(parts, subject, ends, options.num_positions) for subject in subjects]
+        # decoding knows no sampler
+        of_pipelines = {subject.source: subject for subject in reversed(subjects)}
+        lines = [Lines.of(parts, subject, ends, options.num_positions) for subject in of_pipelines.values()]
     return sets, lines
 
 
@@ -294,8 +313,8 @@ class Scorer:
         rows = samples.rows.load(count)
         scored = self.score(rows["sequences"].tolist(), self.texts(rows["sequences"]))
         scores = replace(scored.scores, num_nonfinite_texts=int((~rows["is_finite"]).sum()))
-        batch_sizes = sorted(set(rows["batch_size"].tolist()))
-        return replace(scored, scores=scores), {"seconds": float(rows["seconds"].sum()), "batch_sizes": batch_sizes}
+        made = {"seconds": float(rows["seconds"].sum()), "batch_sizes": sorted(set(rows["batch_size"].tolist()))}
+        return replace(scored, scores=scores), made | {"nfe": int(rows["nfe"][0])}
 
     def score_lines(self, lines: Lines) -> dict[str, Any]:
         """Generative perplexity and entropy over the position on the lines."""
@@ -412,6 +431,7 @@ def write_results(
         entry: dict[str, Any] = {
             "name": subject.name,
             "pipeline": shown_source(subject.source),
+            "sampler": subject.sampler.text,
             "sequence_length": subject.sequence_length,
             "digest": subject.digest,
             "sets": [],
@@ -423,7 +443,8 @@ def write_results(
                 of_seeds.append({"seed": samples.seed} | without_none_counts(scored.scores) | timing)
                 if samples.seed == 0:
                     shown[f"{subject.name}, {steps} steps, seed 0"] = scored.samples[:NUM_SHOWN]
-            entry["sets"].append({"steps": steps, "seeds": of_seeds} | over_seeds(of_seeds))
+            nfe = of_seeds[0]["nfe"]
+            entry["sets"].append({"steps": steps, "nfe": nfe, "seeds": of_seeds} | over_seeds(of_seeds))
         for some in lines:
             if some.subject is subject:
                 entry["interpolation"] = scorer.score_lines(some)
@@ -434,6 +455,8 @@ def write_results(
     (folder / "samples.md").write_text(samples_text(shown, results), encoding="utf-8")
     if scorer.judge is not None:
         save_figure(plot_pareto([results]), folder / "pareto")
+        if len(options.steps) > 1:
+            save_figure(plot_over_evaluations([results]), folder / "evaluations")
         if lines:
             save_figure(plot_smoothness([results]), folder / "interpolation")
     write_whole(folder / "results.json", lambda file: file.write_text(text, encoding="utf-8"))
@@ -442,7 +465,7 @@ def write_results(
 
 def described_settings(options: argparse.Namespace, data: DataSettings) -> dict[str, Any]:
     """What the results were asked for with; no folder of the machine is left in it."""
-    kept = ("num_samples", "steps", "batch_size", "judge_batch_size", "dtype")
+    kept = ("num_samples", "steps", "samplers", "batch_size", "judge_batch_size", "dtype")
     settings = {name: getattr(options, name) for name in kept}
     texts = {key: without_path(value) for key, value in asdict(data).items() if key != "cache_dir"}
     return settings | {
@@ -473,7 +496,7 @@ def over_seeds(sets: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]
     mean: dict[str, float | None] = {}
     std: dict[str, float | None] = {}
     for name in sets[0]:
-        if name in ("seed", "num_texts", "batch_sizes"):
+        if name in ("seed", "num_texts", "batch_sizes", "nfe"):
             continue
         values = [one[name] for one in sets]
         whole = all(value is not None for value in values)

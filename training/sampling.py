@@ -16,18 +16,20 @@ import torch
 
 from finished_parts import FinishedParts, Rows, digest, module_digest, public_config
 from ldlm_hf import LDLMPipeline
+from samplers import Sampler
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline that is evaluated.
+    """A pipeline that is evaluated, with a way to sample it.
 
     Attributes:
         name: what results call it.
         source: folder or Hub id.
         dtype: of its weights.
+        sampler: how it is sampled.
         sequence_length: tokens L of a text.
-        digest: of its components.
+        digest: of its components and of the arguments that it is called with.
         vocabulary: digest of its tokenizer's.
         missing_encoders: which of the components are missing that `encode` needs.
     """
@@ -35,17 +37,20 @@ class Subject:
     name: str
     source: str
     dtype: str
+    sampler: Sampler
     sequence_length: int
     digest: str
     vocabulary: str
     missing_encoders: tuple[str, ...]
 
     @classmethod
-    def of(cls, pipeline: LDLMPipeline, name: str, source: str, dtype: str) -> Subject:
-        """What is to be known of a pipeline before its turn comes."""
+    def of(cls, pipeline: LDLMPipeline, name: str, source: str, dtype: str, sampler: Sampler) -> Subject:
+        """What is to be known of a pipeline, with its sampler's scheduler, before its turn comes."""
         decoder = pipeline.latent_decoder
-        parts = {
-            part: module_digest(component) if isinstance(component, torch.nn.Module) else public_config(component)
+        parts: dict[str, Any] = {
+            part: module_digest(component)
+            if isinstance(component, torch.nn.Module)
+            else [type(component).__name__, public_config(component)]
             for part, component in sorted(pipeline.components.items())
             if component is not None and part != "tokenizer"
         }
@@ -54,11 +59,12 @@ class Subject:
             name=name,
             source=source,
             dtype=dtype,
+            sampler=sampler,
             # a token decoder that reads latents has a token for each
             sequence_length=(
                 pipeline.transformer.config.sample_size if decoder is None else decoder.config.sequence_length
             ),
-            digest=digest([parts, vocabulary]),
+            digest=digest([parts, vocabulary, sampler.arguments]),
             vocabulary=vocabulary,
             missing_encoders=tuple(pipeline.missing_encoders),
         )
@@ -70,7 +76,8 @@ class Subject:
             OSError: it cannot be loaded, or is another one by now.
         """
         pipeline = load_pipeline(self.source, self.dtype)
-        if Subject.of(pipeline, self.name, self.source, self.dtype) != self:
+        self.sampler.apply(pipeline)
+        if Subject.of(pipeline, self.name, self.source, self.dtype, self.sampler) != self:
             raise OSError(
                 f"--pipeline {self.source!r} has changed since this evaluation has begun: wait until nobody writes "
                 "there any more, and give the same command again."
@@ -103,7 +110,8 @@ class SampleSet:
         subject: the pipeline.
         steps: denoising steps.
         seed: of the set.
-        rows: where they are kept: `sequences` (n, L), `is_finite`, `seconds` and `batch_size` (n,).
+        rows: where they are kept: `sequences` (n, L), `is_finite`, `seconds`, `batch_size` and `nfe`, evaluations of
+            the denoiser, (n,).
     """
 
     subject: Subject
@@ -132,6 +140,7 @@ class SampleSet:
             num_inference_steps=self.steps,
             generator=[sample_generator(self.seed, index, pipeline.device) for index in indices],
             output_type="latent",
+            **dict(self.subject.sampler.arguments),
         ).latents
         # a device may still be at work: copying waits for it
         sequences = pipeline.decode_to_sequences(latents).cpu()
@@ -141,6 +150,7 @@ class SampleSet:
             "is_finite": latents.isfinite().flatten(1).all(1),
             "seconds": torch.full((len(indices),), seconds / len(indices), dtype=torch.float64),
             "batch_size": torch.full((len(indices),), batch_size),
+            "nfe": torch.full((len(indices),), pipeline.num_function_evaluations),
         }
         self.rows.save(indices, values)
 

@@ -22,12 +22,20 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from tokenizers import Tokenizer
 
+import over_evaluations
 import pareto
 import pipeline_evaluation
 import smoothness
 from finished_parts import FinishedParts, module_digest, remove_unfinished
 from folder_lock import lock_folder
-from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TokenEntropy
+from ldlm_hf import (
+    GenerativePerplexity,
+    LDLMPipeline,
+    Mauve,
+    NGramDiversity,
+    TangentDDIMScheduler,
+    TokenEntropy,
+)
 from ldlm_hf.metrics import load_judge
 from pareto import pareto_frontier
 from pipeline_evaluation import over_seeds
@@ -37,6 +45,7 @@ from sampling import SampleSet, pairs_of, sample_generator
 
 Run = Callable[..., None]
 METRICS = ("generative_perplexity", "trimmed_mean_perplexity", "entropy", "diversity", "mauve")
+GUIDED = "own:self_condition_scale=1.5"
 COUNTS = ("num_texts", "num_blank_texts", "num_unscored_texts", "num_nonfinite_texts")
 
 
@@ -516,6 +525,55 @@ def test_two_pipelines_in_one_table(
         results["judge"] is results["mauve"] is whole["generative_perplexity"] is whole["num_unscored_texts"] is None
     )
     assert not (tmp_path / "out" / "pareto.png").exists()
+
+
+def test_samplers_in_one_table(run: Callable, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Each is what the pipeline makes with that scheduler and that call, counts its evaluations, and is drawn."""
+    samplers = ["own", "TangentDDIMScheduler:eta=0.5,time_grid=log_snr", "UniPCMultistepScheduler", GUIDED]
+    results = run("out", "--samplers", *samplers, "--steps", "2", "3", "--interpolation", "--num_positions", "3")
+    entries = results["pipelines"]
+    assert [entry["sampler"] for entry in entries] == samplers
+    assert [entry["name"] for entry in entries] == [f"run, {sampler}" for sampler in samplers]
+    assert [[one["nfe"] for one in entry["sets"]] for entry in entries] == [[2, 3]] * 3 + [[3, 5]]
+    assert len({json.dumps(entry["sets"][0]["seeds"][0]["entropy"]) for entry in entries}) == len(samplers)
+    # lines between real texts are decoded, not sampled
+    assert [("interpolation" in entry) for entry in entries] == [True, False, False, False]
+
+    pipeline = LDLMPipeline.from_pretrained(pipeline_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = TangentDDIMScheduler.from_config(pipeline.scheduler.config, eta=0.5, time_grid="log_snr")
+    generators = [sample_generator(1, index, pipeline.device) for index in range(20)]
+    sequences = pipeline(batch_size=20, num_inference_steps=3, generator=generators).sequences
+    expected = TokenEntropy().compute(predictions=sequences.tolist())["entropy"]
+    assert entries[1]["sets"][1]["seeds"][1]["entropy"] == pytest.approx(expected, abs=1e-6)
+
+    table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert f"| run, {GUIDED} | 3 | 5 |" in table
+    figure = over_evaluations.plot_over_evaluations([results])
+    shown = {axes.get_ylabel(): axes for axes in figure.axes if axes.get_visible()}
+    assert len(shown) == 4
+    curves = shown["entropy (nats)"].containers
+    assert [list(curve.lines[0].get_xdata()) for curve in curves] == [[2, 3]] * 3 + [[3, 5]]
+    assert list(curves[1].lines[0].get_ydata()) == [one["mean"]["entropy"] for one in entries[1]["sets"]]
+    assert (tmp_path / "out" / "evaluations.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ("DDIM", "unknown scheduler 'DDIM'; known: own, TangentEulerMaruyamaScheduler, TangentDDIMScheduler"),
+        ("TangentDDIMScheduler:steps=3", "unknown setting 'steps'; known: self_condition_scale.*eta"),
+        ("own:eta=1.0", "unknown setting 'eta'; known: self_condition_scale, self_condition_decay"),
+        ("TangentDDIMScheduler:eta", "'eta' is no key=value"),
+        ("TangentDDIMScheduler:eta=2.0", r"eta=2\.0 must lie in \[0, 1\]"),
+        ("TangentDDIMScheduler:time_grid=learned", "this one has none"),
+        ("TangentDPMSolverMultistepScheduler", "num_inference_steps=1 is below solver_order=2"),
+    ],
+)
+def test_bad_samplers(run: Callable, tmp_path: Path, sampler: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run("out", "--samplers", sampler)
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_of_a_training_configuration(

@@ -1,0 +1,102 @@
+"""How a pipeline is sampled, as one word of a command line: a scheduler with settings of its own, and guidance.
+
+own                                             the pipeline's scheduler as it is
+TangentDDIMScheduler:eta=1.0,time_grid=log_snr  another one, and what differs from the pipeline's configuration
+own:self_condition_scale=1.5                    arguments of the pipeline's call
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from ldlm_hf import (
+    LDLMPipeline,
+    TangentChurnScheduler,
+    TangentDDIMScheduler,
+    TangentDPMSolverMultistepScheduler,
+    TangentEulerMaruyamaScheduler,
+    TangentFlowMapScheduler,
+    TangentScheduler,
+    diffusers_config,
+)
+
+
+OWN = "own"
+SCHEDULERS: dict[str, type] = {
+    scheduler.__name__: scheduler
+    for scheduler in (
+        TangentEulerMaruyamaScheduler,
+        TangentDDIMScheduler,
+        TangentDPMSolverMultistepScheduler,
+        TangentChurnScheduler,
+        TangentFlowMapScheduler,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+    )
+}
+CALL_ARGUMENTS = ("self_condition_scale", "self_condition_decay")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler and arguments of the pipeline's call.
+
+    Attributes:
+        text: as it was typed.
+        scheduler: name of its class; `own` for the pipeline's.
+        settings: of the scheduler, over the pipeline's configuration, as pairs.
+        arguments: of the call, as pairs.
+    """
+
+    text: str = OWN
+    scheduler: str = OWN
+    settings: tuple[tuple[str, Any], ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Sampler:
+        """Reads `NAME[:key=value,...]`.
+
+        Raises:
+            ValueError: an unknown scheduler or setting, or what is no pair of key and value.
+        """
+        name, _, pairs = text.partition(":")
+        if name != OWN and name not in SCHEDULERS:
+            raise ValueError(
+                f"--samplers {text!r}: unknown scheduler {name!r}; known: {OWN}, {', '.join(SCHEDULERS)}."
+            )
+        known = [] if name == OWN else [key for key in inspect.signature(SCHEDULERS[name]).parameters if key != "self"]
+        settings, arguments = [], []
+        for pair in filter(None, pairs.split(",")):
+            key, separator, value = pair.partition("=")
+            if not separator:
+                raise ValueError(f"--samplers {text!r}: {pair!r} is no key=value.")
+            if key in CALL_ARGUMENTS:
+                arguments.append((key, yaml.safe_load(value)))
+            elif key in known:
+                settings.append((key, yaml.safe_load(value)))
+            else:
+                raise ValueError(
+                    f"--samplers {text!r}: unknown setting {key!r}; known: {', '.join([*CALL_ARGUMENTS, *known])}."
+                )
+        return cls(text, name, tuple(settings), tuple(arguments))
+
+    def apply(self, pipeline: LDLMPipeline) -> None:
+        """Gives a pipeline the scheduler.
+
+        Raises:
+            ValueError: settings that the scheduler refuses.
+        """
+        if self.scheduler == OWN:
+            return
+        scheduler_class, changes = SCHEDULERS[self.scheduler], dict(self.settings)
+        if issubclass(scheduler_class, TangentScheduler):
+            pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
+        else:
+            pipeline.scheduler = scheduler_class.from_config(diffusers_config(pipeline.scheduler, **changes))
