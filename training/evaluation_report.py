@@ -24,22 +24,20 @@ COUNTS = {"num_blank_texts": "blank", "num_unscored_texts": "unscored", "num_non
 def results_text(results: dict[str, Any]) -> str:
     """The table, with real text and controls in rows of their own, and what its numbers depend on."""
 
-    def row(
-        name: str, steps: str, nfe: str, mean: dict[str, Any], std: dict[str, Any], sets: list[dict[str, Any]]
-    ) -> list[str]:
+    def row(names: list[str], mean: dict[str, Any], std: dict[str, Any], sets: list[dict[str, Any]]) -> list[str]:
         scores = [cell(mean.get(key), std.get(key), digits) for key, (_, digits) in COLUMNS.items()]
         counts = [
             "–" if any(one[key] is None for one in sets) else f"{sum(one[key] for one in sets):,}" for key in COUNTS
         ]
-        return [name, steps, nfe, *scores, *counts]
+        return [*names, *scores, *counts]
 
-    rows = [row("real text", "", "", results["real_text"], {}, [results["real_text"]])]
+    rows = [row(["real text", "", ""], results["real_text"], {}, [results["real_text"]])]
     for name, scores in results["controls"].items():
-        rows.append(row(f"real text, {name.replace('_', ' ')}", "", "", scores, {}, [scores]))
+        rows.append(row([f"real text, {name.replace('_', ' ')}", "", ""], scores, {}, [scores]))
     for entry in results["pipelines"]:
         for one in entry["sets"]:
-            steps, nfe = f"{one['steps']:,}", f"{one['nfe']:,}"
-            rows.append(row(entry["name"], steps, nfe, one["mean"], one["std"], one["seeds"]))
+            names = [entry["name"], f"{one['steps']:,}", f"{one['nfe']:,}"]
+            rows.append(row(names, one["mean"], one["std"], one["seeds"]))
     header = ["texts", "steps", "NFE", *(heading for heading, _ in COLUMNS.values()), *COUNTS.values()]
     sections = [
         "# Evaluation",

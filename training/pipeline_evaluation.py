@@ -188,8 +188,8 @@ def load_subjects(options: argparse.Namespace) -> tuple[list[Subject], PreTraine
 
     Raises:
         OSError: one cannot be loaded.
-        ValueError: they differ in tokenizer or sequence length, one has no encoders for `--interpolation`, or a sampler
-            is unknown or refuses its settings or a number of steps.
+        ValueError: they differ in tokenizer or sequence length, one has no encoders for `--interpolation`, or a
+            sampler is unknown or refuses its settings or a number of steps.
     """
     subjects = []
     for name, path in zip(options.names, options.pipeline, strict=True):

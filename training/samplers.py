@@ -11,8 +11,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from omegaconf import OmegaConf
 
 from ldlm_hf import (
     LDLMPipeline,
@@ -68,23 +68,18 @@ class Sampler:
         """
         name, _, pairs = text.partition(":")
         if name != OWN and name not in SCHEDULERS:
-            raise ValueError(
-                f"--samplers {text!r}: unknown scheduler {name!r}; known: {OWN}, {', '.join(SCHEDULERS)}."
-            )
-        known = [] if name == OWN else [key for key in inspect.signature(SCHEDULERS[name]).parameters if key != "self"]
+            known = ", ".join([OWN, *SCHEDULERS])
+            raise ValueError(f"--samplers {text!r}: unknown scheduler {name!r}; known: {known}.")
+        own_settings = [] if name == OWN else list(inspect.signature(SCHEDULERS[name]).parameters)
         settings, arguments = [], []
         for pair in filter(None, pairs.split(",")):
-            key, separator, value = pair.partition("=")
+            key, separator, _ = pair.partition("=")
             if not separator:
                 raise ValueError(f"--samplers {text!r}: {pair!r} is no key=value.")
-            if key in CALL_ARGUMENTS:
-                arguments.append((key, yaml.safe_load(value)))
-            elif key in known:
-                settings.append((key, yaml.safe_load(value)))
-            else:
-                raise ValueError(
-                    f"--samplers {text!r}: unknown setting {key!r}; known: {', '.join([*CALL_ARGUMENTS, *known])}."
-                )
+            if key not in [*CALL_ARGUMENTS, *own_settings]:
+                known = ", ".join([*CALL_ARGUMENTS, *own_settings])
+                raise ValueError(f"--samplers {text!r}: unknown setting {key!r}; known: {known}.")
+            (settings if key in own_settings else arguments).append((key, OmegaConf.from_dotlist([pair])[key]))
         return cls(text, name, tuple(settings), tuple(arguments))
 
     def apply(self, pipeline: LDLMPipeline) -> None:
