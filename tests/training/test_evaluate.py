@@ -427,7 +427,7 @@ def test_blank_texts_are_counted_and_leave_no_number(
     assert set(curve["generative_perplexity"]) == {None} and curve["roughness"] is None
     assert curve["num_unscored_texts"] == 11 * 10
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
-    assert "| run | 1 | – | – | – | 0." in table and "| 40 | 40 | 0 |" in table
+    assert "| run | 1 | 1 | – | – | – | 0." in table and "| 40 | 40 | 0 |" in table
     assert (tmp_path / "out" / "pareto.png").is_file()
     assert "no text to score: 2." in pareto.plot_pareto([results]).axes[0].get_title(loc="left")
 
