@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..hub.safe_loading import SafeLoadingMixin, check_settings
@@ -44,6 +46,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     _no_split_modules = [DiffusionTransformerBlock.__name__]
     _repeated_blocks = [DiffusionTransformerBlock.__name__]
     _skip_layerwise_casting_patterns = ["time_proj", "time_embedder", "positions", "modulation"]
+    # a row is 6 num_layers + 2 vectors, 227 KB at the paper's size in float32: 64 of them read the modulations'
+    # weights once instead of 64 times, and are small beside the activations of one sample
+    _times_modulated_at_once = 64
 
     @register_to_config
     def __init__(
@@ -84,6 +89,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         timestep: torch.Tensor,
         self_condition: torch.Tensor | None = None,
         return_dict: bool = True,
+        modulation: torch.Tensor | None = None,
     ) -> LDLMTransformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -95,29 +101,71 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
                 An earlier prediction of the clean latents; `None` stands for zeros.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`LDLMTransformer1DModelOutput`] instead of a tuple.
+            modulation (`torch.Tensor` of shape `(1, 6 * num_layers + 2, width)`, *optional*):
+                What [`~LDLMTransformer1DModel.modulations`] gave for `timestep`, which is then not read.
 
         Raises:
             ValueError: shapes that do not fit the model or each other.
         """
-        self._check_shapes(hidden_states, timestep, self_condition)
-        frequencies = self.time_proj(timestep.reshape(-1).float())
-        # the embedder may be cast to half precision; the sinusoids are not
-        time_embedding = self.time_embedder(frequencies.to(hidden_states.dtype))  # (R, D), R = B or 1
+        self._check_shapes(hidden_states, timestep, self_condition, modulation)
+        time_embedding: torch.Tensor | None = None  # (R, D), R = B or 1
+        of_blocks: list[torch.Tensor | None] = [None] * len(self.blocks)
+        if modulation is None:
+            time_embedding = self._embed_times(timestep, hidden_states.dtype)
+            shift, scale = self.modulation_out(time_embedding)
+        else:
+            *of_blocks, shift, scale = modulation.split([6] * len(self.blocks) + [1, 1], dim=1)
 
         if self_condition is None:
             self_condition = torch.zeros_like(hidden_states)
         hidden_states = self.proj_in(torch.cat([hidden_states, self_condition], dim=-1)) + self.positions  # (B, N, D)
-        for block in self.blocks:
+        for block, of_block in zip(self.blocks, of_blocks, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_embedding)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_embedding, of_block)
             else:
-                hidden_states = block(hidden_states, time_embedding)
-        hidden_states = modulate(hidden_states, *self.modulation_out(time_embedding))
+                hidden_states = block(hidden_states, time_embedding, of_block)
+        hidden_states = modulate(hidden_states, shift, scale)
         sample = self.proj_out(hidden_states)  # (B, N, d_z)
         return LDLMTransformer1DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def _embed_times(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Embeddings (R, D) of R times, which may have any shape."""
+        frequencies = self.time_proj(timesteps.reshape(-1).float())
+        # the embedder may be cast to half precision; the sinusoids are not
+        return self.time_embedder(frequencies.to(dtype))
+
+    def modulations(self, timesteps: torch.Tensor) -> Iterator[torch.Tensor | None]:
+        """All that `forward` derives from the time, for each of a grid of times, of which every sample shares one.
+
+        They are computed many times at once and ahead of the steps, each of which would read all of the modulations'
+        weights (a third of the model) for a single row. Pass them on to `forward` as `modulation`.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(num_steps,)`): times in [0, 1].
+
+        Returns:
+            An iterator over one tensor of shape `(1, 6 * num_layers + 2, width)` a time; over `None`, with which
+            `forward` computes it itself, where group offloading has a block's weights at hand in its own turn only.
+        """
+        for some in timesteps.split(self._times_modulated_at_once):
+            if any(hasattr(module, "_diffusers_hook") for module in self.blocks.modules()):
+                yield from [None] * len(some)
+            else:
+                yield from self._modulate_times(some).split(1)
+
+    @apply_forward_hook
+    def _modulate_times(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Modulations (S, 6 num_layers + 2, D) of S times."""
+        time_embedding = self._embed_times(timesteps, self.dtype)
+        layers = [*(block.get_submodule("modulation") for block in self.blocks), self.modulation_out]
+        return torch.cat([part for layer in layers for part in layer(time_embedding)], dim=1)
+
     def _check_shapes(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, self_condition: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        self_condition: torch.Tensor | None,
+        modulation: torch.Tensor | None,
     ) -> None:
         expected = (self.config.sample_size, self.config.in_channels)
         if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
@@ -134,4 +182,10 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"self_condition of shape {tuple(self_condition.shape)} must have the shape of hidden_states, "
                 f"{tuple(hidden_states.shape)}."
+            )
+        expected_modulation = (1, 6 * len(self.blocks) + 2, self.positions.shape[1])
+        if modulation is not None and modulation.shape != expected_modulation:
+            raise ValueError(
+                f"modulation of shape {tuple(modulation.shape)} must be one of those that this denoiser's "
+                f"`modulations` gives, of shape {expected_modulation}."
             )

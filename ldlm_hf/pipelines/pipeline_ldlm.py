@@ -66,6 +66,7 @@ class LDLMPipeline(DiffusionPipeline):
     _optional_components = ["latent_decoder", "token_encoder", "latent_encoder"]
     _callback_tensor_inputs = ["latents", "clean_latents"]
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
+    max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
     def __init__(
         self,
@@ -326,18 +327,22 @@ class LDLMPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            # or else the scheduler reads the first time back from the device to look it up
+            self.scheduler.set_begin_index(0)
         latents = self.prepare_latents(batch_size, device, generator, latents)
         clean_latents = torch.zeros_like(latents)
         transformer_dtype = self.transformer.dtype
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(self.scheduler.timesteps):
+            modulations = self.transformer.modulations(self.scheduler.timesteps)
+            for i, (t, modulation) in enumerate(zip(self.scheduler.timesteps, modulations, strict=True)):
                 if self.interrupt:
                     continue
                 model_input = self.scheduler.scale_model_input(latents, t)
                 clean_latents = self.transformer(
-                    model_input.to(transformer_dtype), t, clean_latents.to(transformer_dtype)
+                    model_input.to(transformer_dtype), t, clean_latents.to(transformer_dtype), modulation=modulation
                 ).sample  # (B, N, d_z)
                 latents = self.scheduler.step(clean_latents, t, latents, generator=generator).prev_sample
 
@@ -365,15 +370,16 @@ class LDLMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
         """Maps clean latents (B, N, d_z) to their most likely token ids (B, L); for use in callbacks, too."""
+        # a large batch in parts: the decoders' layers would need more memory for all of it than the denoiser's do
+        parts = latents.split(max(1, self.max_decoded_positions // latents.shape[1]))
+        return torch.cat([self._decode_part_to_sequences(part) for part in parts])
+
+    def _decode_part_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
         if self.latent_decoder is None:
             hidden_states = latents
         else:
             hidden_states = self.latent_decoder(latents.to(self.latent_decoder.dtype)).hidden_states  # (B, L, D)
-        hidden_states = hidden_states.to(self.token_decoder.dtype)
-        # one sample at a time: the logits of a whole batch, (B, L, V), would dwarf everything else in memory
-        # (max finds the index several times faster than argmax on a CPU)
-        sequences = [self.token_decoder(sample[None]).logits.max(-1).indices for sample in hidden_states]
-        return torch.cat(sequences)
+        return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
 
     def _to_texts(self, sequences: torch.Tensor) -> list[str]:
         """Token ids (B, L) → texts, without special tokens."""

@@ -218,7 +218,9 @@ class TangentEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         sample_weight, clean_weight, noise_weight = self._coefficients[self._step_index]
         noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         clean_latents = model_output.to(sample.dtype)
-        prev_sample = sample_weight * sample + clean_weight * clean_latents + noise_weight * noise
+        # summed in the noise's own memory: nobody else holds it, whereas a callback may hold the samples
+        prev_sample = noise.mul_(noise_weight)
+        prev_sample.add_(sample, alpha=sample_weight).add_(clean_latents, alpha=clean_weight)
         self._step_index += 1
         if not return_dict:
             return prev_sample, clean_latents
