@@ -265,8 +265,9 @@ class AdaLayerNormModulation(nn.Module):
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Layer norm without learned scale, then (1 + scale) x + shift; (B, N, D) with shift and scale (R, 1, D)."""
-    if shift.shape[0] == 1:
-        # one row for the whole batch is an affine norm, which passes over the latents once instead of twice
+    if shift.shape[0] == 1 and shift.dtype == hidden_states.dtype:
+        # one row for the whole batch is an affine norm, which passes over the latents once instead of twice (autocast
+        # makes rows of another type than the latents', which the kernel for the CPU does not take)
         return F.layer_norm(hidden_states, hidden_states.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale)
