@@ -2,7 +2,8 @@
 
     python training/benchmark.py                                        # the paper's geometry, L = 128 and 1,024
     python training/benchmark.py --lengths 1024 --dtypes bfloat16 --profile
-    python training/benchmark.py --geometry tiny --lengths 16 --repeats 1
+    python training/benchmark.py --workloads peers --peer_lengths 1024 --peer_batch_size 16
+    python training/benchmark.py --geometry tiny --lengths 16 --peer_lengths 16 --peer_batch_size 2 --repeats 1
 
 Weights are random and nothing is downloaded. Three workloads are measured, each as the package runs it:
 
@@ -19,6 +20,14 @@ allocated beforehand, in the same process and in turns with the workload, so tha
 others use slows both. `ratio` is the median over the turns of measured time over floor.
 
 Peak memory is that of a fresh process that did nothing but this workload: resident set on CPU, allocator on CUDA.
+
+**Peers** are models of the same geometry that sample tokens (`token_level_peers.py`): a step of masked and of uniform
+discrete diffusion on the denoiser's own backbone, and an autoregressive GPT-2 with a KV cache, which takes one step a
+token. They are timed in turns with the sampling step and the decode, in one process and at one batch size, and the
+time a sample is (steps x step + what is done once) / batch size for each number of steps (network evaluations, NFE).
+
+`--compile` compiles the blocks of this package's models and of the diffusing peers, as `loop.compile` does in
+training. The floor stays that of the products as they are dispatched without it.
 """
 
 from __future__ import annotations
@@ -35,6 +44,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,8 +56,9 @@ from tokenizers.models import WordLevel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from components import compile_blocks
 from ldlm_hf import (
     JointObjective,
     LDLMLatentDecoder,
@@ -64,10 +75,17 @@ from ldlm_hf import (
 )
 from loop import build_optimizer
 from settings import OptimizerSettings
+from token_level_peers import (
+    TokenLevelDenoiser,
+    denoising_step,
+    generate_autoregressively,
+    masked_posterior,
+    uniform_posterior,
+)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WORKLOADS = ("sampling", "training")
+WORKLOADS = ("sampling", "training", "peers")
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,7 @@ class Case:
     """What one fresh process measures.
 
     Attributes:
-        workload: `sampling` (its step and the decode) or `training`.
+        workload: `sampling` (its step and the decode), `training`, or `peers` (sampling and the peers').
         geometry: a name in `GEOMETRIES`.
         length: tokens L, and as many latents.
         batch_size: sequences of a step.
@@ -133,6 +151,7 @@ class Case:
         device: a torch device.
         repeats: turns of workload and products.
         profile: also list the operators that take the time.
+        compile: compile the models' blocks first.
     """
 
     workload: str
@@ -143,6 +162,7 @@ class Case:
     device: str
     repeats: int
     profile: bool
+    compile: bool = False
 
 
 @dataclass
@@ -182,6 +202,34 @@ class Measurement:
     parameters: int
     products: list[dict[str, Any]]
     operators: list[dict[str, Any]]
+
+
+@dataclass
+class SamplerTiming:
+    """How long a way of sampling takes; times are in seconds and for a whole batch.
+
+    Attributes:
+        sampler: latent diffusion, or the peer's name.
+        parameters: number of parameters that sampling uses.
+        step_seconds: median time of a step, one network evaluation.
+        once_seconds: median time of what is done once, whatever the number of steps: the decode.
+        step_ratio: median over the turns of the step's time over that of latent diffusion.
+        num_steps: the only possible number of steps, one a token; `None` where it can be chosen.
+    """
+
+    sampler: str
+    dtype: str
+    device: str
+    length: int
+    batch_size: int
+    parameters: int
+    step_seconds: float
+    once_seconds: float
+    step_ratio: float
+    num_steps: int | None
+
+    def seconds_per_sample(self, num_steps: int) -> float:
+        return (num_steps * self.step_seconds + self.once_seconds) / self.batch_size
 
 
 # 1. Recording the matrix products
@@ -453,6 +501,78 @@ def training_workloads(case: Case) -> Iterator[Workload]:
     yield Workload("training step", step, [objective])
 
 
+@dataclass
+class Peer:
+    """A model that samples tokens.
+
+    Attributes:
+        name: what the report calls it.
+        model: it.
+        run: does `steps_of_a_run` steps.
+        steps_of_a_run: steps of one call of `run`.
+        num_steps: the only possible number of steps; `None` where it can be chosen.
+    """
+
+    name: str
+    model: nn.Module
+    run: Callable[[], Any]
+    steps_of_a_run: int = 1
+    num_steps: int | None = None
+
+
+def transformer_config(geometry: Geometry) -> Any:
+    """The denoiser's configuration, defaults included."""
+    with torch.device("meta"):
+        return LDLMTransformer1DModel(**geometry.transformer).config
+
+
+def gpt2_config(geometry: Geometry, length: int) -> GPT2Config:
+    """A GPT-2 as deep and as wide as the denoiser: GPT-2 small at the paper's geometry."""
+    backbone = transformer_config(geometry)
+    return GPT2Config(
+        vocab_size=LDLMTokenDecoderConfig(**geometry.token_decoder).vocab_size,
+        n_positions=length,
+        n_embd=backbone.num_attention_heads * backbone.attention_head_dim,
+        n_layer=backbone.num_layers,
+        n_head=backbone.num_attention_heads,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def build_peers(case: Case) -> list[Peer]:
+    """The token-level models at the geometry of the denoiser, and with the token decoder's vocabulary."""
+    geometry, dtype, device = GEOMETRIES[case.geometry], DTYPES[case.dtype], torch.device(case.device)
+    vocab_size = LDLMTokenDecoderConfig(**geometry.token_decoder).vocab_size
+    backbone = transformer_config(geometry)
+    width = backbone.num_attention_heads * backbone.attention_head_dim
+    peers = []
+    words = torch.randint(vocab_size, (case.batch_size, case.length), device=device)
+    half_masked = words.masked_fill(torch.rand(words.shape, device=device) < 0.5, vocab_size)
+    for name, posterior, token_ids in (
+        ("masked diffusion", masked_posterior, half_masked),
+        ("uniform diffusion", uniform_posterior, words),
+    ):
+        denoiser = TokenLevelDenoiser(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            num_layers=backbone.num_layers,
+            num_heads=backbone.num_attention_heads,
+            intermediate_size=int(width * backbone.mlp_ratio),
+            sequence_length=case.length,
+        )
+        randomize_zero_weights(denoiser)
+        denoiser = denoiser.to(device, dtype).eval()
+        # a step in the middle, of 128; no step of either method costs more or less than another
+        run = partial(denoising_step, denoiser, posterior, token_ids, 0.5, 0.5 - 1 / 128)
+        peers.append(Peer(name, denoiser, run))
+
+    language_model = GPT2LMHeadModel(gpt2_config(geometry, case.length)).to(device, dtype).eval()
+    run = partial(generate_autoregressively, language_model, case.batch_size, case.length)
+    peers.append(Peer("autoregressive, KV cache", language_model, run, case.length, case.length))
+    return peers
+
+
 # 4. Measuring
 
 
@@ -466,8 +586,11 @@ def measure_case(case: Case) -> list[Measurement]:
 def measure_workload(workload: Workload, case: Case) -> Measurement:
     """Records the products of a workload, then times it in turns with each of them."""
     device = torch.device(case.device)
-    with MatrixProductRecorder() as recorder:
+    # what an earlier workload has compiled dispatches no products
+    with torch.compiler.set_stance("force_eager"), MatrixProductRecorder() as recorder:
         workload.run()
+    if case.compile:
+        compile_all_blocks(workload.modules)
     workload.run()  # nothing is left to be set up or compiled when the clock runs
     counts = recorder.counts
     peak_memory = peak_memory_gib(device)
@@ -517,9 +640,52 @@ def measure_workload(workload: Workload, case: Case) -> Measurement:
     )
 
 
-def measure_in_fresh_process(case: Case) -> list[Measurement]:
+def compile_all_blocks(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        for model in module.modules():
+            compile_blocks(model)
+
+
+def measure_peers(case: Case) -> list[SamplerTiming]:
+    """Times latent diffusion and its peers in turns; meant to be called in a fresh process."""
+    torch.manual_seed(0)
+    device = torch.device(case.device)
+    step, decode = sampling_workloads(case)
+    peers = [Peer("latent diffusion", nn.ModuleList(step.modules), step.run), *build_peers(case)]
+
+    if case.compile:
+        compile_all_blocks([peer.model for peer in peers])
+    # nothing is left to be set up or compiled when the clock runs
+    decode.run()
+    for peer in peers:
+        peer.run()
+    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    once: list[float] = []
+    for _ in range(case.repeats):
+        once.append(elapsed_seconds(decode.run, device))
+        for peer in peers:
+            seconds[peer.name].append(elapsed_seconds(peer.run, device) / peer.steps_of_a_run)
+    ours = seconds[peers[0].name]
+    return [
+        SamplerTiming(
+            sampler=peer.name,
+            dtype=case.dtype,
+            device=case.device,
+            length=case.length,
+            batch_size=case.batch_size,
+            parameters=sum(parameter.numel() for parameter in peer.model.parameters()),
+            step_seconds=statistics.median(seconds[peer.name]),
+            once_seconds=statistics.median(once) if peer is peers[0] else 0.0,
+            step_ratio=statistics.median(theirs / our for theirs, our in zip(seconds[peer.name], ours, strict=True)),
+            num_steps=peer.num_steps,
+        )
+        for peer in peers
+    ]
+
+
+def in_fresh_process(measure: Callable[[Case], Any], case: Case) -> Any:
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
-        return executor.submit(measure_case, case).result()
+        return executor.submit(measure, case).result()
 
 
 # 5. The report
@@ -613,6 +779,42 @@ def whole_sampling_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def peer_rows(timings: Sequence[SamplerTiming], nfe: Sequence[int]) -> list[dict[str, Any]]:
+    """Each timing with its time a sample for each number of steps that it can take."""
+    rows = []
+    for timing in timings:
+        possible = nfe if timing.num_steps is None else [timing.num_steps]
+        seconds = {str(num_steps): timing.seconds_per_sample(num_steps) for num_steps in possible}
+        rows.append(asdict(timing) | {"seconds_per_sample": seconds})
+    return rows
+
+
+def peer_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds a sample against the number of steps, empty where a sampler cannot take as many."""
+    columns = sorted({int(num_steps) for row in rows for num_steps in row["seconds_per_sample"]})
+    header = ["sampler", "dtype", "L", "batch", "parameters", "step, s", "of ours", "once, s"]
+    return markdown_table(
+        [*header, *(f"NFE {column}" for column in columns)],
+        [
+            [
+                row["sampler"],
+                row["dtype"],
+                row["length"],
+                row["batch_size"],
+                f"{row['parameters'] / 1e6:.1f}M",
+                f"{row['step_seconds']:.4g}",
+                f"{row['step_ratio']:.2f}x",
+                f"{row['once_seconds']:.4g}",
+                *(
+                    f"{row['seconds_per_sample'][str(column)]:.4g}" if str(column) in row["seconds_per_sample"] else ""
+                    for column in columns
+                ),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def cost_table(measurements: Sequence[Measurement]) -> str:
     """Cost of a step against L: milliseconds a token, and in brackets times the cost at the shortest L."""
     lengths = sorted({item.length for item in measurements})
@@ -638,13 +840,18 @@ def operator_tables(measurements: Sequence[Measurement]) -> str:
 def print_report(report: dict[str, Any], measurements: Sequence[Measurement], profile: bool) -> None:
     print("## Machine\n")
     print(markdown_table(["", ""], list(report["machine"].items())))
-    print("\n## Measured against the floor of the matrix products\n")
-    print(workload_table(measurements))
+    if measurements:
+        print("\n## Measured against the floor of the matrix products\n")
+        print(workload_table(measurements))
     if report["whole_sampling"]:
         print("\n## Whole sampling, by arithmetic: steps x sampling step + decode\n")
         print(whole_sampling_table(report["whole_sampling"]))
-    print("\n## Cost against L: milliseconds a token (times that at the shortest L)\n")
-    print(cost_table(measurements))
+    if measurements:
+        print("\n## Cost against L: milliseconds a token (times that at the shortest L)\n")
+        print(cost_table(measurements))
+    if report["peers"]:
+        print("\n## Seconds a sample against the number of steps (NFE): latent diffusion and its token-level peers\n")
+        print(peer_table(report["peers"]))
     if profile:
         print("\n## Operators that take the time\n")
         print(operator_tables(measurements))
@@ -663,41 +870,60 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--training_tokens", type=int, default=2048, help="tokens of a training step, likewise")
     parser.add_argument("--num_inference_steps", type=int, default=128, help="for the arithmetic of whole sampling")
+    parser.add_argument(
+        "--peer_lengths", nargs="+", type=int, default=[1024], help="sequence lengths L with the peers"
+    )
+    parser.add_argument("--peer_batch_size", type=int, default=16, help="samples of a batch with the peers")
+    parser.add_argument(
+        "--nfe",
+        nargs="+",
+        type=int,
+        default=[2**power for power in range(11)],
+        help="numbers of steps, for the arithmetic of the time a sample with the peers",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="turns of a workload and its products; medians count")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="list the operators that take the time")
+    parser.add_argument("--compile", action="store_true", help="compile the models' blocks")
     parser.add_argument("--output", type=Path, help="write everything as JSON to this file")
     arguments = parser.parse_args()
-    for name in ("sampling_tokens", "training_tokens", "num_inference_steps", "repeats"):
+    for name in ("sampling_tokens", "training_tokens", "num_inference_steps", "peer_batch_size", "repeats"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)} must be at least 1.")
-    if min(arguments.lengths) < 1:
-        parser.error(f"--lengths {min(arguments.lengths)} must be at least 1.")
+    for name in ("lengths", "peer_lengths", "nfe"):
+        if min(getattr(arguments, name)) < 1:
+            parser.error(f"--{name} {min(getattr(arguments, name))} must be at least 1.")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
     machine = describe_machine(torch.device(arguments.device))
-    report: dict[str, Any] = {"geometry": arguments.geometry, "machine": machine}
+    report: dict[str, Any] = {"geometry": arguments.geometry, "compile": arguments.compile, "machine": machine}
     measurements: list[Measurement] = []
+    timings: list[SamplerTiming] = []
     for workload in arguments.workloads:
         tokens = arguments.sampling_tokens if workload == "sampling" else arguments.training_tokens
         for dtype in arguments.dtypes:
-            for length in arguments.lengths:
+            for length in arguments.peer_lengths if workload == "peers" else arguments.lengths:
                 case = Case(
                     workload=workload,
                     geometry=arguments.geometry,
                     length=length,
-                    batch_size=max(1, tokens // length),
+                    batch_size=arguments.peer_batch_size if workload == "peers" else max(1, tokens // length),
                     dtype=dtype,
                     device=arguments.device,
                     repeats=arguments.repeats,
                     profile=arguments.profile,
+                    compile=arguments.compile,
                 )
                 print(f"measuring {case}", file=sys.stderr)
-                measurements += measure_in_fresh_process(case)
+                if workload == "peers":
+                    timings += in_fresh_process(measure_peers, case)
+                else:
+                    measurements += in_fresh_process(measure_case, case)
     report["measurements"] = [asdict(item) for item in measurements]
+    report["peers"] = peer_rows(timings, arguments.nfe)
     report["whole_sampling"] = whole_sampling(measurements, arguments.num_inference_steps)
     print_report(report, measurements, arguments.profile)
     if arguments.output is not None:

@@ -213,3 +213,11 @@ def trained_components(objective: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def count_parameters(module: nn.Module) -> int:
     """Number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def compile_blocks(model: nn.Module, **kwargs: Any) -> None:
+    """Compiles the repeated blocks of a model, which share a graph, with arguments of `torch.compile` if need be."""
+    for block in model.modules():
+        if type(block).__name__ in getattr(model, "_repeated_blocks", ()):
+            # shapes stay the same from step to step, and a graph break shall not go unnoticed
+            block.compile(fullgraph=True, dynamic=False, **kwargs)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from accelerate import Accelerator
-from components import count_parameters, trained_components
+from components import compile_blocks, count_parameters, trained_components
 from evaluation import held_out_sequences
 from flops import RunEstimate, device_peak, estimate_run
 from hub_upload import HubUploads, add_hub_arguments
@@ -217,10 +217,7 @@ def speed_up(objective: nn.Module, settings: LoopSettings) -> None:
             elif module.supports_gradient_checkpointing:
                 module.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.compile:
-            for block in module.modules():
-                if type(block).__name__ in getattr(module, "_repeated_blocks", ()):
-                    # shapes stay the same from step to step, and a graph break shall not go unnoticed
-                    block.compile(fullgraph=True, dynamic=False)
+            compile_blocks(module)
 
 
 def load_text(

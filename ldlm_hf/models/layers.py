@@ -265,6 +265,10 @@ class AdaLayerNormModulation(nn.Module):
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Layer norm without learned scale, then (1 + scale) x + shift; (B, N, D) with shift and scale (R, 1, D)."""
+    if shift.shape[0] == 1 and shift.dtype == hidden_states.dtype:
+        # one row for the whole batch is an affine norm, which passes over the latents once instead of twice (autocast
+        # makes rows of another type than the latents', which the kernel for the CPU does not take)
+        return F.layer_norm(hidden_states, hidden_states.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, 1 + scale)
 
@@ -278,8 +282,15 @@ class DiffusionTransformerBlock(nn.Module):
         self.attention = SelfAttention(hidden_size, num_heads, bias=True)
         self.feed_forward = FeedForward(hidden_size, intermediate_size)
 
-    def forward(self, hidden_states: torch.Tensor, time_embedding: torch.Tensor) -> torch.Tensor:
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self.modulation(time_embedding)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        time_embedding: torch.Tensor | None,
+        modulation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, N, D) → (B, N, D), with the time's embedding (R, D), or its modulation (R, 6, D) computed ahead."""
+        parts = self.modulation(time_embedding) if modulation is None else modulation.chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = parts
         attended = self.attention(modulate(hidden_states, shift_attn, scale_attn))
         hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
         fed_forward = self.feed_forward(modulate(hidden_states, shift_ff, scale_ff))

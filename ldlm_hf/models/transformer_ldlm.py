@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..hub.safe_loading import SafeLoadingMixin, check_settings
@@ -50,6 +52,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     _no_split_modules = [DiffusionTransformerBlock.__name__]
     _repeated_blocks = [DiffusionTransformerBlock.__name__]
     _skip_layerwise_casting_patterns = ["time_proj", "time_embedder", "positions", "modulation"]
+    # a row is 6 num_layers + 2 vectors, 227 KB at the paper's size in float32: 64 of them read the modulations'
+    # weights once instead of 64 times, and are small beside the activations of one sample
+    _times_modulated_at_once = 64
 
     @register_to_config
     def __init__(
@@ -98,6 +103,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self_condition: torch.Tensor | None = None,
         return_dict: bool = True,
         next_timestep: torch.Tensor | None = None,
+        modulation: torch.Tensor | None = None,
     ) -> LDLMTransformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -112,53 +118,98 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             next_timestep (`torch.Tensor` of the shape of `timestep`, *optional*):
                 Time that the step goes to, for a model with `next_timestep_conditioning`; `None` stands for
                 `timestep` itself, where the prediction is that of the clean latents at one time.
+            modulation (`torch.Tensor` of shape `(1, 6 * num_layers + 2, width)`, *optional*):
+                What [`~LDLMTransformer1DModel.modulations`] gave for these times, which are then not read.
 
         Raises:
             ValueError: shapes that do not fit the model or each other.
         """
-        self._check_shapes(hidden_states, timestep, self_condition)
-        time_embedding = self.embed_times(timestep, next_timestep, hidden_states.dtype)  # (R, D), R = B or 1
+        self._check_shapes(hidden_states, timestep, self_condition, modulation)
+        time_embedding: torch.Tensor | None = None  # (R, D), R = B or 1
+        of_blocks: list[torch.Tensor | None] = [None] * len(self.blocks)
+        if modulation is None:
+            time_embedding = self._embed_times(timestep, next_timestep, hidden_states.dtype)
+            shift, scale = self.modulation_out(time_embedding)
+        else:
+            *of_blocks, shift, scale = modulation.split([6] * len(self.blocks) + [1, 1], dim=1)
 
         if self_condition is None:
             self_condition = torch.zeros_like(hidden_states)
         hidden_states = self.proj_in(torch.cat([hidden_states, self_condition], dim=-1)) + self.positions  # (B, N, D)
-        for block in self.blocks:
+        for block, of_block in zip(self.blocks, of_blocks, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_embedding)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_embedding, of_block)
             else:
-                hidden_states = block(hidden_states, time_embedding)
-        hidden_states = modulate(hidden_states, *self.modulation_out(time_embedding))
+                hidden_states = block(hidden_states, time_embedding, of_block)
+        hidden_states = modulate(hidden_states, shift, scale)
         sample = self.proj_out(hidden_states)  # (B, N, d_z)
         return LDLMTransformer1DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def embed_times(
-        self, timestep: torch.Tensor, next_timestep: torch.Tensor | None, dtype: torch.dtype
+    def _embed_times(
+        self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Embedding (R, D) of one time, or of the two ends of a step: e(s) + f(t) - f(s), which is e(s) for t = s.
+        """Embeddings (R, D) of R times, which may have any shape, or of both ends of steps.
+
+        Of two ends e(s) + f(t) - f(s), which is e(s) for t = s.
 
         Raises:
-            ValueError: a second time for a model that knows one only, or of another shape than the first.
+            ValueError: second times for a model that knows one only, or not as many as first ones.
         """
         # the embedder may be cast to half precision; the sinusoids are not
-        frequencies = self.time_proj(timestep.reshape(-1).float()).to(dtype)
+        frequencies = self.time_proj(timesteps.reshape(-1).float()).to(dtype)
         embedding = self.time_embedder(frequencies)
-        if next_timestep is None:
+        if next_timesteps is None:
             return embedding
         if self.next_time_embedder is None:
             raise ValueError(
                 "next_timestep is for a model with next_timestep_conditioning=True, as training/distill.py trains it; "
                 "leave it out."
             )
-        if next_timestep.numel() != timestep.numel():
+        if next_timesteps.numel() != timesteps.numel():
             raise ValueError(
-                f"next_timestep of shape {tuple(next_timestep.shape)} must have the shape of timestep, "
-                f"{tuple(timestep.shape)}."
+                f"next_timestep of shape {tuple(next_timesteps.shape)} must have the shape of timestep, "
+                f"{tuple(timesteps.shape)}."
             )
-        next_frequencies = self.time_proj(next_timestep.reshape(-1).float()).to(dtype)
+        next_frequencies = self.time_proj(next_timesteps.reshape(-1).float()).to(dtype)
         return embedding + self.next_time_embedder(next_frequencies) - self.next_time_embedder(frequencies)
 
+    def modulations(
+        self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor | None]:
+        """All that `forward` derives from the time, for each of a grid of times, of which every sample shares one.
+
+        They are computed many times at once and ahead of the steps, each of which would read all of the modulations'
+        weights (a third of the model) for a single row. Pass them on to `forward` as `modulation`.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(num_steps,)`): times in [0, 1].
+            next_timesteps (`torch.Tensor` of the same shape, *optional*): where each step goes, for a flow map.
+
+        Returns:
+            An iterator over one tensor of shape `(1, 6 * num_layers + 2, width)` a time; over `None`, with which
+            `forward` computes it itself, where group offloading has a block's weights at hand in its own turn only.
+        """
+        for first in range(0, len(timesteps), self._times_modulated_at_once):
+            some = slice(first, first + self._times_modulated_at_once)
+            ends = None if next_timesteps is None else next_timesteps[some]
+            if any(hasattr(module, "_diffusers_hook") for module in self.blocks.modules()):
+                yield from [None] * len(timesteps[some])
+            else:
+                yield from self._modulate_times(timesteps[some], ends).split(1)
+
+    @apply_forward_hook
+    def _modulate_times(self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None) -> torch.Tensor:
+        """Modulations (S, 6 num_layers + 2, D) of S times, or of the two ends of S steps."""
+        time_embedding = self._embed_times(timesteps, next_timesteps, self.dtype)
+        layers = [*(block.get_submodule("modulation") for block in self.blocks), self.modulation_out]
+        return torch.cat([part for layer in layers for part in layer(time_embedding)], dim=1)
+
     def _check_shapes(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, self_condition: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        self_condition: torch.Tensor | None,
+        modulation: torch.Tensor | None,
     ) -> None:
         expected = (self.config.sample_size, self.config.in_channels)
         if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
@@ -175,4 +226,10 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"self_condition of shape {tuple(self_condition.shape)} must have the shape of hidden_states, "
                 f"{tuple(hidden_states.shape)}."
+            )
+        expected_modulation = (1, 6 * len(self.blocks) + 2, self.positions.shape[1])
+        if modulation is not None and modulation.shape != expected_modulation:
+            raise ValueError(
+                f"modulation of shape {tuple(modulation.shape)} must be one of those that this denoiser's "
+                f"`modulations` gives, of shape {expected_modulation}."
             )

@@ -77,6 +77,7 @@ class LDLMPipeline(DiffusionPipeline):
     _optional_components = ["latent_decoder", "token_encoder", "latent_encoder"]
     _callback_tensor_inputs = ["latents", "clean_latents"]
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
+    max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
     def __init__(
         self,
@@ -316,45 +317,50 @@ class LDLMPipeline(DiffusionPipeline):
             scale: w without noise.
             decay: how fast w - 1 falls as the noise level sigma / alpha grows.
         """
+        if decay == 0 or scale == 1:
+            return [float(scale)] * len(times)
         alpha, sigma = alpha_sigma(times.cpu(), self.scheduler.config.tangent_d)
-        levels = (sigma / alpha).tolist()
-        return [1 + (scale - 1) * (math.exp(-decay * level) if decay else 1.0) for level in levels]
+        return [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
 
-    def next_times(self) -> list[torch.Tensor | None]:
+    def next_times(self) -> torch.Tensor | None:
         """Where each step goes, for a flow map with its scheduler; None for a denoiser of one time."""
         if not hasattr(self.scheduler, "next_timesteps"):
-            return [None] * len(self.scheduler.timesteps)
+            return None
         if not self.transformer.config.next_timestep_conditioning:
             raise ValueError(
                 f"{type(self.scheduler).__name__} takes steps of a flow map, which this transformer is not "
                 "(next_timestep_conditioning=False). Distil it by training/distill.py, or use another scheduler."
             )
-        return list(self.scheduler.next_timesteps)
+        return self.scheduler.next_timesteps
 
     def predict_clean_latents(
         self,
         latents: torch.Tensor,
         time: torch.Tensor,
         self_condition: torch.Tensor,
-        weight: float = 1.0,
-        next_time: torch.Tensor | None = None,
+        weight: float,
+        **conditions: torch.Tensor | None,
     ) -> torch.Tensor:
         """The denoiser's prediction (B, N, d_z), guided by its self-condition: x^ = x^_0 + w (x^_sc - x^_0).
 
         x^_sc is the prediction from the self-condition, x^_0 that without one. For w = 1 and w = 0 one of them is all
-        that counts, and the transformer sees the batch once; for other weights twice. A flow map is also given the
-        time that the step goes to.
+        that counts, and the transformer sees the batch once; for other weights twice.
+
+        Args:
+            latents: noisy latents (B, N, d_z).
+            time: their time, of shape ().
+            self_condition: the last prediction (B, N, d_z).
+            weight: w.
+            conditions: what else the transformer is told of the step.
         """
-        latents = self.scheduler.scale_model_input(latents, time).to(self.transformer.dtype)
-        self_condition = self_condition.to(latents.dtype)
-        ends = {} if next_time is None else {"next_timestep": next_time}
+        latents, self_condition = latents.to(self.transformer.dtype), self_condition.to(self.transformer.dtype)
         if weight == 1:
-            return self.transformer(latents, time, self_condition, **ends).sample
+            return self.transformer(latents, time, self_condition, **conditions).sample
         nothing = torch.zeros_like(self_condition)
         if weight == 0:
-            return self.transformer(latents, time, nothing, **ends).sample
+            return self.transformer(latents, time, nothing, **conditions).sample
         both = torch.cat([nothing, self_condition])
-        predictions = self.transformer(torch.cat([latents, latents]), time, both, **ends).sample
+        predictions = self.transformer(torch.cat([latents, latents]), time, both, **conditions).sample
         unguided, guided = predictions.float().chunk(2)
         return torch.lerp(unguided, guided, weight)
 
@@ -445,11 +451,13 @@ class LDLMPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        times = model_times(self.scheduler)
+        if hasattr(self.scheduler, "set_begin_index"):
+            # or else the scheduler reads the first time back from the device to look it up
+            self.scheduler.set_begin_index(0)
+        times, next_times = model_times(self.scheduler), self.next_times()
         step_arguments = self.prepare_step_arguments(generator)
         latents = self.prepare_latents(batch_size, device, generator, latents)
         clean_latents = torch.zeros_like(latents)
-        next_times = self.next_times()
         if self_condition_scale is None:
             self_condition_scale = 1.0 if self.transformer.config.self_conditioning else 0.0
         weights = self.self_condition_weights(times, self_condition_scale, self_condition_decay)
@@ -459,13 +467,18 @@ class LDLMPipeline(DiffusionPipeline):
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, (t, time, weight) in enumerate(zip(self.scheduler.timesteps, times, weights, strict=True)):
+            modulations = self.transformer.modulations(times, next_times)
+            for i, (t, modulation) in enumerate(zip(self.scheduler.timesteps, modulations, strict=True)):
                 if self.interrupt:
                     continue
+                conditions = {"modulation": modulation}
+                if next_times is not None:
+                    conditions["next_timestep"] = next_times[i]
+                model_input = self.scheduler.scale_model_input(latents, t)
                 clean_latents = self.predict_clean_latents(
-                    latents, time, clean_latents, weight, next_times[i]
+                    model_input, times[i], clean_latents, weights[i], **conditions
                 )  # (B, N, d_z)
-                self._num_function_evaluations += 1 if weight in (0, 1) else 2
+                self._num_function_evaluations += 1 if weights[i] in (0, 1) else 2
                 latents = self.scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
 
                 if callback_on_step_end is not None:
@@ -492,15 +505,16 @@ class LDLMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
         """Maps clean latents (B, N, d_z) to their most likely token ids (B, L); for use in callbacks, too."""
+        # a large batch in parts: the decoders' layers would need more memory for all of it than the denoiser's do
+        parts = latents.split(max(1, self.max_decoded_positions // latents.shape[1]))
+        return torch.cat([self._decode_part_to_sequences(part) for part in parts])
+
+    def _decode_part_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
         if self.latent_decoder is None:
             hidden_states = latents
         else:
             hidden_states = self.latent_decoder(latents.to(self.latent_decoder.dtype)).hidden_states  # (B, L, D)
-        hidden_states = hidden_states.to(self.token_decoder.dtype)
-        # one sample at a time: the logits of a whole batch, (B, L, V), would dwarf everything else in memory
-        # (max finds the index several times faster than argmax on a CPU)
-        sequences = [self.token_decoder(sample[None]).logits.max(-1).indices for sample in hidden_states]
-        return torch.cat(sequences)
+        return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
 
     def _to_texts(self, sequences: torch.Tensor) -> list[str]:
         """Token ids (B, L) → texts, without special tokens."""

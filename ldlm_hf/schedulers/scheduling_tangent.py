@@ -312,24 +312,28 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
             )
         weights = self.step_weights[self._step_index]
         clean_latents = model_output.to(sample.dtype)
-        prev_sample = weights.sample * sample + weights.clean * clean_latents
+        # summed in memory of its own: a callback may hold the samples
+        prev_sample = (weights.sample * sample).add_(clean_latents, alpha=weights.clean)
         if weights.previous_clean:
             # where sampling begins, no earlier prediction: with the present one in its place the step is of order 1
             previous_clean = clean_latents if self._previous_clean is None else self._previous_clean
-            prev_sample = prev_sample + weights.previous_clean * previous_clean
+            prev_sample.add_(previous_clean, alpha=weights.previous_clean)
         if weights.previous_noise:
             if self._previous_noise is None:
                 raise ValueError(
                     f"Step {self._step_index} takes back the noise that the step before it has added; begin at the "
                     "first step of the grid."
                 )
-            prev_sample = prev_sample + weights.previous_noise * self._previous_noise
+            prev_sample.add_(self._previous_noise, alpha=weights.previous_noise)
         noise = None
         if weights.noise:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = prev_sample + weights.noise * noise
+            prev_sample.add_(noise, alpha=weights.noise)
         self._step_index += 1
-        self._previous_clean, self._previous_noise = clean_latents, noise
+        # of a step is kept what the next one has a weight for
+        upcoming = self.step_weights[self._step_index : self._step_index + 1]
+        self._previous_clean = clean_latents if any(one.previous_clean for one in upcoming) else None
+        self._previous_noise = noise if any(one.previous_noise for one in upcoming) else None
         if not return_dict:
             return prev_sample, clean_latents
         return TangentSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean_latents)

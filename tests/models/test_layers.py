@@ -97,6 +97,25 @@ def test_modulate():
     torch.testing.assert_close(modulate(x, shift, scale), (1 + scale) * normed + shift, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_for_the_batch_modulates_as_one_for_each_sample(dtype: torch.dtype):
+    torch.manual_seed(0)
+    x, shift, scale = (torch.randn(shape, dtype=dtype) for shape in ((3, 5, 8), (1, 1, 8), (1, 1, 8)))
+    leaves = [tensor.double().requires_grad_() for tensor in (x, shift, scale)]
+    expected = modulate(leaves[0], leaves[1].expand(3, 1, 8), leaves[2].expand(3, 1, 8))
+    found = modulate(*leaves)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found.sin().sum(), leaves), torch.autograd.grad(expected.sin().sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(modulate(x, shift, scale).double(), expected, rtol=tolerance, atol=tolerance)
+    mixed = modulate(x.float(), shift.bfloat16(), scale.bfloat16())
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed.double(), expected, rtol=3e-2, atol=3e-2)
+
+
 def test_modulation_has_one_row_a_time(randomize):
     torch.manual_seed(0)
     modulation, embedding = randomize(AdaLayerNormModulation(8, 6)), torch.randn(3, 8)

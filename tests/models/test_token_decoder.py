@@ -59,3 +59,51 @@ def test_input_may_have_another_width():
 def test_bad_settings(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         make_decoder(**settings)
+
+
+@pytest.mark.parametrize(("positions", "words"), [(1024, 4096), (4, 7), (3, 30), (1, 1)])
+def test_most_likely_tokens_are_the_argmax(randomize, monkeypatch: pytest.MonkeyPatch, positions: int, words: int):
+    decoder = randomize(make_decoder())
+    monkeypatch.setattr(LDLMTokenDecoder, "_positions_at_once", positions)
+    monkeypatch.setattr(LDLMTokenDecoder, "_words_at_once", words)
+    hidden_states = torch.randn(3, 5, 24)
+    found = decoder.most_likely_tokens(hidden_states)
+    assert found.dtype == torch.long
+    assert len(found.unique()) > 3
+    assert torch.equal(found, decoder(hidden_states).logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_the_most_likely(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    """Small whole numbers, whose logits are exact: every word is there three times, in several slices."""
+    monkeypatch.setattr(LDLMTokenDecoder, "_words_at_once", 7)
+    decoder = make_decoder(num_hidden_layers=0).to(dtype)
+    weight = torch.randint(-2, 3, (10, 24), generator=torch.Generator().manual_seed(0))
+    decoder.head.weight.data.copy_(weight.repeat(3, 1))
+    hidden_states = torch.randint(-2, 3, (4, 50, 24), generator=torch.Generator().manual_seed(1)).to(dtype)
+    hidden_states[0, 0] = 0  # all logits are equal
+    found = decoder.most_likely_tokens(hidden_states)
+    assert torch.equal(found, decoder(hidden_states).logits.argmax(-1))
+    assert found.max() < 10
+    assert found[0, 0] == 0
+    decoder.head.weight.data.fill_(-torch.inf)
+    assert not decoder.most_likely_tokens(torch.ones(1, 2, 24, dtype=dtype)).any()
+
+
+def test_a_head_that_is_more_than_a_matrix_is_asked_itself():
+    class Adapted(torch.nn.Linear):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return -super().forward(hidden_states)
+
+    decoder = make_decoder()
+    head = Adapted(24, 30, bias=False)
+    head.weight = decoder.head.weight
+    hidden_states = torch.randn(2, 5, 24)
+    logits = decoder(hidden_states).logits
+    decoder.set_output_embeddings(head)
+    assert torch.equal(decoder.most_likely_tokens(hidden_states), logits.argmin(-1))
+
+
+def test_most_likely_tokens_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 5, 23\).*token_hidden_size=24"):
+        make_decoder().most_likely_tokens(torch.zeros(2, 5, 23))

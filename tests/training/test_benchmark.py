@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import GPT2Config
 
 import benchmark
@@ -70,8 +71,9 @@ def measured() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("benchmark") / "report.json"
-    options = ["--geometry", "tiny", "--workloads", "sampling", "--lengths", "8", "--dtypes", "bfloat16"]
+    options = ["--geometry", "tiny", "--workloads", "sampling", "peers", "--lengths", "8", "--dtypes", "bfloat16"]
     options += ["--sampling_tokens", str(TOKENS), "--repeats", "1", "--profile", "--device", "cpu"]
+    options += ["--peer_lengths", "8", "--peer_batch_size", "2", "--nfe", "4", "128"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "training/benchmark.py", *options, "--output", str(output)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
@@ -182,13 +184,82 @@ def test_every_field_is_reported(measured: Callable[..., dict[str, Any]], report
 
 def test_printed_tables(report: dict[str, Any]) -> None:
     printed = report["printed"]
-    for heading in ("## Machine", "## Measured", "## Whole sampling, by arithmetic", "## Cost against L"):
+    headings = (
+        "## Machine",
+        "## Measured",
+        "## Whole sampling, by arithmetic",
+        "## Cost against L",
+        "## Seconds a sample",
+    )
+    for heading in headings:
         assert heading in printed
     for item in report["measurements"]:
         assert f"| {item['workload']} | {item['dtype']} | {item['length']} | {item['batch_size']} |" in printed
 
 
-@pytest.mark.parametrize("option", ["--repeats", "--lengths", "--sampling_tokens"])
+def test_peers_are_reported(report: dict[str, Any]) -> None:
+    ours, *peers = report["peers"]
+    assert ours["sampler"] == "latent diffusion"
+    assert [peer["sampler"] for peer in peers] == ["masked diffusion", "uniform diffusion", "autoregressive, KV cache"]
+    assert ours["once_seconds"] > 0 and ours["step_ratio"] == 1
+    assert all(peer["once_seconds"] == 0 for peer in peers)
+    for row in report["peers"]:
+        assert {"dtype": "bfloat16", "length": 8, "batch_size": 2}.items() <= row.items()
+        assert row["step_seconds"] > 0 and row["step_ratio"] > 0
+        autoregressive = row["sampler"].startswith("autoregressive")
+        assert row["num_steps"] == (8 if autoregressive else None)
+        assert list(row["seconds_per_sample"]) == (["8"] if autoregressive else ["4", "128"])
+        for num_steps, seconds in row["seconds_per_sample"].items():
+            whole_batch = int(num_steps) * row["step_seconds"] + row["once_seconds"]
+            assert seconds == pytest.approx(whole_batch / 2)
+        assert f"| {row['sampler']} | bfloat16 | 8 | 2 |" in report["printed"]
+    assert "| NFE 4 | NFE 8 | NFE 128 |" in report["printed"]
+
+
+def test_peers_have_the_denoisers_backbone() -> None:
+    """The same blocks, and beside them an embedding and a vocabulary projection."""
+    case = benchmark.Case("peers", "tiny", 8, 2, "float32", "cpu", repeats=1, profile=False)
+    masked, uniform, autoregressive = (peer.model for peer in benchmark.build_peers(case))
+    denoiser = benchmark.build_denoiser(benchmark.GEOMETRIES["tiny"], 8)
+    shapes = {name: value.shape for name, value in denoiser.state_dict().items() if not name.startswith("proj_")}
+    for peer in (masked, uniform):
+        added = {name: tuple(value.shape) for name, value in peer.state_dict().items() if name not in shapes}
+        assert {name: peer.state_dict()[name].shape for name in shapes} == shapes
+        assert added == {"embedding.weight": (97, WIDTH), "head.weight": (96, WIDTH)}
+        assert all(parameter.any() for parameter in peer.parameters())
+    config = autoregressive.config
+    assert (config.vocab_size, config.n_embd, config.n_layer, config.n_head) == (96, WIDTH, 2, 2)
+
+
+def test_the_papers_autoregressive_peer_is_gpt2_small() -> None:
+    config = benchmark.gpt2_config(benchmark.GEOMETRIES["paper"], 1024)
+    standard = GPT2Config()
+    for name in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"):
+        assert getattr(config, name) == getattr(standard, name)
+
+
+def test_compiled_blocks_count_the_same_products(
+    measured: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the default backend needs a C++ compiler and half a minute a block
+    compile_with = functools.partial(benchmark.compile_blocks, backend="aot_eager")
+    monkeypatch.setattr(benchmark, "compile_blocks", compile_with)
+    torch._dynamo.reset()
+    counters.clear()
+    case = benchmark.Case("sampling", "tiny", 8, TOKENS // 8, "float32", "cpu", repeats=1, profile=False, compile=True)
+    step, decode = benchmark.measure_case(case)
+    # the denoiser's block, the token decoder's, and the latent decoder's, whose first has expanded latents to read
+    assert counters["stats"]["unique_graphs"] == 4
+    assert step.flops == measured("sampling step", 8)["flops"]
+    assert decode.flops == measured("decode", 8)["flops"]
+    timings = benchmark.measure_peers(case)
+    assert len(timings) == 4
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "option", ["--repeats", "--lengths", "--sampling_tokens", "--peer_lengths", "--peer_batch_size", "--nfe"]
+)
 def test_bad_arguments(option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", option, "0"])
     with pytest.raises(SystemExit):
