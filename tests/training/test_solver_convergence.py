@@ -38,14 +38,14 @@ def test_the_flow_is_the_ode():
     """dx/dt = -beta/2 (x + score), by tiny Euler steps from t = 0.8 to 0.3."""
     scheduler = TangentDDIMScheduler()
     quantiles = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
-    times = torch.linspace(0.8, 0.3, 20_001, dtype=torch.float64)
+    times = torch.linspace(0.8, 0.3, 4_001, dtype=torch.float64)
     alphas, sigmas = scheduler.marginal(times)
     betas = -2 * torch.gradient(alphas.log(), spacing=(times,))[0]
     x = MIXTURE.flow(quantiles, alphas[0], sigmas[0])
-    for i in range(20_000):
+    for i in range(4_000):
         score = (alphas[i] * MIXTURE.denoise(x, alphas[i], sigmas[i]) - x) / sigmas[i] ** 2
         x = x - betas[i] / 2 * (x + score) * (times[i + 1] - times[i])
-    torch.testing.assert_close(x, MIXTURE.flow(quantiles, alphas[-1], sigmas[-1]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(x, MIXTURE.flow(quantiles, alphas[-1], sigmas[-1]), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(
