@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import flow_map_times, progressive_times
+from distill import DistillationSettings, flow_map_times, progressive_times
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler, TangentFlowMapScheduler
+from settings import load_settings
 
 
 Run = Callable[..., None]
@@ -123,6 +124,12 @@ def test_times_of_a_progressive_student_are_its_grid() -> None:
     times = progressive_times(TangentDDIMScheduler(t_min=0.0), 2, uniforms)
     expected = [[1.0, 0.75, 0.5], [1.0, 0.75, 0.5], [0.5, 0.25, 0.0], [0.5, 0.25, 0.0]]
     torch.testing.assert_close(times, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_shipped_configuration_loads(repository: Path) -> None:
+    settings = load_settings(DistillationSettings, str(repository / "training/configs/demo_flow_map.yaml"), [])
+    settings.data.validate()
+    assert (settings.method, settings.evaluation.num_inference_steps) == ("flow_map", 4)
 
 
 @pytest.mark.parametrize(
