@@ -271,7 +271,7 @@ def make_missing(
     if mine:
         pipeline = subject.load().to(accelerator.device)
         # what a device does only once shall not count as sampling time
-        pipeline(batch_size=1, num_inference_steps=1, output_type="seq")
+        pipeline(batch_size=1, num_inference_steps=min(options.steps), output_type="seq")
         total = sum(batch.cost for batch in mine)
         with tqdm(total=total, desc=f"Sampling {subject.name}", disable=not accelerator.is_main_process) as progress:
             for batch in mine:

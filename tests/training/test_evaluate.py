@@ -529,15 +529,22 @@ def test_two_pipelines_in_one_table(
 
 def test_samplers_in_one_table(run: Callable, pipeline_folder: Path, tmp_path: Path) -> None:
     """Each is what the pipeline makes with that scheduler and that call, counts its evaluations, and is drawn."""
-    samplers = ["own", "TangentDDIMScheduler:eta=0.5,time_grid=log_snr", "UniPCMultistepScheduler", GUIDED]
+    second_order = "TangentDPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++"
+    samplers = [
+        "own",
+        "TangentDDIMScheduler:eta=0.5,time_grid=log_snr",
+        second_order,
+        "UniPCMultistepScheduler",
+        GUIDED,
+    ]
     results = run("out", "--samplers", *samplers, "--steps", "2", "3", "--interpolation", "--num_positions", "3")
     entries = results["pipelines"]
     assert [entry["sampler"] for entry in entries] == samplers
     assert [entry["name"] for entry in entries] == [f"run, {sampler}" for sampler in samplers]
-    assert [[one["nfe"] for one in entry["sets"]] for entry in entries] == [[2, 3]] * 3 + [[3, 5]]
+    assert [[one["nfe"] for one in entry["sets"]] for entry in entries] == [[2, 3]] * 4 + [[3, 5]]
     assert len({json.dumps(entry["sets"][0]["seeds"][0]["entropy"]) for entry in entries}) == len(samplers)
     # lines between real texts are decoded, not sampled
-    assert [("interpolation" in entry) for entry in entries] == [True, False, False, False]
+    assert [("interpolation" in entry) for entry in entries] == [True, False, False, False, False]
 
     pipeline = LDLMPipeline.from_pretrained(pipeline_folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -553,7 +560,7 @@ def test_samplers_in_one_table(run: Callable, pipeline_folder: Path, tmp_path: P
     shown = {axes.get_ylabel(): axes for axes in figure.axes if axes.get_visible()}
     assert len(shown) == 4
     curves = shown["entropy (nats)"].containers
-    assert [list(curve.lines[0].get_xdata()) for curve in curves] == [[2, 3]] * 3 + [[3, 5]]
+    assert [list(curve.lines[0].get_xdata()) for curve in curves] == [[2, 3]] * 4 + [[3, 5]]
     assert list(curves[1].lines[0].get_ydata()) == [one["mean"]["entropy"] for one in entries[1]["sets"]]
     assert (tmp_path / "out" / "evaluations.svg").is_file()
 
