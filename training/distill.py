@@ -152,6 +152,7 @@ class DistillationTask(Task):
         self.settings = settings
         self.held_out = held_out
         self.device = device
+        self.teacher_latents: torch.Tensor | None = None
 
     def times(self, uniforms: torch.Tensor) -> torch.Tensor:
         """Times s > u > t (B, 3) for three uniform numbers each (B, 3)."""
@@ -214,10 +215,7 @@ class DistillationTask(Task):
 
     def distances_to_teacher(self, snapshot: DistillationObjective) -> dict[str, float]:
         """Mean squared error of the student's latents for each number of steps, against the teacher's."""
-        scheduler = snapshot.scheduler
-        ode = TangentDPMSolverMultistepScheduler.from_config(scheduler.config)
-        student, teacher = self.pipeline(snapshot), self.pipeline(snapshot)
-        teacher.register_modules(transformer=snapshot.teacher, scheduler=ode)
+        student = self.pipeline(snapshot)
         config = student.transformer.config
         shape = (self.settings.evaluation.batch_size, config.sample_size, config.in_channels)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -227,7 +225,12 @@ class DistillationTask(Task):
             output = pipeline(len(noise), num_steps, latents=noise, self_condition_scale=0.0, output_type="latent")
             return output.latents
 
-        target = latents(teacher, TEACHER_STEPS)
+        if self.teacher_latents is None:
+            teacher = self.pipeline(snapshot)
+            ode = TangentDPMSolverMultistepScheduler.from_config(snapshot.scheduler.config)
+            teacher.register_modules(transformer=snapshot.teacher, scheduler=ode)
+            self.teacher_latents = latents(teacher, TEACHER_STEPS)
+        target = self.teacher_latents
         compared = COMPARED_STEPS if self.module.is_flow_map else (self.settings.num_steps,)
         distances = {n: float((latents(student, n) - target).square().mean()) for n in compared}
         return {f"distance_to_teacher/steps={n}": distance for n, distance in distances.items()}

@@ -192,10 +192,12 @@ def load_subjects(options: argparse.Namespace) -> tuple[list[Subject], PreTraine
             sampler is unknown or refuses its settings or a number of steps.
     """
     subjects = []
+    samplers = [Sampler.parse(text) for text in options.samplers]
     for name, path in zip(options.names, options.pipeline, strict=True):
-        for sampler in map(Sampler.parse, options.samplers):
-            pipeline = load_pipeline(path, options.dtype)
-            tokenizer = pipeline.tokenizer
+        pipeline = load_pipeline(path, options.dtype)
+        tokenizer, own_scheduler = pipeline.tokenizer, pipeline.scheduler
+        for sampler in samplers:
+            pipeline.scheduler = own_scheduler
             sampler.apply(pipeline)
             for steps in options.steps:
                 # fewer than the solver needs, for example

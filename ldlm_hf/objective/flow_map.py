@@ -28,7 +28,8 @@ from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers.scheduling_tangent import TangentScheduler
-from ..schedulers.tangent import alpha_sigma, signal_to_noise
+from ..schedulers.scheduling_tangent_ddim import ddim_coefficients
+from ..schedulers.tangent import signal_to_noise
 from .joint import layers_to_shard, without_autocast_cache
 
 
@@ -46,10 +47,7 @@ def flow_map_step(
     latents: torch.Tensor, clean: torch.Tensor, s: torch.Tensor, t: torch.Tensor, d: float
 ) -> torch.Tensor:
     """X_{s,t}(z) for the mean clean prediction D(z; s, t), both (B, N, d_z), at times (B,)."""
-    (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma(s, d), alpha_sigma(t, d)
-    ratio = next_sigma / sigma
-    weights = (ratio, next_alpha - alpha * ratio)
-    sample_weight, clean_weight = (weight.to(latents.dtype)[:, None, None] for weight in weights)
+    sample_weight, clean_weight, _ = (weight.to(latents.dtype)[:, None, None] for weight in ddim_coefficients(s, t, d))
     return sample_weight * latents + clean_weight * clean
 
 

@@ -10,8 +10,10 @@ from .scheduling_tangent import StepWeights, TangentScheduler
 from .tangent import alpha_sigma
 
 
-def ddim_weights(grid: torch.Tensor, d: float, eta: float = 0.0) -> list[StepWeights]:
-    """Generalised DDIM between the times of a grid (Song et al., 2021, Eq. 12 and 16, for a predicted clean sample).
+def ddim_coefficients(
+    times: torch.Tensor, next_times: torch.Tensor, d: float, eta: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Generalised DDIM from each time to the next (Song et al., 2021, Eq. 12 and 16, for a predicted clean sample).
 
         x' = alpha' x0 + sqrt(sigma'^2 - s^2) (x - alpha x0) / sigma + s eps
         s  = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)
@@ -20,15 +22,23 @@ def ddim_weights(grid: torch.Tensor, d: float, eta: float = 0.0) -> list[StepWei
     exact, however long.
 
     Args:
-        grid (`torch.Tensor` of shape `(num_steps + 1,)`): times in float64, decreasing.
+        times (`torch.Tensor` of any shape): where the steps begin, in (0, 1].
+        next_times (`torch.Tensor` of the same shape): where they end, earlier.
         d: of the schedule.
         eta: 0 for the probability-flow ODE, 1 for ancestral sampling.
+
+    Returns:
+        Weights of x, x0 and eps, float64, of that shape.
     """
-    alpha, sigma = alpha_sigma(grid, d)
-    alpha, next_alpha, sigma, next_sigma = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma(times, d), alpha_sigma(next_times, d)
     noise = eta * next_sigma * torch.sqrt((1 - (alpha * next_sigma / (next_alpha * sigma)).square()).clamp(min=0))
     sample = torch.sqrt(next_sigma.square() - noise.square()) / sigma
-    columns = (sample.tolist(), (next_alpha - alpha * sample).tolist(), noise.tolist())
+    return sample, next_alpha - alpha * sample, noise
+
+
+def ddim_weights(grid: torch.Tensor, d: float, eta: float = 0.0) -> list[StepWeights]:
+    """[`ddim_coefficients`] between the neighbours of a grid of times (num_steps + 1,)."""
+    columns = [column.tolist() for column in ddim_coefficients(grid[:-1], grid[1:], d, eta)]
     return [StepWeights(*row) for row in zip(*columns, strict=True)]
 
 
