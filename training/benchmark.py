@@ -74,6 +74,7 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
 )
 from loop import build_optimizer
+from markdown_tables import markdown_table
 from settings import OptimizerSettings
 from token_level_peers import (
     TokenLevelDenoiser,
@@ -710,9 +711,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return "\n".join(markdown_table(header, [[str(cell) for cell in row] for row in rows]))
 
 
 def workload_table(measurements: Sequence[Measurement]) -> str:
@@ -735,7 +735,7 @@ def workload_table(measurements: Sequence[Measurement]) -> str:
         ]
         for item in measurements
     ]
-    return markdown_table(header, rows)
+    return table_text(header, rows)
 
 
 def whole_sampling(measurements: Sequence[Measurement], num_steps: int) -> list[dict[str, Any]]:
@@ -762,7 +762,7 @@ def whole_sampling(measurements: Sequence[Measurement], num_steps: int) -> list[
 
 def whole_sampling_table(rows: Sequence[dict[str, Any]]) -> str:
     header = ["dtype", "L", "batch", "steps", "seconds", "tokens/s", "ratio"]
-    return markdown_table(
+    return table_text(
         header,
         [
             [
@@ -793,7 +793,7 @@ def peer_table(rows: Sequence[dict[str, Any]]) -> str:
     """Seconds a sample against the number of steps, empty where a sampler cannot take as many."""
     columns = sorted({int(num_steps) for row in rows for num_steps in row["seconds_per_sample"]})
     header = ["sampler", "dtype", "L", "batch", "parameters", "step, s", "of ours", "once, s"]
-    return markdown_table(
+    return table_text(
         [*header, *(f"NFE {column}" for column in columns)],
         [
             [
@@ -825,7 +825,7 @@ def cost_table(measurements: Sequence[Measurement]) -> str:
         [*name, *(f"{by_length[length]:.3f} ({by_length[length] / by_length[lengths[0]]:.2f}x)" for length in lengths)]
         for name, by_length in cost.items()
     ]
-    return markdown_table(["workload", "dtype", *(f"L = {length}" for length in lengths)], rows)
+    return table_text(["workload", "dtype", *(f"L = {length}" for length in lengths)], rows)
 
 
 def operator_tables(measurements: Sequence[Measurement]) -> str:
@@ -833,13 +833,13 @@ def operator_tables(measurements: Sequence[Measurement]) -> str:
     for item in measurements:
         rows = [[row["operator"], f"{row['seconds']:.3f}", row["calls"]] for row in item.operators]
         title = f"{item.workload}, {item.dtype}, L = {item.length}, batch {item.batch_size}"
-        parts.append(f"{title}\n\n" + markdown_table(["operator", "seconds", "calls"], rows))
+        parts.append(f"{title}\n\n" + table_text(["operator", "seconds", "calls"], rows))
     return "\n\n".join(parts)
 
 
 def print_report(report: dict[str, Any], measurements: Sequence[Measurement], profile: bool) -> None:
     print("## Machine\n")
-    print(markdown_table(["", ""], list(report["machine"].items())))
+    print(table_text(["", ""], list(report["machine"].items())))
     if measurements:
         print("\n## Measured against the floor of the matrix products\n")
         print(workload_table(measurements))
