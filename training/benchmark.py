@@ -292,8 +292,8 @@ class MatrixProductRecorder(TorchDispatchMode):
         operator = func.overloadpacket
         if operator in PRODUCT_OPERATORS:
             left, right = (args[position] for position in PRODUCT_OPERATORS[operator])
-            # products that write into a given tensor are those of `attend_head_by_head` alone
-            self.add(MatrixProduct.of(left, right, attention=func is aten.mm.out))
+            # batched products are those of `attend_by_products` alone
+            self.add(MatrixProduct.of(left, right, attention=operator is aten.bmm))
         elif operator.__name__.startswith("_scaled_dot_product"):
             names = [argument.name for argument in func._schema.arguments]
             arguments = dict(zip(names, args, strict=False)) | kwargs

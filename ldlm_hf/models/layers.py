@@ -21,32 +21,35 @@ def split_heads(hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
     return hidden_states.view(batch_size, length, num_heads, width // num_heads).transpose(1, 2)
 
 
+# of attention's scores that are computed at once on the CPU: 2 MiB of bfloat16 stay in a core's cache
+SCORES_AT_ONCE = 2**20
+
+
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D)."""
     on_cpu_in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if on_cpu_in_bfloat16 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        attended = attend_head_by_head(query, key, value)
+    if on_cpu_in_bfloat16 and not torch.compiler.is_compiling():
+        attended = attend_by_products(query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value)
     return attended.transpose(1, 2).flatten(2)
 
 
-def attend_head_by_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The same attention as plain products, without gradient: (B, H, L, D/H).
+def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The same attention as plain products, for a few heads at a time: (B, H, L, D/H).
 
     The fused kernel for the CPU (torch 2.13) emulates its bfloat16 products in float32 where the processor has no
-    matrix unit, and is slower there than these, which are not emulated. Scores are rounded to bfloat16; one head at a
-    time keeps them in the cache.
+    matrix unit, and is slower there than these, which are not emulated: 1.3 to 2 times, and with its backward pass
+    1.9 to 3 times. Scores are rounded to bfloat16; with gradients, all of them are kept for the backward pass.
     """
-    attended = torch.empty_like(query)
-    scaled_query = query * query.shape[-1] ** -0.5
-    scores = query.new_empty(query.shape[2], key.shape[2])  # (L, C)
-    for sample in range(query.shape[0]):
-        for head in range(query.shape[1]):
-            torch.mm(scaled_query[sample, head], key[sample, head].T, out=scores)
-            torch.softmax(scores, -1, out=scores)
-            torch.mm(scores, value[sample, head], out=attended[sample, head])
-    return attended
+    batch_size, num_heads, length, width = query.shape
+    group = max(1, SCORES_AT_ONCE // (length * key.shape[2]))
+    heads = ((query * width**-0.5).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))  # each (B H, ., D/H)
+    attended = [
+        torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v)
+        for q, k, v in zip(*(h.split(group) for h in heads), strict=True)
+    ]
+    return torch.cat(attended).view(batch_size, num_heads, length, width)
 
 
 class RMSNorm(nn.RMSNorm):

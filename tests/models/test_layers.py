@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldlm_hf.models import layers
 from ldlm_hf.models.layers import (
     AdaLayerNormModulation,
     DiffusionTransformerBlock,
@@ -16,7 +17,6 @@ from ldlm_hf.models.layers import (
     RMSNorm,
     SelfAttention,
     SwiGLU,
-    attend,
     modulate,
 )
 
@@ -144,18 +144,24 @@ def test_diffusion_block(randomize):
     torch.testing.assert_close(block(x, embedding), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scores_at_once", [1, 150, 10**6])
 @pytest.mark.parametrize("num_keys", [5, 12])
-def test_bfloat16_attention_without_gradient_agrees_with_the_fused_kernel(num_keys: int) -> None:
+def test_bfloat16_attention_on_the_cpu_is_attention(
+    monkeypatch: pytest.MonkeyPatch, num_keys: int, scores_at_once: int
+) -> None:
+    monkeypatch.setattr(layers, "SCORES_AT_ONCE", scores_at_once)
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, length, 16).bfloat16() for length in (7, num_keys, num_keys))
+    inputs = [torch.randn(2, 3, length, 16).bfloat16().requires_grad_() for length in (7, num_keys, num_keys)]
+    exact_inputs = [part.detach().double().requires_grad_() for part in inputs]
+    attended = layers.attend(*inputs)
+    exact = F.scaled_dot_product_attention(*exact_inputs).transpose(1, 2).flatten(2)
+    assert attended.shape == (2, 7, 48)
+    assert attended.dtype == torch.bfloat16
+    torch.testing.assert_close(attended.double(), exact, rtol=0.03, atol=0.03)
     with torch.no_grad():
-        plain = attend(query, key, value)
-    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double()).transpose(1, 2).flatten(2)
-    assert plain.shape == (2, 7, 48)
-    assert plain.dtype == torch.bfloat16
-    torch.testing.assert_close(plain.double(), exact, rtol=0.03, atol=0.03)
-    query.requires_grad_(True)
-    fused = attend(query, key, value)
-    fused.float().sum().backward()
-    assert query.grad is not None and query.grad.abs().sum() > 0
-    torch.testing.assert_close(fused.detach(), plain, rtol=0.03, atol=0.03)
+        assert torch.equal(layers.attend(*inputs), attended)
+    gradient = torch.randn(2, 7, 48)
+    attended.backward(gradient.bfloat16())
+    exact.backward(gradient.double())
+    for part, exact_part in zip(inputs, exact_inputs, strict=True):
+        torch.testing.assert_close(part.grad.double(), exact_part.grad, rtol=0.03, atol=0.03)
