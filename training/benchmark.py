@@ -17,7 +17,8 @@ as it is dispatched, with shape, memory layout and type: those of linear layers 
 QK^T and PV, in the backward pass the four products that its gradients need (a causal product counts half, and scores
 that a fused kernel computes a second time do not count). Each distinct product is then timed alone, its output
 allocated beforehand, in the same process and in turns with the workload, so that a machine whose speed drifts or that
-others use slows both. `ratio` is the median over the turns of measured time over floor.
+others use slows both. `ratio` is the median over the turns of measured time over floor. The process keeps freed memory
+for its next tensors, as the training scripts do on the CPU (`host_memory.py`).
 
 Peak memory is that of a fresh process that did nothing but this workload: resident set on CPU, allocator on CUDA.
 
@@ -59,6 +60,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from components import compile_blocks
+from host_memory import keep_freed_memory
 from ldlm_hf import (
     JointObjective,
     LDLMLatentDecoder,
@@ -580,6 +582,7 @@ def build_peers(case: Case) -> list[Peer]:
 def measure_case(case: Case) -> list[Measurement]:
     """Measures the workloads of a case; meant to be called in a fresh process, whose peak memory is then theirs."""
     torch.manual_seed(0)
+    keep_freed_memory()
     workloads = sampling_workloads(case) if case.workload == "sampling" else training_workloads(case)
     return [measure_workload(workload, case) for workload in workloads]
 
@@ -651,6 +654,7 @@ def measure_peers(case: Case) -> list[SamplerTiming]:
     """Times latent diffusion and its peers in turns; meant to be called in a fresh process."""
     torch.manual_seed(0)
     device = torch.device(case.device)
+    keep_freed_memory()
     step, decode = sampling_workloads(case)
     peers = [Peer("latent diffusion", nn.ModuleList(step.modules), step.run), *build_peers(case)]
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from components import compile_blocks, count_parameters, trained_components
 from evaluation import held_out_sequences
 from flops import RunEstimate, device_peak, estimate_run
+from host_memory import keep_freed_memory
 from hub_upload import HubUploads, add_hub_arguments
 from ldlm_hf import JointObjective, LDLMPipeline, LDLMTokenEncoder, load_corpora, resolve_pretrained_source
 from ldlm_hf.data import DataSettings, TextCorpora
@@ -50,13 +51,16 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 def build_accelerator(settings: LoopSettings) -> Accelerator:
     """Devices and precision; how many of them, `accelerate launch` says."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         log_with=settings.trackers or None,
         project_dir=settings.output_dir,
         # evaluation keeps one process busy while the others wait for it
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def prepare_run(

@@ -37,6 +37,7 @@ from accelerate import Accelerator
 from evaluation_report import results_text, samples_text
 from finished_parts import FinishedParts, digest, module_digest, remove_unfinished, write_whole
 from folder_lock import lock_folder
+from host_memory import keep_freed_memory
 from ldlm_hf import TokenEntropy
 from ldlm_hf.data import DataSettings
 from ldlm_hf.hub.model_card import Sample, TextScores
@@ -109,6 +110,8 @@ def main() -> None:
     data = load_data_settings(options.config, options.overrides)
     # processes wait for the one with the most work
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if not accelerator.is_main_process:
         evaluate.disable_progress_bar()
     # what would stop the evaluation later comes first: judge, pipelines, text
