@@ -1,0 +1,66 @@
+"""A pipeline without its frozen encoder, in half precision, samples what the whole one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldlm_hf import LDLMPipeline, LDLMTransformer1DModel, TangentEulerMaruyamaScheduler
+
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+def export(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "export_pipeline.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=TRAINING, capture_output=True, text=True)
+
+
+@pytest.fixture
+def saved(make_pipeline: Callable[..., LDLMPipeline], tmp_path: Path) -> Path:
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def latents(pipeline: LDLMPipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(batch_size=2, num_inference_steps=4, generator=generator, output_type="latent").latents
+
+
+def test_an_exported_pipeline_samples_without_its_token_encoder(saved: Path, tmp_path: Path) -> None:
+    done = export(saved, tmp_path / "small")
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "small").rglob("*.py"))
+    files = list((tmp_path / "small").rglob("*.safetensors"))
+    assert {file.parent.name for file in files} == {"transformer", "latent_decoder", "latent_encoder", "token_decoder"}
+    for file in files:
+        assert {weight.dtype for weight in load_file(file).values()} == {torch.float16}, file
+    small = LDLMPipeline.from_pretrained(tmp_path / "small", torch_dtype=torch.float32)
+    assert small.missing_encoders == ["token_encoder"]
+    torch.testing.assert_close(latents(small), latents(LDLMPipeline.from_pretrained(saved)), rtol=0.01, atol=0.01)
+    assert all(isinstance(text, str) for text in small(batch_size=2, num_inference_steps=2).texts)
+
+
+def test_denoiser_and_scheduler_alone_take_the_place_of_others(saved: Path, tmp_path: Path) -> None:
+    done = export(saved, tmp_path / "student", "--transformer_only", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in (tmp_path / "student").iterdir()} == {"transformer", "scheduler"}
+    student = LDLMPipeline.from_pretrained(
+        saved,
+        transformer=LDLMTransformer1DModel.from_pretrained(tmp_path / "student", subfolder="transformer"),
+        scheduler=TangentEulerMaruyamaScheduler.from_pretrained(tmp_path / "student", subfolder="scheduler"),
+    )
+    torch.testing.assert_close(latents(student), latents(LDLMPipeline.from_pretrained(saved)), rtol=0.1, atol=0.1)
+
+
+def test_a_folder_that_holds_something_is_left_alone(saved: Path) -> None:
+    done = export(saved, saved)
+    assert done.returncode != 0
+    assert "is not empty" in done.stderr

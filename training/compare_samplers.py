@@ -1,0 +1,235 @@
+"""Which sampler is best for how many evaluations of the denoiser, from results of `evaluate.py`.
+
+    python training/compare_samplers.py RESULTS.json [MORE ...] --output_dir FOLDER
+        [--reference "NAME, SAMPLER"] [--reference_nfe 128] [--entropy_tolerance 0.02]
+
+writes FOLDER/samplers.md, with a table of each score over the evaluations and the best sampler of each column, and
+FOLDER/samplers.png and .svg. The files may be of one pipeline and of its distilled students.
+
+Perplexity falls when texts lose diversity, so samplers are ranked at matched entropy only: a set counts where its mean
+entropy is not more than the tolerance below that of the reference, the paper's sampler with many evaluations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from figures import run_style
+from ldlm_hf.hub.training_curves import WIDTH
+from markdown_tables import cell, markdown_table
+from result_files import read_results, save_figure
+
+
+SCORES = {"generative_perplexity": ("Gen. PPL ↓", 0), "entropy": ("entropy (nats)", 3), "diversity": ("diversity", 3)}
+SCORES |= {"mauve": ("MAUVE ↑", 3)}
+PANELS_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class ScoredSampler:
+    """A sampler of a pipeline with what it scored.
+
+    Attributes:
+        name: of the pipeline, and how it is sampled.
+        sets: of the results file, by their evaluations of the denoiser.
+    """
+
+    name: str
+    sets: dict[int, dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """The name without what all schedulers' names share."""
+        return self.name.replace("Tangent", "").replace("Scheduler", "")
+
+    def within(self, budget: int) -> dict[str, Any] | None:
+        """The set of most evaluations within a budget, and more than half of it: guidance takes odd numbers."""
+        counts = [nfe for nfe in self.sets if budget / 2 < nfe <= budget]
+        return self.sets[max(counts)] if counts else None
+
+
+def scored_samplers(results: Sequence[dict[str, Any]]) -> list[ScoredSampler]:
+    """All samplers of the files, in their order; sets of one name are joined.
+
+    Raises:
+        ValueError: two files have a set of the same name and number of evaluations.
+    """
+    samplers: dict[str, ScoredSampler] = {}
+    for entry in (entry for one in results for entry in one["pipelines"]):
+        sampler = samplers.setdefault(entry["name"], ScoredSampler(entry["name"], {}))
+        for one in entry["sets"]:
+            if one["nfe"] in sampler.sets:
+                raise ValueError(
+                    f"{entry['name']!r} has been scored twice with {one['nfe']} evaluations: leave out a file."
+                )
+            sampler.sets[one["nfe"]] = one
+    return list(samplers.values())
+
+
+def budgets_of(samplers: Sequence[ScoredSampler]) -> list[int]:
+    """Powers of two that cover all evaluations, without those that no set is of."""
+    most = max(nfe for sampler in samplers for nfe in sampler.sets)
+    powers = [2**power for power in range(math.ceil(math.log2(most)) + 1)]
+    return [budget for budget in powers if any(sampler.within(budget) is not None for sampler in samplers)]
+
+
+def best_within(
+    samplers: Sequence[ScoredSampler], budget: int, lowest_entropy: float
+) -> tuple[ScoredSampler, dict[str, Any]] | None:
+    """The sampler of lowest perplexity within a budget among those of enough entropy, and its set."""
+    candidates = [
+        (sampler, one)
+        for sampler in samplers
+        if (one := sampler.within(budget)) is not None
+        and one["mean"]["generative_perplexity"] is not None
+        and one["mean"]["entropy"] >= lowest_entropy
+    ]
+    return min(candidates, key=lambda pair: pair[1]["mean"]["generative_perplexity"], default=None)
+
+
+def score_cell(one: dict[str, Any] | None, score: str) -> str:
+    """Mean and standard deviation over seeds."""
+    return "" if one is None else cell(one["mean"][score], one["std"][score], SCORES[score][1])
+
+
+def report(
+    results: Sequence[dict[str, Any]], reference: ScoredSampler, reference_nfe: int, tolerance: float
+) -> list[str]:
+    """Lines of samplers.md."""
+    samplers = scored_samplers(results)
+    budgets = budgets_of(samplers)
+    anchor = reference.sets[reference_nfe]
+    lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
+    real = results[0]["real_text"]
+    lines = ["# Samplers", "", "## The best for each number of evaluations", ""]
+    lines += [
+        f"Lowest Gen. PPL among samplers whose entropy is at least {lowest_entropy:.3f} nats: {tolerance:.0%} less "
+        f"than that of {reference_nfe} evaluations of `{reference.label}`.",
+        "",
+    ]
+    rows = []
+    for budget in budgets:
+        best = best_within(samplers, budget, lowest_entropy)
+        if best is None:
+            rows.append([str(budget), "none has enough entropy", "", *[""] * len(SCORES)])
+        else:
+            sampler, one = best
+            rows.append([str(budget), f"`{sampler.label}`", str(one["nfe"]), *[score_cell(one, s) for s in SCORES]])
+    rows.append(["reference", f"`{reference.label}`", str(reference_nfe), *[score_cell(anchor, s) for s in SCORES]])
+    rows.append(["", "real text", "", *[cell(real[s], None, SCORES[s][1]) for s in SCORES]])
+    lines += markdown_table(["at most", "sampler", "NFE", *[heading for heading, _ in SCORES.values()]], rows)
+    for score, (heading, digits) in SCORES.items():
+        lines += ["", f"## {heading}", "", f"Real text: {cell(real[score], None, digits)}.", ""]
+        rows = [
+            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), score) for budget in budgets]]
+            for sampler in samplers
+        ]
+        lines += markdown_table(["evaluations, at most", *map(str, budgets)], rows)
+    seeds = sorted({len(one["seeds"]) for sampler in samplers for one in sampler.sets.values()})
+    settings = results[0]["settings"]
+    lines += [
+        "",
+        f"- Mean ± standard deviation over {' or '.join(map(str, seeds))} sampling seeds of {settings['num_samples']} "
+        f"texts of {results[0]['pipelines'][0]['sequence_length']} tokens, {settings['dtype']}, on "
+        f"{results[0]['hardware']}.",
+        f"- Judge: `{results[0]['judge']['name']}`. Guidance takes two evaluations in each step but the first.",
+    ]
+    return lines
+
+
+def plot_samplers(results: Sequence[dict[str, Any]], reference: ScoredSampler) -> Figure:
+    """Perplexity over evaluations, a panel a solver and a curve a time grid, the reference grey; entropies beside."""
+    families: dict[str, list[ScoredSampler]] = {}
+    for sampler in scored_samplers(results):
+        families.setdefault(without_grid(sampler.label)[0], []).append(sampler)
+    num_rows = math.ceil(len(families) / PANELS_A_ROW)
+    figure = Figure(figsize=(WIDTH, 2 * 2.4 * num_rows), layout="constrained")
+    panels = figure.subplots(2 * num_rows, PANELS_A_ROW, squeeze=False, sharex=True, sharey="row")
+    for place, (family, members) in enumerate(families.items()):
+        row, column = divmod(place, PANELS_A_ROW)
+        for offset, score in enumerate(("generative_perplexity", "entropy")):
+            axes = panels[2 * row + offset, column]
+            draw_curve(axes, reference, score, color="0.7", linewidth=3)
+            for turn, sampler in enumerate(members):
+                grid = without_grid(sampler.label)[1]
+                draw_curve(axes, sampler, score, label=grid, linewidth=1.2, markersize=4, **run_style(turn))
+            axes.axhline(results[0]["real_text"][score], color="black", linewidth=0.8, linestyle=":")
+            axes.set(xscale="log", yscale="log" if score == "generative_perplexity" else "linear")
+            axes.set_xticks(budgets_of(members), map(str, budgets_of(members)), fontsize="x-small")
+            axes.minorticks_off()
+            if offset == 0:
+                axes.set_title(family, fontsize="x-small")
+                if len(members) > 1:
+                    axes.legend(fontsize="x-small")
+            if column == 0:
+                axes.set_ylabel(SCORES[score][0], fontsize="small")
+    for axes in panels.flatten():
+        axes.set_visible(axes.has_data())
+    figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
+    return figure
+
+
+def draw_curve(axes: Any, sampler: ScoredSampler, score: str, **style: Any) -> None:
+    """Means over evaluations, with standard deviations."""
+    sets = [one for _, one in sorted(sampler.sets.items()) if one["mean"][score] is not None]
+    axes.errorbar(
+        [one["nfe"] for one in sets],
+        [one["mean"][score] for one in sets],
+        yerr=[one["std"][score] or 0 for one in sets],
+        **style,
+    )
+
+
+def without_grid(label: str) -> tuple[str, str]:
+    """`DDIM:eta=1.0,time_grid=learned` → `DDIM:eta=1.0` and `learned`."""
+    name, _, pairs = label.partition(":")
+    settings = pairs.split(",") if pairs else []
+    grids = [pair.removeprefix("time_grid=") for pair in settings if pair.startswith("time_grid=")]
+    others = [pair for pair in settings if not pair.startswith("time_grid=")]
+    return name + (":" + ",".join(others) if others else ""), grids[0] if grids else "uniform"
+
+
+def find_reference(samplers: Sequence[ScoredSampler], name: str | None, nfe: int) -> ScoredSampler:
+    """The sampler of a name, by default the first of the paper's solver.
+
+    Raises:
+        ValueError: there is none, or none with this number of evaluations.
+    """
+    if name is None:
+        named = [sampler for sampler in samplers if "EulerMaruyama" in sampler.name or sampler.name.endswith("own")]
+    else:
+        named = [sampler for sampler in samplers if sampler.name == name]
+    if not named or nfe not in named[0].sets:
+        known = "; ".join(f"{sampler.name} ({', '.join(map(str, sorted(sampler.sets)))})" for sampler in samplers)
+        raise ValueError(f"No sampler --reference {name!r} with --reference_nfe {nfe}. The results have: {known}.")
+    return named[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="results.json of evaluations")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--reference", metavar="NAME", help="as the results call it; default: the first Euler–Maruyama"
+    )
+    parser.add_argument("--reference_nfe", type=int, default=128)
+    parser.add_argument("--entropy_tolerance", type=float, default=0.02)
+    options = parser.parse_args()
+    results = read_results(options.results)
+    reference = find_reference(scored_samplers(results), options.reference, options.reference_nfe)
+    lines = report(results, reference, options.reference_nfe, options.entropy_tolerance)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    (options.output_dir / "samplers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_figure(plot_samplers(results, reference), options.output_dir / "samplers")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
