@@ -61,7 +61,8 @@ def test_models_are_one_graph(make_components: Callable, name: str, dtype: torch
     results = output_and_gradients(module, compiled, name, dtype)
     assert counters["stats"]["unique_graphs"] == 1
     assert len(results) == len(expected) > len(list(module.parameters())) // 2
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    # in bfloat16 the CPU computes attention in another way without a compiler, and rounds elsewhere
+    tolerance = 1e-6 if dtype == torch.float32 else 3e-2
     for result, reference in zip(results, expected, strict=True):
         assert result.dtype == reference.dtype
         torch.testing.assert_close(result, reference, rtol=tolerance, atol=tolerance)
