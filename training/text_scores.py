@@ -12,6 +12,7 @@ import torch
 from ldlm_hf import GenerativePerplexity, Mauve, NGramDiversity, TokenEntropy
 from ldlm_hf.hub.model_card import Sample, TextScores
 from ldlm_hf.metrics import Judge, text_features
+from ldlm_hf.metrics.mauve import MAX_TEXT_LENGTH
 from provenance import source
 
 
@@ -79,10 +80,16 @@ def score_set(
     if judge is not None:
         conditions = judge_conditions(judge)
         scores = replace(scores, num_unscored_texts=len(texts))
-        if any(len(tokens) == 2 for tokens in judge.encode(texts, max_length=2)):
+        lengths = [len(tokens) for tokens in judge.encode(texts, MAX_TEXT_LENGTH + 1)]
+        with_mauve = references is not None and len(texts) - num_blank >= MIN_MAUVE_TEXTS
+        # both metrics read the same tokens where none of them leaves any out, so that one pass does for both
+        in_one_pass = with_mauve and all(2 <= length <= MAX_TEXT_LENGTH for length in lengths)
+        features = None
+        if max(lengths) >= 2:
             perplexity = GenerativePerplexity(keep_in_memory=True).compute(
-                predictions=texts, judge=judge, batch_size=batch_size
+                predictions=texts, judge=judge, batch_size=batch_size, with_features=in_one_pass
             )
+            features = perplexity.get("features")
             perplexities = perplexity["perplexities"]
             scores = replace(
                 scores,
@@ -90,11 +97,12 @@ def score_set(
                 trimmed_mean_perplexity=perplexity["trimmed_mean_perplexity"],
                 num_unscored_texts=perplexity["num_unscored_texts"],
             )
-        if references is not None and len(texts) - num_blank >= MIN_MAUVE_TEXTS:
+        if with_mauve:
             mauve = Mauve(keep_in_memory=True).compute(
                 predictions=texts,
                 references=references.texts,
                 reference_features=references.features,
+                prediction_features=features,
                 judge=judge,
                 batch_size=batch_size,
             )

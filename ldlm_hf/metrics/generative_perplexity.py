@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -29,12 +31,14 @@ Args:
     max_length (`int`): tokens a text, the added BOS included, after which it is cut. Default: the judge's context.
     add_bos (`bool`): prepend a BOS token, so that the first token of the text is scored too. Default `False`.
     bos_token_id (`int`): the token to prepend, where the tokenizer names none or another (SmolLM2: 0).
+    with_features (`bool`): also return each text's feature for `Mauve`, from the same pass. Default `False`.
     device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
         float32.
 Returns:
     perplexity (`float`): exp(sum of NLL / number of scored tokens) over the whole set.
     trimmed_mean_perplexity (`float`): mean of the texts' own perplexities after leaving out 5% of them at each end.
     perplexities (`list`): each text's own perplexity, `None` for a text with nothing to score.
+    features (`list`), with `with_features`: arrays (D,), float32, of what is read of each text; `None` as above.
     num_texts, num_unscored_texts, num_tokens (`int`): texts, those among them with nothing to score, scored tokens.
     judge (`str`), max_length (`int` or `None`), add_bos (`bool`): what the numbers depend on.
 """
@@ -74,6 +78,7 @@ class GenerativePerplexity(TextInputs, evaluate.Metric):
         max_length: int | None = None,
         add_bos: bool = False,
         bos_token_id: int | None = None,
+        with_features: bool = False,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> dict[str, Any]:
@@ -98,7 +103,15 @@ class GenerativePerplexity(TextInputs, evaluate.Metric):
                 f"None of the {len(predictions)} `predictions` has two tokens of the judge {judge.name!r}, so there "
                 f"is nothing to score; the first is {predictions[0]!r}. Look at what the generator writes."
             )
-        losses = sequence_losses(judge, [sequences[index] for index in scored], batch_size)
+        features: list[np.ndarray | None] = [None] * len(predictions)
+
+        def keep_features(places: list[int], last_hidden_states: torch.Tensor) -> None:
+            for place, feature in zip(places, last_hidden_states.float().cpu().numpy(), strict=True):
+                features[scored[place]] = feature
+
+        losses = sequence_losses(
+            judge, [sequences[index] for index in scored], batch_size, keep_features if with_features else None
+        )
         num_tokens = [len(sequences[index]) - 1 for index in scored]
 
         perplexities: list[float | None] = [None] * len(predictions)
@@ -108,6 +121,7 @@ class GenerativePerplexity(TextInputs, evaluate.Metric):
             "perplexity": math.exp(math.fsum(losses) / sum(num_tokens)),
             "trimmed_mean_perplexity": trimmed_mean([value for value in perplexities if value is not None]),
             "perplexities": perplexities,
+            **({"features": features} if with_features else {}),
             "num_texts": len(predictions),
             "num_unscored_texts": len(predictions) - len(scored),
             "num_tokens": sum(num_tokens),
@@ -118,18 +132,27 @@ class GenerativePerplexity(TextInputs, evaluate.Metric):
 
 
 @torch.inference_mode()
-def sequence_losses(judge: Judge, sequences: list[list[int]], batch_size: int) -> list[float]:
+def sequence_losses(
+    judge: Judge,
+    sequences: list[list[int]],
+    batch_size: int,
+    on_features: Callable[[list[int], torch.Tensor], None] | None = None,
+) -> list[float]:
     """The sum over each sequence of -log p(token | tokens before), from its second token on, in nats.
 
     Args:
         sequences: token ids of the judge, at least two a sequence.
+        on_features: called for each batch with the places of its sequences and the last hidden states at their last
+            tokens (B, D).
 
     Raises:
         ValueError: the judge gives a loss that is not finite.
     """
     losses = [0.0] * len(sequences)
     for indices, input_ids, attention_mask in judge.batches(sequences, batch_size, "Scoring texts"):
-        logits = judge.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, L, V)
+        logits, last_hidden_states = judge.read(input_ids, attention_mask)  # (B, L, V), (B, D)
+        if on_features is not None:
+            on_features(indices, last_hidden_states)
         for row, index in enumerate(indices):
             length = len(sequences[index])
             losses[index] = _sum_of_losses(logits[row, : length - 1], input_ids[row, 1:length])

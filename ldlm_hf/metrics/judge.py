@@ -90,6 +90,23 @@ class Judge:
             attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             yield indices, input_ids.to(self.model.device), attention_mask.to(self.model.device)
 
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: logits (B, L, V), and the last hidden state at each sequence's last token (B, D)."""
+        seen: list[torch.Tensor] = []
+        # what a causal model's forward gives is the logits alone
+        hook = self.model.base_model.register_forward_hook(
+            lambda module, inputs, output: seen.append(at_last_token(output.last_hidden_state, attention_mask))
+        )
+        with hook:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits, seen[0]
+
+
+def at_last_token(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L, D) of right-padded sequences → (B, D)"""
+    rows = torch.arange(len(hidden_states), device=hidden_states.device)
+    return hidden_states[rows, attention_mask.sum(dim=1) - 1]
+
 
 def load_judge(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Judge:
     """Loads a judge and its tokenizer.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ldlm_hf.metrics.inputs import TextInputs, check_positive_int
-from ldlm_hf.metrics.judge import Judge, as_judge
+from ldlm_hf.metrics.judge import Judge, as_judge, at_last_token
 
 
 # mauve-text reads this many tokens of a text.
@@ -27,6 +27,8 @@ Args:
     max_length (`int`): tokens of a text that are read. Default: 1024, or the judge's context if that is shorter.
     reference_features (`array`, (n, D)): the references' features from `ldlm_hf.metrics.text_features`, made earlier
         with the same judge and `max_length`, to save making them again for each generated set.
+    prediction_features (`array`, (n, D)): likewise those of the predictions, none of which is blank then; what
+        `GenerativePerplexity` gives with `with_features=True` is made in the same pass as the perplexity.
     num_buckets (`int` or `"auto"`): clusters; `"auto"` is a tenth of the number of texts.
     mauve_scaling_factor, kmeans_explained_var, kmeans_num_redo, kmeans_max_iter, seed: of mauve-text. Defaults: 5,
         0.9, 5, 500, 25.
@@ -67,6 +69,7 @@ class Mauve(TextInputs, evaluate.Metric):
         batch_size: int = 8,
         max_length: int | None = None,
         reference_features: Any = None,
+        prediction_features: Any = None,
         num_buckets: int | str = "auto",
         mauve_scaling_factor: float = 5,
         kmeans_explained_var: float = 0.9,
@@ -81,16 +84,12 @@ class Mauve(TextInputs, evaluate.Metric):
         written = [text for text in predictions if text.strip()]
         _check_num_buckets(num_buckets, num_texts=len(written), num_blank=len(predictions) - len(written))
         judge = as_judge(judge, device, dtype)
-        features = text_features(written, judge, batch_size, max_length, name="predictions")
+        if prediction_features is None:
+            prediction_features = text_features(written, judge, batch_size, max_length, name="predictions")
         if reference_features is None:
             reference_features = text_features(references, judge, batch_size, max_length, name="references")
-        reference_features = np.asarray(reference_features, dtype=np.float32)
-        if reference_features.shape != (len(references), features.shape[1]):
-            raise ValueError(
-                f"`reference_features` has the shape {reference_features.shape}, but {len(references)} `references` "
-                f"and the judge {judge.name!r} need {(len(references), features.shape[1])}: make them with "
-                "`text_features`, from these references and this judge."
-            )
+        features = _check_features(prediction_features, written, judge, "prediction")
+        reference_features = _check_features(reference_features, references, judge, "reference")
         pooled = np.concatenate([features, reference_features])
         if not np.isfinite(pooled).all():
             raise ValueError(f"The features of the judge {judge.name!r} are not all finite: load it in float32.")
@@ -154,12 +153,22 @@ def text_features(
     for indices, input_ids, attention_mask in judge.batches(sequences, batch_size, f"Features of {name}"):
         # The base model: the judge's logits (B, L, V) are not needed.
         output = judge.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        last = attention_mask.sum(dim=1) - 1  # (B,)
-        rows = torch.arange(len(indices), device=last.device)
-        last_hidden_states = output.last_hidden_state[rows, last].float().cpu().numpy()  # (B, D)
-        for index, feature in zip(indices, last_hidden_states, strict=True):
+        last_hidden_states = at_last_token(output.last_hidden_state, attention_mask)  # (B, D)
+        for index, feature in zip(indices, last_hidden_states.float().cpu().numpy(), strict=True):
             features[index] = feature
     return np.stack(features)
+
+
+def _check_features(features: Any, texts: list[str], judge: Judge, name: str) -> np.ndarray:
+    """The features as an array (n, D), float32; a ValueError if they are not those of n texts by this judge."""
+    features = np.asarray(features, dtype=np.float32)
+    expected = (len(texts), judge.model.config.get_text_config().hidden_size)
+    if features.shape != expected:
+        raise ValueError(
+            f"`{name}_features` has the shape {features.shape}, but {len(texts)} `{name}s` that are not blank and the "
+            f"judge {judge.name!r} need {expected}: make them with `text_features`, from these {name}s and this judge."
+        )
+    return features
 
 
 def _text_length(judge: Judge, max_length: int | None) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mauve import compute_mauve
 
-from ldlm_hf.metrics import Judge, Mauve, text_features
+from ldlm_hf.metrics import GenerativePerplexity, Judge, Mauve, text_features
 
 
 def texts(words: str, seed: int, count: int = 40) -> list[str]:
@@ -73,6 +73,22 @@ def test_reference_features_replace_their_computation_and_seeds_repeat(judge):
     assert shifted["mauve"] < fresh["mauve"]
 
 
+def test_features_of_the_perplexitys_pass_are_the_predictions_own(judge):
+    predictions, references = texts(ANIMALS, seed=0), texts(ANIMALS + " tree house", seed=1)
+    scored = GenerativePerplexity().compute(predictions=["cat", *predictions], judge=judge, with_features=True)
+    features = scored["features"]
+    assert features[0] is None
+    np.testing.assert_allclose(np.stack(features[1:]), text_features(predictions, judge), rtol=1e-5, atol=1e-6)
+    alone = GenerativePerplexity().compute(predictions=["cat", *predictions], judge=judge)
+    assert "features" not in alone
+    assert alone["perplexities"] == scored["perplexities"]
+    arguments = {"predictions": predictions, "references": references, "judge": judge}
+    given = Mauve().compute(**arguments, prediction_features=features[1:])
+    assert given["mauve"] == pytest.approx(Mauve().compute(**arguments)["mauve"], abs=1e-6)
+    shifted = Mauve().compute(**arguments, prediction_features=np.stack(features[1:]) + 5)
+    assert shifted["mauve"] < given["mauve"]
+
+
 def test_blank_predictions_are_left_out_and_counted(judge):
     predictions, references = texts(ANIMALS, seed=0), texts(ANIMALS, seed=1)
     result = Mauve().compute(predictions=["", " \n", *predictions[2:]], references=references, judge=judge)
@@ -96,6 +112,10 @@ def test_bad_input_is_named(judge, make_model):
         (
             {"predictions": animals, "references": animals, "reference_features": np.zeros((39, 32))},
             r"shape \(39, 32\).*\(40, 32\)",
+        ),
+        (
+            {"predictions": animals, "references": animals, "prediction_features": np.zeros((40, 31))},
+            r"`prediction_features` has the shape \(40, 31\).*\(40, 32\)",
         ),
         ({"predictions": ["cat"] * 40, "references": ["cat"] * 40}, "same features"),
     ]
