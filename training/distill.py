@@ -9,6 +9,7 @@ with the frozen encoders and decoders of the teacher's, and a scheduler for the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,6 +39,7 @@ from ldlm_hf import (
     TangentFlowMapScheduler,
     TangentScheduler,
 )
+from ldlm_hf.objective.flow_map import BY_STUDENT, BY_TEACHER, DIAGONAL
 from ldlm_hf.objective.joint import systematic_sample
 from randomness import RowRandomness
 from settings import EvaluationSettings, LoopSettings, OptimizerSettings, load_settings
@@ -49,11 +51,12 @@ METHODS = ("flow_map", "progressive")
 COMPARED_STEPS = (1, 2, 4, 8)
 # those of the teacher's, by a solver of second order
 TEACHER_STEPS = 64
-# positions on the time grid are drawn from a range this much wider at either end and clipped to [0, 1], so that steps
+# ends of steps on the time grid are drawn from a range this much wider at either end and clipped to it, so that steps
 # from pure noise and to the end, which every sample takes, are not left out
 OVERHANG = 0.1
-# no step is shorter than this share of the grid: the weights of the semigroup are 0 / 0 for two times that are one
-SHORTEST_STEP = 1e-3
+# lengths of a flow map's steps, as shares of the grid, are spread evenly over their logarithm from this one to 1, so
+# that a step of any length has half as long ones to learn from; the teacher takes those up to twice the shortest
+SHORTEST_STEP = 1 / 128
 # points of the grid that positions are looked up on
 GRID_POINTS = 4096
 
@@ -92,21 +95,19 @@ class DistillationSettings:
             raise ValueError(f"diagonal_share={self.diagonal_share} must lie in [0, 1).")
 
 
-def flow_map_times(scheduler: TangentScheduler, uniforms: torch.Tensor) -> torch.Tensor:
-    """Times s > u > t (B, 3), float64, for three uniform numbers each (B, 3): anywhere on the scheduler's time grid.
+def flow_map_times(scheduler: TangentScheduler, uniforms: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
+    """Steps anywhere on the scheduler's time grid, for two uniform numbers each (B, 2).
 
-    s and t are the later and the earlier of two draws, u lies evenly between them.
+    Returns:
+        Times s > u > t (B, 3), float64, u in the middle on the grid; and which steps are short enough for the teacher.
     """
-    ends, between = uniforms[:, :2], uniforms[:, 2]
-    ends = ((1 + 2 * OVERHANG) * ends - OVERHANG).clamp(0, 1)
-    late = ends.amax(1).clamp(min=SHORTEST_STEP)
-    early = torch.minimum(ends.amin(1), late - SHORTEST_STEP)
-    middle = torch.lerp(early, late, between.clamp(0.01, 0.99))
+    length = SHORTEST_STEP ** (1 - uniforms[:, 0])
+    early = (1 - length) * ((1 + 2 * OVERHANG) * uniforms[:, 1] - OVERHANG).clamp(0, 1)
     # the grid falls from its beginning at position 1 to its end at 0
     grid = scheduler.make_time_grid(GRID_POINTS).flip(0)
-    place = torch.stack([late, middle, early], dim=1) * GRID_POINTS
+    place = torch.stack([early + length, early + length / 2, early], dim=1) * GRID_POINTS
     left = place.long().clamp(max=GRID_POINTS - 1)
-    return torch.lerp(grid[left], grid[left + 1], place - left)
+    return torch.lerp(grid[left], grid[left + 1], place - left), (length < 2 * SHORTEST_STEP).tolist()
 
 
 def progressive_times(scheduler: TangentScheduler, num_steps: int, uniforms: torch.Tensor) -> torch.Tensor:
@@ -154,27 +155,28 @@ class DistillationTask(Task):
         self.device = device
         self.teacher_latents: torch.Tensor | None = None
 
-    def times(self, uniforms: torch.Tensor) -> torch.Tensor:
-        """Times s > u > t (B, 3) for three uniform numbers each (B, 3)."""
-        scheduler = self.module.scheduler
-        if self.module.is_flow_map:
-            return flow_map_times(scheduler, uniforms)
-        return progressive_times(scheduler, self.settings.num_steps, uniforms)
+    def times_and_targets(self, uniforms: torch.Tensor, on_diagonal: Sequence[bool]) -> tuple[torch.Tensor, list[str]]:
+        """Times s > u > t (B, 3) for two uniform numbers each (B, 2), and what each example is trained towards.
 
-    @property
-    def diagonal_share(self) -> float:
-        """Share of the examples with one time; a progressive student has none."""
-        return self.settings.diagonal_share if self.module.is_flow_map else 0.0
+        Args:
+            on_diagonal: which examples of a flow map keep the diagonal; a progressive student has none.
+        """
+        scheduler = self.module.scheduler
+        if not self.module.is_flow_map:
+            return progressive_times(scheduler, self.settings.num_steps, uniforms), [BY_TEACHER] * len(uniforms)
+        times, is_short = flow_map_times(scheduler, uniforms)
+        targets = [
+            DIAGONAL if diagonal else BY_TEACHER if short else BY_STUDENT
+            for diagonal, short in zip(on_diagonal, is_short, strict=True)
+        ]
+        return times, targets
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
         device = input_ids.device
-        on_diagonal = systematic_sample(randomness.batch_size, self.diagonal_share, randomness.shared_uniform())
-        losses = module(
-            input_ids,
-            self.times(randomness.uniforms(3)).to(device, non_blocking=True),
-            [on_diagonal[row] for row in randomness.rows],
-            randomness.generators(device),
-        )
+        share = self.settings.diagonal_share
+        on_diagonal = systematic_sample(randomness.batch_size, share, randomness.shared_uniform())
+        times, targets = self.times_and_targets(randomness.uniforms(2), [on_diagonal[row] for row in randomness.rows])
+        losses = module(input_ids, times.to(device, non_blocking=True), targets, randomness.generators(device))
         return StepLosses(losses.total, {"semigroup_loss": losses.semigroup, "diagonal_loss": losses.diagonal})
 
     def pipeline(self, snapshot: DistillationObjective) -> LDLMPipeline:
@@ -195,14 +197,14 @@ class DistillationTask(Task):
         """
         assert isinstance(snapshot, DistillationObjective)
         evaluation, count = self.settings.evaluation, len(self.held_out)
-        times = self.times(RowRandomness(0, 0, range(count), count).uniforms(3))
-        on_diagonal = systematic_sample(count, self.diagonal_share, 0.5)
+        on_diagonal = systematic_sample(count, self.settings.diagonal_share, 0.5)
+        times, targets = self.times_and_targets(RowRandomness(0, 0, range(count), count).uniforms(2), on_diagonal)
         generator = torch.Generator(self.device).manual_seed(0)
         total = 0.0
         for first in range(0, count, evaluation.batch_size):
             rows = slice(first, first + evaluation.batch_size)
             some = self.held_out[rows].to(self.device)
-            losses = snapshot(some, times[rows].to(self.device), on_diagonal[rows], generator)
+            losses = snapshot(some, times[rows].to(self.device), targets[rows], generator)
             total += float(losses.total) * len(some)
         results = {"distillation_loss": total / count} | self.distances_to_teacher(snapshot)
         texts: list[str] = []

@@ -11,8 +11,10 @@ D(z; s, s) is the denoiser itself. Two steps make one, X_{s,t} = X_{u,t} o X_{s,
     D(z; s, t) = l D(z; s, u) + (1 - l) D(X_{s,u}(z); u, t),   l = (rho_u - rho_s) / (rho_t - rho_s)
 
 A *flow map* learns D for every pair of times from this identity, with its own predictions on the right (the idea of
-shortcut models, Frans et al., 2025, whose weights are those of the linear path, l = (s - u) / (s - t)). *Progressive*
-distillation (Salimans and Ho, 2022) learns D between the neighbours of one grid, with the teacher on the right.
+shortcut models, Frans et al., 2025, whose weights are those of the linear path, l = (s - u) / (s - t)). The identity
+alone says little: a D that is one constant fulfils it. So the shortest steps have the teacher on the right, longer
+ones follow from shorter ones, and D(z; s, s) is kept at the teacher's prediction. *Progressive* distillation (Salimans
+and Ho, 2022) learns D between the neighbours of one grid, with the teacher on the right everywhere.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ from ..schedulers.scheduling_tangent_ddim import ddim_coefficients
 from ..schedulers.tangent import signal_to_noise
 from .joint import layers_to_shard, without_autocast_cache
 
+
+# what an example is trained towards: the teacher's prediction at its first time, which is D(z; s, s); two steps of the
+# teacher's; two of the student's own
+DIAGONAL, BY_TEACHER, BY_STUDENT = TARGETS = ("diagonal", "teacher", "student")
 
 # (noisy latents (B, N, d_z), s of shape (B,), t of shape (B,)) → D(z; s, t)
 TwoTimeDenoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -131,16 +137,16 @@ class DistillationObjective(nn.Module):
         self,
         input_ids: torch.Tensor,
         times: torch.Tensor,
-        on_diagonal: Sequence[bool],
+        targets: Sequence[str],
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DistillationLosses:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): token ids.
             times (`torch.Tensor` of shape `(B, 3)`): s > u > t of each example, in [0, 1], s positive.
-            on_diagonal (`Sequence[bool]` of length `B`):
-                Which examples keep the diagonal D(z; s, s) at the teacher's prediction; none for a progressive
-                student. No tensor: what DDP moves to an accelerator cannot be looked at without waiting for it.
+            targets (`Sequence[str]` of length `B`):
+                What each example is trained towards, of `TARGETS`; for a progressive student `BY_TEACHER`. No tensor:
+                what DDP moves to an accelerator cannot be looked at without waiting for it.
             generator: source of the noise; a list gives each example a stream of its own.
         """
         d = self.scheduler.config.tangent_d
@@ -151,21 +157,27 @@ class DistillationObjective(nn.Module):
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         noisy_latents = self.scheduler.add_noise(latents, noise, s)
 
-        rows = [place for place, is_diagonal in enumerate(on_diagonal) if is_diagonal]
-        others = [place for place, is_diagonal in enumerate(on_diagonal) if not is_diagonal]
-        diagonal, pairs = (torch.tensor(places).long().to(s.device, non_blocking=True) for places in (rows, others))
+        rows = {
+            kind: torch.tensor(places).to(s.device, non_blocking=True)
+            for kind in TARGETS
+            if (places := [place for place, target in enumerate(targets) if target == kind])
+        }
         target = torch.empty_like(latents)
+        denoisers = {BY_TEACHER: self.teacher_denoiser, BY_STUDENT: self.student_denoiser}
         with torch.no_grad(), without_autocast_cache(latents.device):
-            if rows:
-                target[diagonal] = self.teacher_denoiser(noisy_latents[diagonal], s[diagonal], s[diagonal])
-            if others:
-                denoise = self.student_denoiser if self.is_flow_map else self.teacher_denoiser
-                target[pairs] = semigroup_target(denoise, noisy_latents[pairs], s[pairs], u[pairs], t[pairs], d)
+            for kind, some in rows.items():
+                if kind == DIAGONAL:
+                    target[some] = self.teacher_denoiser(noisy_latents[some], s[some], s[some])
+                else:
+                    target[some] = semigroup_target(denoisers[kind], noisy_latents[some], s[some], u[some], t[some], d)
+        nowhere = torch.empty(0, dtype=torch.long, device=s.device)
+        diagonal = rows.get(DIAGONAL, nowhere)
+        pairs = torch.cat([rows.get(kind, nowhere) for kind in denoisers])
         end = t.index_copy(0, diagonal, s[diagonal])
         errors = (self.student_denoiser(noisy_latents, s, end) - target).square().flatten(1).mean(1)  # (B,)
         zero = errors.new_zeros(())
         return DistillationLosses(
             total=errors.mean(),
-            semigroup=errors.detach()[pairs].mean() if others else zero,
-            diagonal=errors.detach()[diagonal].mean() if rows else zero,
+            semigroup=errors.detach()[pairs].mean() if len(pairs) else zero,
+            diagonal=errors.detach()[diagonal].mean() if len(diagonal) else zero,
         )

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from ldlm_hf import DistillationObjective, LDLMTransformer1DModel, TangentDDIMScheduler, TangentFlowMapScheduler
-from ldlm_hf.objective.flow_map import flow_map_step, semigroup_target, semigroup_weight
+from ldlm_hf.objective.flow_map import (
+    BY_STUDENT,
+    BY_TEACHER,
+    DIAGONAL,
+    flow_map_step,
+    semigroup_target,
+    semigroup_weight,
+)
 from ldlm_hf.schedulers.tangent import alpha_sigma
 
 
@@ -115,34 +122,42 @@ def test_the_diagonal_stays_a_denoiser_of_one_time(make_objective: Callable, ran
         assert float((objective.student_denoiser(z, s, t) - one_time).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("is_flow_map", [True, False])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [BY_STUDENT, DIAGONAL, BY_STUDENT, BY_TEACHER],
+        [BY_TEACHER, BY_STUDENT, BY_STUDENT, BY_STUDENT],
+        [DIAGONAL] * 4,
+        None,  # a progressive student's
+    ],
+)
 def test_losses_are_their_definition(
-    make_objective: Callable, random_tokens: Callable, randomize: Callable, is_flow_map: bool
+    make_objective: Callable, random_tokens: Callable, randomize: Callable, targets: list[str] | None
 ):
-    objective = make_objective(is_flow_map)
+    objective = make_objective(is_flow_map=targets is not None)
     randomize(objective.transformer)
     input_ids = random_tokens(4)
-    on_diagonal = [False, True, False, False] if is_flow_map else [False] * 4
-    losses = objective(input_ids, TIMES, on_diagonal, torch.Generator().manual_seed(0))
+    targets = targets or [BY_TEACHER] * 4
+    losses = objective(input_ids, TIMES, targets, torch.Generator().manual_seed(0))
 
+    denoisers = {BY_STUDENT: objective.student_denoiser, BY_TEACHER: objective.teacher_denoiser}
     with torch.no_grad():
         latents = objective.latent_encoder(objective.token_encoder(input_ids).hidden_states).latents
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         s, u, t = TIMES.unbind(1)
         z = objective.scheduler.add_noise(latents, noise, s)
-        denoise = objective.student_denoiser if is_flow_map else objective.teacher_denoiser
-        errors = []
-        for i, diagonal in enumerate(on_diagonal):
+        errors: dict[bool, list[float]] = {True: [], False: []}  # by whether they are on the diagonal
+        for i, kind in enumerate(targets):
             one = [part[i : i + 1] for part in (z, s, u, t)]
-            if diagonal:
+            if kind == DIAGONAL:
                 target, end = objective.teacher(one[0], one[1].float()).sample, one[1]
             else:
-                target, end = semigroup_target(denoise, *one, D), one[3]
-            errors.append(float((objective.student_denoiser(one[0], one[1], end) - target).square().mean()))
-    assert float(losses.total.detach()) == pytest.approx(sum(errors) / 4, rel=1e-4)
-    pairs = [error for error, diagonal in zip(errors, on_diagonal, strict=True) if not diagonal]
-    assert float(losses.semigroup) == pytest.approx(sum(pairs) / len(pairs), rel=1e-4)
-    assert float(losses.diagonal) == pytest.approx(errors[1] if is_flow_map else 0, rel=1e-4)
+                target, end = semigroup_target(denoisers[kind], *one, D), one[3]
+            error = (objective.student_denoiser(one[0], one[1], end) - target).square().mean()
+            errors[kind == DIAGONAL].append(float(error))
+    assert float(losses.total.detach()) == pytest.approx(sum(map(sum, errors.values())) / 4, rel=1e-4)
+    for found, parts in ((losses.diagonal, errors[True]), (losses.semigroup, errors[False])):
+        assert float(found) == pytest.approx(sum(parts) / max(len(parts), 1), rel=1e-4)
 
     losses.total.backward()
     received = {name for name, module in objective.named_children() for p in module.parameters() if p.grad is not None}
