@@ -82,8 +82,8 @@ def score_set(
         scores = replace(scores, num_unscored_texts=len(texts))
         lengths = [len(tokens) for tokens in judge.encode(texts, MAX_TEXT_LENGTH + 1)]
         with_mauve = references is not None and len(texts) - num_blank >= MIN_MAUVE_TEXTS
-        # both metrics read the same tokens where none of them leaves any out, so that one pass does for both
-        in_one_pass = with_mauve and all(2 <= length <= MAX_TEXT_LENGTH for length in lengths)
+        # one pass does for both metrics where they read the same tokens of the same texts
+        in_one_pass = with_mauve and not num_blank and all(2 <= length <= MAX_TEXT_LENGTH for length in lengths)
         features = None
         if max(lengths) >= 2:
             perplexity = GenerativePerplexity(keep_in_memory=True).compute(

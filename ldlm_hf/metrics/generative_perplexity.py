@@ -150,8 +150,10 @@ def sequence_losses(
     """
     losses = [0.0] * len(sequences)
     for indices, input_ids, attention_mask in judge.batches(sequences, batch_size, "Scoring texts"):
-        logits, last_hidden_states = judge.read(input_ids, attention_mask)  # (B, L, V), (B, D)
-        if on_features is not None:
+        if on_features is None:
+            logits = judge.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        else:
+            logits, last_hidden_states = judge.read(input_ids, attention_mask)  # (B, L, V), (B, D)
             on_features(indices, last_hidden_states)
         for row, index in enumerate(indices):
             length = len(sequences[index])
