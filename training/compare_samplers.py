@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from figures import run_style
 from ldlm_hf.hub.training_curves import WIDTH
+from ldlm_hf.schedulers.scheduling_tangent import TIME_GRIDS
 from markdown_tables import cell, markdown_table
 from result_files import read_results, save_figure
 
@@ -145,9 +146,11 @@ def report(
 
 
 def plot_samplers(results: Sequence[dict[str, Any]], reference: ScoredSampler) -> Figure:
-    """Perplexity over evaluations, a panel a solver and a curve a time grid, the reference grey; entropies beside."""
+    """Perplexity over evaluations, a panel a solver and a curve a time grid, the reference grey; entropies below."""
+    samplers = scored_samplers(results)
+    budgets = budgets_of(samplers)
     families: dict[str, list[ScoredSampler]] = {}
-    for sampler in scored_samplers(results):
+    for sampler in samplers:
         families.setdefault(without_grid(sampler.label)[0], []).append(sampler)
     num_rows = math.ceil(len(families) / PANELS_A_ROW)
     figure = Figure(figsize=(WIDTH, 2 * 2.4 * num_rows), layout="constrained")
@@ -157,12 +160,13 @@ def plot_samplers(results: Sequence[dict[str, Any]], reference: ScoredSampler) -
         for offset, score in enumerate(("generative_perplexity", "entropy")):
             axes = panels[2 * row + offset, column]
             draw_curve(axes, reference, score, color="0.7", linewidth=3)
-            for turn, sampler in enumerate(members):
+            for sampler in members:
                 grid = without_grid(sampler.label)[1]
-                draw_curve(axes, sampler, score, label=grid, linewidth=1.2, markersize=4, **run_style(turn))
+                style = run_style(TIME_GRIDS.index(grid))
+                draw_curve(axes, sampler, score, label=grid, linewidth=1.2, markersize=4, **style)
             axes.axhline(results[0]["real_text"][score], color="black", linewidth=0.8, linestyle=":")
             axes.set(xscale="log", yscale="log" if score == "generative_perplexity" else "linear")
-            axes.set_xticks(budgets_of(members), map(str, budgets_of(members)), fontsize="x-small")
+            axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
             if offset == 0:
                 axes.set_title(family, fontsize="x-small")
