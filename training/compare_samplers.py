@@ -25,11 +25,12 @@ from figures import run_style
 from ldlm_hf.hub.training_curves import WIDTH
 from ldlm_hf.schedulers.scheduling_tangent import TIME_GRIDS
 from markdown_tables import cell, markdown_table
+from over_evaluations import PANELS, draw_curve
 from result_files import read_results, save_figure
 
 
-SCORES = {"generative_perplexity": ("Gen. PPL ↓", 0), "entropy": ("entropy (nats)", 3), "diversity": ("diversity", 3)}
-SCORES |= {"mauve": ("MAUVE ↑", 3)}
+# digits behind the point
+SCORES = {"generative_perplexity": 0, "entropy": 3, "diversity": 3, "mauve": 3}
 PANELS_A_ROW = 3
 
 
@@ -97,14 +98,17 @@ def best_within(
 
 def score_cell(one: dict[str, Any] | None, score: str) -> str:
     """Mean and standard deviation over seeds."""
-    return "" if one is None else cell(one["mean"][score], one["std"][score], SCORES[score][1])
+    return "" if one is None else cell(one["mean"][score], one["std"][score], SCORES[score])
 
 
 def report(
-    results: Sequence[dict[str, Any]], reference: ScoredSampler, reference_nfe: int, tolerance: float
+    results: Sequence[dict[str, Any]],
+    samplers: Sequence[ScoredSampler],
+    reference: ScoredSampler,
+    reference_nfe: int,
+    tolerance: float,
 ) -> list[str]:
-    """Lines of samplers.md."""
-    samplers = scored_samplers(results)
+    """Lines of samplers.md, from the files and the samplers in them."""
     budgets = budgets_of(samplers)
     anchor = reference.sets[reference_nfe]
     lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
@@ -124,10 +128,10 @@ def report(
             sampler, one = best
             rows.append([str(budget), f"`{sampler.label}`", str(one["nfe"]), *[score_cell(one, s) for s in SCORES]])
     rows.append(["reference", f"`{reference.label}`", str(reference_nfe), *[score_cell(anchor, s) for s in SCORES]])
-    rows.append(["", "real text", "", *[cell(real[s], None, SCORES[s][1]) for s in SCORES]])
-    lines += markdown_table(["at most", "sampler", "NFE", *[heading for heading, _ in SCORES.values()]], rows)
-    for score, (heading, digits) in SCORES.items():
-        lines += ["", f"## {heading}", "", f"Real text: {cell(real[score], None, digits)}.", ""]
+    rows.append(["", "real text", "", *[cell(real[s], None, SCORES[s]) for s in SCORES]])
+    lines += markdown_table(["at most", "sampler", "NFE", *[PANELS[s][0] for s in SCORES]], rows)
+    for score, digits in SCORES.items():
+        lines += ["", f"## {PANELS[score][0]}", "", f"Real text: {cell(real[score], None, digits)}.", ""]
         rows = [
             [f"`{sampler.label}`", *[score_cell(sampler.within(budget), score) for budget in budgets]]
             for sampler in samplers
@@ -145,9 +149,8 @@ def report(
     return lines
 
 
-def plot_samplers(results: Sequence[dict[str, Any]], reference: ScoredSampler) -> Figure:
+def plot_samplers(real_text: dict[str, Any], samplers: Sequence[ScoredSampler], reference: ScoredSampler) -> Figure:
     """Perplexity over evaluations, a panel a solver and a curve a time grid, the reference grey; entropies below."""
-    samplers = scored_samplers(results)
     budgets = budgets_of(samplers)
     families: dict[str, list[ScoredSampler]] = {}
     for sampler in samplers:
@@ -159,12 +162,12 @@ def plot_samplers(results: Sequence[dict[str, Any]], reference: ScoredSampler) -
         row, column = divmod(place, PANELS_A_ROW)
         for offset, score in enumerate(("generative_perplexity", "entropy")):
             axes = panels[2 * row + offset, column]
-            draw_curve(axes, reference, score, color="0.7", linewidth=3)
+            draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
             for sampler in members:
                 grid = without_grid(sampler.label)[1]
                 style = run_style(TIME_GRIDS.index(grid))
-                draw_curve(axes, sampler, score, label=grid, linewidth=1.2, markersize=4, **style)
-            axes.axhline(results[0]["real_text"][score], color="black", linewidth=0.8, linestyle=":")
+                draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
+            axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
             axes.set(xscale="log", yscale="log" if score == "generative_perplexity" else "linear")
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
@@ -173,22 +176,11 @@ def plot_samplers(results: Sequence[dict[str, Any]], reference: ScoredSampler) -
                 if len(members) > 1:
                     axes.legend(fontsize="x-small")
             if column == 0:
-                axes.set_ylabel(SCORES[score][0], fontsize="small")
+                axes.set_ylabel(PANELS[score][0], fontsize="small")
     for axes in panels.flatten():
         axes.set_visible(axes.has_data())
     figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
     return figure
-
-
-def draw_curve(axes: Any, sampler: ScoredSampler, score: str, **style: Any) -> None:
-    """Means over evaluations, with standard deviations."""
-    sets = [one for _, one in sorted(sampler.sets.items()) if one["mean"][score] is not None]
-    axes.errorbar(
-        [one["nfe"] for one in sets],
-        [one["mean"][score] for one in sets],
-        yerr=[one["std"][score] or 0 for one in sets],
-        **style,
-    )
 
 
 def without_grid(label: str) -> tuple[str, str]:
@@ -227,11 +219,12 @@ def main() -> None:
     parser.add_argument("--entropy_tolerance", type=float, default=0.02)
     options = parser.parse_args()
     results = read_results(options.results)
-    reference = find_reference(scored_samplers(results), options.reference, options.reference_nfe)
-    lines = report(results, reference, options.reference_nfe, options.entropy_tolerance)
+    samplers = scored_samplers(results)
+    reference = find_reference(samplers, options.reference, options.reference_nfe)
+    lines = report(results, samplers, reference, options.reference_nfe, options.entropy_tolerance)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "samplers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    save_figure(plot_samplers(results, reference), options.output_dir / "samplers")
+    save_figure(plot_samplers(results[0]["real_text"], samplers, reference), options.output_dir / "samplers")
     print("\n".join(lines))
 
 

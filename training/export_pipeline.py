@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ldlm_hf import LDLMPipeline
+from ldlm_hf.hub.repository import edit_json
 
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,6 +34,10 @@ def export_pipeline(source: str, folder: Path, dtype: torch.dtype, transformer_o
     if transformer_only:
         pipeline.transformer.save_pretrained(folder / "transformer")
         pipeline.scheduler.save_pretrained(folder / "scheduler")
+        # where it was loaded from, on this machine
+        edit_json(
+            folder / "transformer" / pipeline.transformer.config_name, lambda config: config.pop("_name_or_path", None)
+        )
         return
     pipeline.save_pretrained(folder)
     for file in folder.rglob("*.py"):

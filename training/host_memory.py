@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc to give no freed memory back to the system, for the rest of this process; False without glibc.
 
     On the CPU torch allocates each tensor by malloc, which by default maps a large one anew each time and unmaps it
-    when it is freed, so that every page of every result is first touched through a page fault. A training step at the
-    paper's geometry then takes about a quarter longer. The process stays as large as it once was.
+    when it is freed, so that every page of every result is first touched through a page fault; these take a good part
+    of a training step. The process stays as large as it once was.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

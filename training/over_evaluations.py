@@ -7,8 +7,10 @@ writes FILE.png and FILE.svg from the results of `evaluate.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures import run_style
@@ -38,16 +40,7 @@ def plot_over_evaluations(results: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(num_rows, 2, squeeze=False).flatten()
     for axes, (name, (heading, is_logarithmic)) in zip(panels, measured.items(), strict=False):
         for place, entry in enumerate(entries):
-            sets = [one for one in entry["sets"] if one["mean"][name] is not None]
-            axes.errorbar(
-                [one["nfe"] for one in sets],
-                [one["mean"][name] for one in sets],
-                yerr=[one["std"][name] or 0 for one in sets],
-                label=entry["name"],
-                markersize=4,
-                linewidth=1.2,
-                **run_style(place),
-            )
+            draw_curve(axes, entry["sets"], name, label=entry["name"], markersize=4, linewidth=1.2, **run_style(place))
         for value in {one["real_text"][name] for one in results} - {None}:
             axes.axhline(value, color="black", linewidth=0.8, linestyle=":")
         axes.set(xscale="log", xlabel="evaluations of the denoiser (NFE)", ylabel=heading)
@@ -62,6 +55,17 @@ def plot_over_evaluations(results: list[dict[str, Any]]) -> Figure:
     figure.legend(handles, labels, loc="outside lower center", fontsize="small")
     figure.suptitle("Dotted: real text. Bars: standard deviation over seeds.", fontsize="small", x=0.01, ha="left")
     return figure
+
+
+def draw_curve(axes: Axes, sets: Iterable[dict[str, Any]], score: str, **style: Any) -> None:
+    """Means of a score over the evaluations of the sets that have it, with standard deviations."""
+    measured = sorted((one for one in sets if one["mean"][score] is not None), key=lambda one: one["nfe"])
+    axes.errorbar(
+        [one["nfe"] for one in measured],
+        [one["mean"][score] for one in measured],
+        yerr=[one["std"][score] or 0 for one in measured],
+        **style,
+    )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     """The same attention as plain products, for a few heads at a time: (B, H, L, D/H).
 
     The fused kernel for the CPU (torch 2.13) emulates its bfloat16 products in float32 where the processor has no
-    matrix unit, and is slower there than these, which are not emulated: 1.3 to 2 times, and with its backward pass
-    1.9 to 3 times. Scores are rounded to bfloat16; with gradients, all of them are kept for the backward pass.
+    matrix unit, and is slower there than these, which are not emulated. Scores are rounded to bfloat16; with
+    gradients, all of them are kept for the backward pass.
     """
     batch_size, num_heads, length, width = query.shape
     group = max(1, SCORES_AT_ONCE // (length * key.shape[2]))

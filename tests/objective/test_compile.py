@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn import functional
 
 from ldlm_hf import JointObjective, JointObjectiveSettings, LDLMLatentEncoder, LDLMLatentEncoderConfig
+from ldlm_hf.models import layers
 
 
 TRAINED = ("latent_encoder", "latent_decoder", "token_decoder", "transformer")
@@ -53,7 +55,11 @@ def output_and_gradients(module: nn.Module, call: Callable[..., Any], name: str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TRAINED)
-def test_models_are_one_graph(make_components: Callable, name: str, dtype: torch.dtype) -> None:
+def test_models_are_one_graph(
+    make_components: Callable, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    # what is not compiled computes attention in bfloat16 by plain products on the CPU, and rounds elsewhere
+    monkeypatch.setattr(layers, "attend_by_products", functional.scaled_dot_product_attention)
     module = make_components()[name]
     expected = output_and_gradients(module, module, name, dtype)
     # fullgraph raises at a graph break
@@ -61,8 +67,7 @@ def test_models_are_one_graph(make_components: Callable, name: str, dtype: torch
     results = output_and_gradients(module, compiled, name, dtype)
     assert counters["stats"]["unique_graphs"] == 1
     assert len(results) == len(expected) > len(list(module.parameters())) // 2
-    # in bfloat16 the CPU computes attention in another way without a compiler, and rounds elsewhere
-    tolerance = 1e-6 if dtype == torch.float32 else 3e-2
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     for result, reference in zip(results, expected, strict=True):
         assert result.dtype == reference.dtype
         torch.testing.assert_close(result, reference, rtol=tolerance, atol=tolerance)

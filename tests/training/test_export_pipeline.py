@@ -52,6 +52,7 @@ def test_denoiser_and_scheduler_alone_take_the_place_of_others(saved: Path, tmp_
     done = export(saved, tmp_path / "student", "--transformer_only", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     assert {file.name for file in (tmp_path / "student").iterdir()} == {"transformer", "scheduler"}
+    assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "student").rglob("*.json"))
     student = LDLMPipeline.from_pretrained(
         saved,
         transformer=LDLMTransformer1DModel.from_pretrained(tmp_path / "student", subfolder="transformer"),
