@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from evaluation_report import COLUMNS
 from ldlm_hf.hub.model_card import read_settings_and_log
 from provenance import source
-from run_folder import RESUMABLE_CHANGES
+from run_folder import END_OF_RUN, RESUMABLE_CHANGES
 from settings import RunSettings, differences, flatten, load_settings
 from train_token_decoder import TokenDecoderSettings
 
@@ -37,6 +37,7 @@ SCALED_STEPS = (
     "loop.checkpointing_steps",
     "warmup.steps",
     "optimizer.lr_warmup_steps",
+    "optimizer.lr_decay_steps",
     "timestep_sampler.update_every",
     "evaluation.every",
 )
@@ -249,7 +250,7 @@ class AblationRun:
         changed = [
             key
             for key in differences(self.settings, text)
-            if key == "loop.max_steps" or not key.startswith(RESUMABLE_CHANGES)
+            if key in END_OF_RUN or not key.startswith(RESUMABLE_CHANGES)
         ]
         # ROW/seed-K/pipeline, wherever the folder of all runs lies
         if "components" in changed:

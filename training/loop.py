@@ -201,7 +201,7 @@ class TrainingLoop:
                 share = value.detach() / self.accumulation_steps
                 totals[name] = totals[name] + share if name in totals else share
 
-        learning_rate = learning_rate_at(self.step, self.settings.optimizer)
+        learning_rate = learning_rate_at(self.step, self.settings.optimizer, self.settings.loop.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         max_grad_norm = self.settings.optimizer.max_grad_norm
@@ -284,7 +284,7 @@ class TrainingLoop:
         record = {
             "step": self.step,
             **{name: value for name, value in reduced.items() if math.isfinite(value)},
-            "learning_rate": learning_rate_at(self.step - 1, self.settings.optimizer),
+            "learning_rate": learning_rate_at(self.step - 1, self.settings.optimizer, self.settings.loop.max_steps),
             **self.task.log_values(self.step - 1),
             "tokens": self.step * self.estimate.tokens_per_step,
             "tokens_per_second": tokens_per_second,
@@ -495,10 +495,12 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opt
     )
 
 
-def learning_rate_at(step: int, settings: OptimizerSettings) -> float:
-    """Linear warmup from the initial learning rate, then constant."""
+def learning_rate_at(step: int, settings: OptimizerSettings, max_steps: int) -> float:
+    """Linear warmup from the initial learning rate, then constant up to the last steps' linear decay to zero."""
     progress = min(1.0, step / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0
-    return settings.initial_learning_rate + progress * (settings.learning_rate - settings.initial_learning_rate)
+    remaining = min(1.0, (max_steps - step) / settings.lr_decay_steps) if settings.lr_decay_steps else 1.0
+    rise = settings.learning_rate - settings.initial_learning_rate
+    return remaining * (settings.initial_learning_rate + progress * rise)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

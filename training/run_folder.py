@@ -11,7 +11,9 @@ from checkpoints import remove_unfinished, resolve_checkpoint
 from settings import differences, to_yaml
 
 
-# settings that a resumed run may change, since they do not touch what is computed
+# where a run ends, and how
+END_OF_RUN = ("loop.max_steps", "optimizer.lr_decay_steps")
+# settings that a resumed run may change, since they do not touch the steps that were taken
 RESUMABLE_CHANGES = (
     "evaluation.",
     "loop.checkpointing_steps",
@@ -20,10 +22,10 @@ RESUMABLE_CHANGES = (
     "loop.device_batch_size",
     "loop.logging_steps",
     "loop.max_nonfinite_steps",
-    "loop.max_steps",
     "loop.output_dir",
     "loop.peak_tflops",
     "loop.trackers",
+    *END_OF_RUN,
 )
 
 

@@ -96,6 +96,8 @@ class OptimizerSettings:
         learning_rate: after the warmup.
         initial_learning_rate: at the first step.
         lr_warmup_steps: steps from one to the other.
+        lr_decay_steps: last steps of the run, over which the learning rate falls in a straight line to zero; the paper
+            has none.
         weight_decay: decoupled, on all trained parameters.
         beta1: decay of the gradient's mean.
         beta2: decay of the gradient's square.
@@ -107,6 +109,7 @@ class OptimizerSettings:
     learning_rate: float = 2e-4
     initial_learning_rate: float = 1e-8
     lr_warmup_steps: int = 5_000
+    lr_decay_steps: int = 0
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.98
@@ -351,7 +354,7 @@ def check_ranges(settings: Any) -> None:
     }
     not_negative = {
         "loop": ["dataloader_workers"],
-        "optimizer": ["lr_warmup_steps", "weight_decay"],
+        "optimizer": ["lr_warmup_steps", "lr_decay_steps", "weight_decay"],
         "warmup": ["steps"],
         "evaluation": ["every", "num_samples", "num_preview_samples"],
     }
@@ -364,7 +367,12 @@ def check_ranges(settings: Any) -> None:
                 value = getattr(getattr(settings, section, None), key, None)
                 if value is not None and not holds(value):
                     raise ValueError(f"{section}.{key}={value} must be {bound}.")
-    if hasattr(settings, "loop") and settings.loop.mixed_precision not in ("no", "bf16"):
+    if not hasattr(settings, "loop"):
+        return
+    decay, max_steps = settings.optimizer.lr_decay_steps, settings.loop.max_steps
+    if decay > max_steps:
+        raise ValueError(f"optimizer.lr_decay_steps={decay} is more than loop.max_steps={max_steps}.")
+    if settings.loop.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"loop.mixed_precision={settings.loop.mixed_precision!r} must be 'no' or 'bf16'; float16's range does not "
             "hold the gradients of a loss whose scale the latents set."

@@ -38,6 +38,7 @@ def test_file_wins_over_defaults_and_overrides_win_over_the_file(tmp_path: Path)
         ("warmup.steps=-1", "warmup.steps=-1"),
         ("evaluation.num_inference_steps=0", "evaluation.num_inference_steps=0"),
         ("loop.mixed_precision=fp16", "float16"),
+        ("optimizer.lr_decay_steps=1000000", "more than loop.max_steps"),
         ("objective.reconstruction=mse", "hidden, token, hidden"),
         ("objective.decoder_noise=-1", "decoder_noise=-1"),
     ],

@@ -291,10 +291,23 @@ def test_two_processes_share_one_timestep_sampler(tiny_overrides: list[str], tmp
 
 
 def test_learning_rate_rises_from_its_start_and_stays() -> None:
-    settings = OptimizerSettings()
-    assert learning_rate_at(0, settings) == 1e-8
-    assert learning_rate_at(2_500, settings) == pytest.approx(1e-4, rel=1e-3)
-    assert learning_rate_at(5_000, settings) == learning_rate_at(10**6, settings) == 2e-4
+    settings, end = OptimizerSettings(), 10**6
+    assert learning_rate_at(0, settings, end) == 1e-8
+    assert learning_rate_at(2_500, settings, end) == pytest.approx(1e-4, rel=1e-3)
+    assert learning_rate_at(5_000, settings, end) == learning_rate_at(end - 1, settings, end) == 2e-4
+
+
+def test_learning_rate_falls_over_the_last_steps_only_where_that_is_asked_for() -> None:
+    settings = OptimizerSettings(learning_rate=1.0, lr_warmup_steps=0, lr_decay_steps=4)
+    assert [learning_rate_at(step, settings, 7) for step in range(7)] == [1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_resumed_run_may_end_with_a_decay(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> None:
+    run_script("train_joint", *tiny_overrides, "loop.max_steps=2", "optimizer.learning_rate=1.0e-3")
+    further = ["loop.max_steps=4", "optimizer.lr_decay_steps=2", "--resume_from_checkpoint", "latest"]
+    run_script("train_joint", *tiny_overrides, "optimizer.learning_rate=1.0e-3", *further)
+    rates = [row["learning_rate"] for row in records(tmp_path / "run") if "learning_rate" in row]
+    assert rates[2:] == pytest.approx([1e-3, 5e-4])
 
 
 def test_batch_is_kept_whatever_the_number_of_devices() -> None:
