@@ -73,6 +73,8 @@ class DistillationSettings:
             are evenly spread over in training. The student's scheduler has it, too.
         t_min: where sampling ends.
         diagonal_share: share of a flow map's examples that keep it a denoiser, at the teacher's prediction.
+        teacher_self_condition: whether a teacher that was trained with a self-condition predicts from its own first
+            estimate, which is a second pass of it, instead of from none.
     """
 
     components: str = ""
@@ -81,6 +83,7 @@ class DistillationSettings:
     time_grid: str = "uniform"
     t_min: float = 0.0
     diagonal_share: float = 0.25
+    teacher_self_condition: bool = True
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(output_dir="runs/distilled", max_steps=100_000))
@@ -193,7 +196,8 @@ class DistillationTask(Task):
     @torch.no_grad()
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         """Held-out losses at fixed times with fixed noise; how far samples are from the teacher's, which follows the
-        probability-flow ODE from the same noise (mean squared error of the latents); and texts.
+        probability-flow ODE from the same noise (mean squared error of the latents), with its last prediction as the
+        self-condition if it teaches from one; and texts.
         """
         assert isinstance(snapshot, DistillationObjective)
         evaluation, count = self.settings.evaluation, len(self.held_out)
@@ -222,16 +226,16 @@ class DistillationTask(Task):
         shape = (self.settings.evaluation.batch_size, config.sample_size, config.in_channels)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
-        def latents(pipeline: LDLMPipeline, num_steps: int) -> torch.Tensor:
+        def latents(pipeline: LDLMPipeline, num_steps: int, scale: float = 0.0) -> torch.Tensor:
             pipeline.set_progress_bar_config(disable=True)
-            output = pipeline(len(noise), num_steps, latents=noise, self_condition_scale=0.0, output_type="latent")
+            output = pipeline(len(noise), num_steps, latents=noise, self_condition_scale=scale, output_type="latent")
             return output.latents
 
         if self.teacher_latents is None:
             teacher = self.pipeline(snapshot)
             ode = TangentDPMSolverMultistepScheduler.from_config(snapshot.scheduler.config)
             teacher.register_modules(transformer=snapshot.teacher, scheduler=ode)
-            self.teacher_latents = latents(teacher, TEACHER_STEPS)
+            self.teacher_latents = latents(teacher, TEACHER_STEPS, float(snapshot.teacher_self_condition))
         target = self.teacher_latents
         compared = COMPARED_STEPS if self.module.is_flow_map else (self.settings.num_steps,)
         distances = {n: float((latents(student, n) - target).square().mean()) for n in compared}
@@ -257,6 +261,7 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
         build_student(parts["transformer"], settings.method),
         parts["transformer"],
         scheduler,
+        settings.teacher_self_condition,
     )
     return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")}
 

@@ -42,6 +42,7 @@ from ldlm_hf import (
     resolve_pretrained_source,
 )
 from ldlm_hf.models.token_encoder import cut_config
+from ldlm_hf.objective.flow_map import BY_STUDENT, BY_TEACHER
 from settings import LoopSettings, ModelSettings, RunSettings, human_count, load_settings
 
 
@@ -156,7 +157,9 @@ def count_by_part(
         objective.settings = replace(objective.settings, self_conditioning_probability=0.0)
         inputs.append(torch.empty(batch_size, device="meta"))
     if isinstance(objective, DistillationObjective):
-        inputs += [torch.empty(batch_size, 3, device="meta"), [False] * batch_size]
+        # a flow map's examples on the diagonal, and the few that the teacher leads, cost as much or a little less
+        target = BY_STUDENT if objective.is_flow_map else BY_TEACHER
+        inputs += [torch.empty(batch_size, 3, device="meta"), [target] * batch_size]
     # the objective may draw on the CPU
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         ledger = PartLedger(objective, counter)

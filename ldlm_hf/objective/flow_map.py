@@ -86,7 +86,8 @@ class DistillationObjective(nn.Module):
     r"""
     Distils a teacher into a student on the latents of frozen encoders; no tensor of it has the vocabulary's size.
 
-    Neither sees a self-condition: in few steps there is hardly an earlier prediction to carry over.
+    The student sees no self-condition: in few steps there is hardly an earlier prediction to carry over. The teacher
+    sees its own first estimate, as in its training, so that the student learns what the teacher knows with one.
 
     Args:
         token_encoder: frozen.
@@ -95,6 +96,7 @@ class DistillationObjective(nn.Module):
             one grid by progressive distillation.
         teacher: the trained denoiser; frozen.
         scheduler: the noise process.
+        teacher_self_condition: whether the teacher, if it was trained with a self-condition, predicts from one.
 
     Raises:
         ValueError: a student and a teacher of different latents.
@@ -107,6 +109,7 @@ class DistillationObjective(nn.Module):
         transformer: LDLMTransformer1DModel,
         teacher: LDLMTransformer1DModel,
         scheduler: TangentScheduler,
+        teacher_self_condition: bool = True,
     ):
         super().__init__()
         for name in ("in_channels", "sample_size"):
@@ -118,6 +121,7 @@ class DistillationObjective(nn.Module):
         self.transformer = transformer
         self.teacher = teacher.requires_grad_(False)
         self.scheduler = scheduler
+        self.teacher_self_condition = teacher_self_condition and teacher.config.self_conditioning
         self.is_flow_map = transformer.config.next_timestep_conditioning
 
     @property
@@ -131,7 +135,8 @@ class DistillationObjective(nn.Module):
 
     def teacher_denoiser(self, latents: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The teacher's prediction at s in float32, wherever the step goes: DDIM."""
-        return self.teacher(latents, s.float()).sample.float()
+        self_condition = self.teacher(latents, s.float()).sample if self.teacher_self_condition else None
+        return self.teacher(latents, s.float(), self_condition).sample.float()
 
     def forward(
         self,

@@ -87,7 +87,7 @@ def test_weights_at_the_ends():
 
 @pytest.fixture
 def make_objective(make_components: Callable) -> Callable[..., DistillationObjective]:
-    def make(is_flow_map: bool = True) -> DistillationObjective:
+    def make(is_flow_map: bool = True, teacher_self_condition: bool = True) -> DistillationObjective:
         parts = make_components()
         teacher = parts["transformer"]
         student = LDLMTransformer1DModel.from_config(
@@ -95,7 +95,12 @@ def make_objective(make_components: Callable) -> Callable[..., DistillationObjec
         )
         student.load_state_dict(teacher.state_dict(), strict=False)
         return DistillationObjective(
-            parts["token_encoder"], parts["latent_encoder"], student, teacher, TangentDDIMScheduler()
+            parts["token_encoder"],
+            parts["latent_encoder"],
+            student,
+            teacher,
+            TangentDDIMScheduler(),
+            teacher_self_condition,
         )
 
     return make
@@ -122,6 +127,7 @@ def test_the_diagonal_stays_a_denoiser_of_one_time(make_objective: Callable, ran
         assert float((objective.student_denoiser(z, s, t) - one_time).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("teacher_self_condition", [True, False])
 @pytest.mark.parametrize(
     "targets",
     [
@@ -132,15 +138,24 @@ def test_the_diagonal_stays_a_denoiser_of_one_time(make_objective: Callable, ran
     ],
 )
 def test_losses_are_their_definition(
-    make_objective: Callable, random_tokens: Callable, randomize: Callable, targets: list[str] | None
+    make_objective: Callable,
+    random_tokens: Callable,
+    randomize: Callable,
+    targets: list[str] | None,
+    teacher_self_condition: bool,
 ):
-    objective = make_objective(is_flow_map=targets is not None)
+    objective = make_objective(targets is not None, teacher_self_condition)
     randomize(objective.transformer)
+    randomize(objective.teacher)
     input_ids = random_tokens(4)
     targets = targets or [BY_TEACHER] * 4
     losses = objective(input_ids, TIMES, targets, torch.Generator().manual_seed(0))
 
-    denoisers = {BY_STUDENT: objective.student_denoiser, BY_TEACHER: objective.teacher_denoiser}
+    def teach(z: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        estimate = objective.teacher(z, s.float()).sample
+        return objective.teacher(z, s.float(), estimate).sample if teacher_self_condition else estimate
+
+    denoisers = {BY_STUDENT: objective.student_denoiser, BY_TEACHER: teach}
     with torch.no_grad():
         latents = objective.latent_encoder(objective.token_encoder(input_ids).hidden_states).latents
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
@@ -150,7 +165,7 @@ def test_losses_are_their_definition(
         for i, kind in enumerate(targets):
             one = [part[i : i + 1] for part in (z, s, u, t)]
             if kind == DIAGONAL:
-                target, end = objective.teacher(one[0], one[1].float()).sample, one[1]
+                target, end = teach(*one[:3]), one[1]
             else:
                 target, end = semigroup_target(denoisers[kind], *one, D), one[3]
             error = (objective.student_denoiser(one[0], one[1], end) - target).square().mean()

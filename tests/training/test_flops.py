@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 import flops
+from distill import METHODS, build_student
 from ldlm_hf import (
+    DistillationObjective,
     JointObjective,
     JointObjectiveSettings,
     LDLMLatentEncoder,
@@ -20,6 +22,7 @@ from ldlm_hf import (
     LDLMTokenDecoder,
     LDLMTokenDecoderConfig,
     LDLMTokenEncoder,
+    TangentDDIMScheduler,
 )
 from settings import LoopSettings
 from train_token_decoder import TokenDecoderObjective
@@ -83,6 +86,26 @@ def test_joint_objective(make_components: Callable) -> None:
     }
     assert (extra.forward, extra.backward) == (0.25 * parts["transformer"].forward, 0)
     assert not any(part.recomputed for part in parts.values())
+
+
+@pytest.mark.parametrize("teacher_self_condition", [True, False])
+def test_passes_of_teacher_and_student_without_gradients(
+    make_components: Callable, teacher_self_condition: bool
+) -> None:
+    parts = make_components()
+    encoders, teacher = (parts["token_encoder"], parts["latent_encoder"]), parts["transformer"]
+    passes = {}
+    for method in METHODS:
+        student = build_student(teacher, method)
+        objective = DistillationObjective(*encoders, student, teacher, TangentDDIMScheduler(), teacher_self_condition)
+        passes[method] = counted(objective)
+    # two steps of the teacher's, or of the student's own
+    teacher_forward = by_hand()["transformer"][0] * BATCH
+    assert passes["progressive"]["teacher"].forward == (4 if teacher_self_condition else 2) * teacher_forward
+    assert "teacher" not in passes["flow_map"]
+    trained_once = passes["progressive"]["transformer"]
+    assert passes["flow_map"]["transformer"].forward > 2.9 * trained_once.forward
+    assert passes["flow_map"]["transformer"].backward < 1.1 * trained_once.backward
 
 
 def test_variants(make_components: Callable) -> None:
