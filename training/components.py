@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import ldlm_hf
 from ldlm_hf import (
     JointObjective,
     LDLMLatentDecoder,
@@ -42,7 +44,12 @@ AUTOENCODER = ("token_encoder", "latent_encoder", "latent_decoder", "token_decod
 
 def load_part(source: str, name: str) -> Any:
     """A part of a pipeline, or of what a run has left that trained no whole one: folder or Hub id."""
-    return PARTS[name].from_pretrained(source, subfolder=name)
+    part_class = PARTS[name]
+    if name == "scheduler":
+        # whichever the pipeline has: ours, or one of diffusers'
+        class_name = part_class.load_config(source, subfolder=name)["_class_name"]
+        part_class = getattr(ldlm_hf if hasattr(ldlm_hf, class_name) else diffusers, class_name)
+    return part_class.from_pretrained(source, subfolder=name)
 
 
 def build_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
