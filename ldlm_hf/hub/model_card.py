@@ -92,7 +92,7 @@ class RunResults:
         language: code of the language that the model writes; None is not known.
         model_id: the model's id on the Hub; None has none.
         token_encoder: the frozen language model of a joint run.
-        components: the trained components that a run which trains a token decoder alone starts from.
+        components: what a run starts from that trains a token decoder alone, or a student.
         parameters: component → number of its parameters.
         hardware: processors that the run was trained on.
         versions: package → its version.
@@ -176,6 +176,11 @@ class Run:
     def is_trained(self) -> bool:
         """Whether there is a model; without one, the card is a template."""
         return self.results.seconds is not None
+
+    @property
+    def distillation(self) -> str | None:
+        """The method that the denoiser was distilled by; None if it was not."""
+        return self.settings.get("method")
 
 
 @dataclass(frozen=True)
@@ -431,13 +436,17 @@ def facts(run: Run) -> list[str]:
         lines.append(
             f"{duration(results.seconds)} on {results.hardware}; evaluations and checkpoints on the way count."
         )
+    use_of_components = "Components that the token decoder was trained for, all of them frozen"
+    if run.distillation:
+        method = run.distillation.replace("_", " ")
+        use_of_components = f"Teacher of the denoiser ({method}), whose other parts are kept as they are"
     precision = {"no": "float32", "bf16": "bfloat16 autocast over float32 weights"}[loop["mixed_precision"]]
     decay = run.settings["optimizer"]["ema_decay"]
     lines.append(f"Precision: {precision}. Evaluated and saved is a moving average of the weights, decay {decay}.")
     for source, role in (
         (results.corpus, "Training text"),
         (results.token_encoder, "Frozen token encoder"),
-        (results.components, "Components that the token decoder was trained for, all of them frozen"),
+        (results.components, use_of_components),
     ):
         if source is not None:
             lines.append(f"{role}: `{source.name}`" + (" on the Hub." if source.is_hub_id else " (not on the Hub)."))

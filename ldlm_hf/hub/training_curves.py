@@ -30,6 +30,8 @@ GRID_PREFIX = "eval/diffusion_loss/t="
 MAX_GRID_CURVES = 6
 # more points of a curve than this are averaged in groups: they would only blacken the picture
 MAX_POINTS = 400
+# numbers of steps at which distillation compares a student with its teacher
+FEW_STEPS = {1: "1 step", 2: "2 steps", 4: "4 steps", 8: "8 steps"}
 WIDTH = 9.0  # inches
 DPI = 100
 
@@ -81,6 +83,20 @@ PANELS = (
             "eval/reconstruction_accuracy": "held-out text, clean latents",
         },
         limits=(-0.03, 1.03),
+    ),
+    Panel(
+        "distillation loss (MSE of latents)",
+        {
+            "semigroup_loss": "training text, two times",
+            "diagonal_loss": "training text, one time",
+            "eval/distillation_loss": "held-out text",
+        },
+        logarithmic=True,
+    ),
+    Panel(
+        "distance to the teacher's samples (MSE of latents)",
+        {f"eval/distance_to_teacher/steps={steps}": name for steps, name in FEW_STEPS.items()},
+        logarithmic=True,
     ),
     Panel("gate (share of the gradient)", {"gate": "diffusion loss → encoder"}, limits=(-0.03, 1.03)),
     Panel("standard deviation of latents", {"latent_std": "training text"}),

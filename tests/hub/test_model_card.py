@@ -222,6 +222,18 @@ def test_card_of_a_token_decoder_names_what_it_was_trained_for(tmp_path: Path) -
     assert "Components that the token decoder was trained for, all of them frozen: `org/ldlm` on the Hub." in card.text
 
 
+def test_card_of_a_student_names_its_teacher_and_draws_its_distillation(tmp_path: Path) -> None:
+    settings = SETTINGS | {"method": "flow_map"}
+    results = replace(RESULTS, token_encoder=None, components=Source("org/ldlm", is_hub_id=True))
+    keys = ["semigroup_loss", "eval/distillation_loss", "eval/distance_to_teacher/steps=2"]
+    log = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in range(1, 5)]
+    text = write_card(Run("student", settings, results, log), tmp_path).text
+    assert "Teacher of the denoiser (flow map), whose other parts are kept as they are: `org/ldlm` on the Hub." in text
+    assert "distillation loss, distance to the teacher's samples." in text
+    assert "It was distilled for few sampling steps" in text and "was not distilled" not in text
+    assert "was not distilled" in write_card(Run("teacher", SETTINGS, RESULTS), tmp_path / "teacher").text
+
+
 @pytest.mark.parametrize(
     "text",
     ["---\nlicense: mit\n---", "```\n# heading\n```", "<script>x</script> | a |", "a\x85b\r\nc" + " d" * 200, ""],
