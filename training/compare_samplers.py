@@ -4,10 +4,12 @@
         [--reference "NAME, SAMPLER"] [--reference_nfe 128] [--entropy_tolerance 0.02]
 
 writes FOLDER/samplers.md, with a table of each score over the evaluations and the best sampler of each column, and
-FOLDER/samplers.png and .svg. The files may be of one pipeline and of its distilled students.
+the figures samplers_perplexity and samplers_mauve, each as .png and .svg. The files may be of one pipeline and of its
+distilled students.
 
-Perplexity falls when texts lose diversity, so samplers are ranked at matched entropy only: a set counts where its mean
-entropy is not more than the tolerance below that of the reference, the paper's sampler with many evaluations.
+Perplexity falls when texts lose diversity, so it ranks samplers at matched entropy only: a set counts where its mean
+entropy is not more than the tolerance below that of the reference, the paper's sampler with many evaluations. MAUVE
+sees a loss of diversity itself and ranks them all.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from result_files import read_results, save_figure
 # digits behind the point
 SCORES = {"generative_perplexity": 0, "entropy": 3, "diversity": 3, "mauve": 3}
 PANELS_A_ROW = 3
+# the figures, and the two scores that each one shows
+FIGURES = {"samplers_perplexity": ("generative_perplexity", "entropy"), "samplers_mauve": ("mauve", "diversity")}
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,24 @@ def budgets_of(samplers: Sequence[ScoredSampler]) -> list[int]:
     return [budget for budget in powers if any(sampler.within(budget) is not None for sampler in samplers)]
 
 
-def best_within(
-    samplers: Sequence[ScoredSampler], budget: int, lowest_entropy: float
-) -> tuple[ScoredSampler, dict[str, Any]] | None:
-    """The sampler of lowest perplexity within a budget among those of enough entropy, and its set."""
-    candidates = [
-        (sampler, one)
-        for sampler in samplers
-        if (one := sampler.within(budget)) is not None
-        and one["mean"]["generative_perplexity"] is not None
-        and one["mean"]["entropy"] >= lowest_entropy
-    ]
-    return min(candidates, key=lambda pair: pair[1]["mean"]["generative_perplexity"], default=None)
+def best_rows(
+    samplers: Sequence[ScoredSampler], budgets: Sequence[int], score: str, sign: int, lowest_entropy: float = 0.0
+) -> list[list[str]]:
+    """A row a budget: the sampler whose `sign * score` is least among those of enough entropy, with all its scores."""
+    rows = []
+    for budget in budgets:
+        sets = [(sampler, one) for sampler in samplers if (one := sampler.within(budget)) is not None]
+        candidates = [
+            (sign * one["mean"][score], sampler.label, one)
+            for sampler, one in sets
+            if one["mean"][score] is not None and one["mean"]["entropy"] >= lowest_entropy
+        ]
+        if candidates:
+            _, label, one = min(candidates, key=lambda candidate: candidate[0])
+            rows.append([str(budget), f"`{label}`", str(one["nfe"]), *[score_cell(one, name) for name in SCORES]])
+        else:
+            rows.append([str(budget), "none", "", *[""] * len(SCORES)])
+    return rows
 
 
 def score_cell(one: dict[str, Any] | None, score: str) -> str:
@@ -113,23 +123,21 @@ def report(
     anchor = reference.sets[reference_nfe]
     lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
     real = results[0]["real_text"]
+    heading = ["at most", "sampler", "NFE", *[PANELS[score][0] for score in SCORES]]
+    anchors = [
+        ["reference", f"`{reference.label}`", str(reference_nfe), *[score_cell(anchor, score) for score in SCORES]],
+        ["", "real text", "", *[cell(real[score], None, SCORES[score]) for score in SCORES]],
+    ]
     lines = ["# Samplers", "", "## The best for each number of evaluations", ""]
     lines += [
         f"Lowest Gen. PPL among samplers whose entropy is at least {lowest_entropy:.3f} nats: {tolerance:.0%} less "
         f"than that of {reference_nfe} evaluations of `{reference.label}`.",
         "",
     ]
-    rows = []
-    for budget in budgets:
-        best = best_within(samplers, budget, lowest_entropy)
-        if best is None:
-            rows.append([str(budget), "none has enough entropy", "", *[""] * len(SCORES)])
-        else:
-            sampler, one = best
-            rows.append([str(budget), f"`{sampler.label}`", str(one["nfe"]), *[score_cell(one, s) for s in SCORES]])
-    rows.append(["reference", f"`{reference.label}`", str(reference_nfe), *[score_cell(anchor, s) for s in SCORES]])
-    rows.append(["", "real text", "", *[cell(real[s], None, SCORES[s]) for s in SCORES]])
-    lines += markdown_table(["at most", "sampler", "NFE", *[PANELS[s][0] for s in SCORES]], rows)
+    rows = best_rows(samplers, budgets, "generative_perplexity", 1, lowest_entropy)
+    lines += [*markdown_table(heading, [*rows, *anchors]), "", "Highest MAUVE, whatever the entropy:", ""]
+    rows = best_rows(samplers, budgets, "mauve", -1)
+    lines += markdown_table(heading, [*rows, *anchors])
     for score, digits in SCORES.items():
         lines += ["", f"## {PANELS[score][0]}", "", f"Real text: {cell(real[score], None, digits)}.", ""]
         rows = [
@@ -149,8 +157,10 @@ def report(
     return lines
 
 
-def plot_samplers(real_text: dict[str, Any], samplers: Sequence[ScoredSampler], reference: ScoredSampler) -> Figure:
-    """Perplexity over evaluations, a panel a solver and a curve a time grid, the reference grey; entropies below."""
+def plot_samplers(
+    real_text: dict[str, Any], samplers: Sequence[ScoredSampler], reference: ScoredSampler, scores: tuple[str, str]
+) -> Figure:
+    """A score over evaluations, a panel a solver and a curve a time grid, the reference grey; another score below."""
     budgets = budgets_of(samplers)
     families: dict[str, list[ScoredSampler]] = {}
     for sampler in samplers:
@@ -160,15 +170,16 @@ def plot_samplers(real_text: dict[str, Any], samplers: Sequence[ScoredSampler], 
     panels = figure.subplots(2 * num_rows, PANELS_A_ROW, squeeze=False, sharex=True, sharey="row")
     for place, (family, members) in enumerate(families.items()):
         row, column = divmod(place, PANELS_A_ROW)
-        for offset, score in enumerate(("generative_perplexity", "entropy")):
+        for offset, score in enumerate(scores):
             axes = panels[2 * row + offset, column]
             draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
             for sampler in members:
                 grid = without_grid(sampler.label)[1]
                 style = run_style(TIME_GRIDS.index(grid))
                 draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
-            axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
-            axes.set(xscale="log", yscale="log" if score == "generative_perplexity" else "linear")
+            if real_text[score] is not None:
+                axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
+            axes.set(xscale="log", yscale="log" if PANELS[score][1] else "linear")
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
             if offset == 0:
@@ -224,7 +235,8 @@ def main() -> None:
     lines = report(results, samplers, reference, options.reference_nfe, options.entropy_tolerance)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "samplers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    save_figure(plot_samplers(results[0]["real_text"], samplers, reference), options.output_dir / "samplers")
+    for name, scores in FIGURES.items():
+        save_figure(plot_samplers(results[0]["real_text"], samplers, reference, scores), options.output_dir / name)
     print("\n".join(lines))
 
 

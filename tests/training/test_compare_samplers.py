@@ -47,7 +47,7 @@ def compare(folder: Path, files: list[dict[str, Any]], *options: str) -> subproc
 
 def best_rows(folder: Path) -> dict[str, list[str]]:
     """Rows of the first table by their first cell."""
-    table = (folder / "out" / "samplers.md").read_text().split("##")[1]
+    table = (folder / "out" / "samplers.md").read_text().split("Highest MAUVE")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows}
 
@@ -67,8 +67,18 @@ def test_the_best_sampler_has_the_lowest_perplexity_at_matched_entropy(tmp_path:
         ["`model, EulerMaruyama:time_grid=uniform`", "8", "300 ± 0"],
     ]
     assert rows["reference"][:2] == ["`model, EulerMaruyama:time_grid=uniform`", "8"]
-    assert (tmp_path / "out" / "samplers.png").stat().st_size > 10_000
-    assert (tmp_path / "out" / "samplers.svg").is_file()
+    for name in ("samplers_perplexity", "samplers_mauve"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / "out" / f"{name}.svg").is_file()
+
+
+def test_mauve_ranks_samplers_of_any_entropy(tmp_path: Path) -> None:
+    scores = results({EULER: [(4, 500, 3.0)], DDIM: [(4, 200, 2.5)]})
+    scores["pipelines"][1]["sets"][0]["mean"]["mauve"] = 0.2
+    assert compare(tmp_path, [scores], "--reference_nfe", "4").returncode == 0
+    assert best_rows(tmp_path)["4"][0] == "`model, EulerMaruyama:time_grid=uniform`"
+    by_mauve = (tmp_path / "out" / "samplers.md").read_text().split("Highest MAUVE")[1]
+    assert "| 4 | `model, DDIM:eta=1.0,time_grid=learned` | 4 | 200 ± 0 |" in by_mauve.split("##")[0]
 
 
 def test_a_wider_tolerance_lets_in_less_entropy(tmp_path: Path) -> None:
