@@ -7,7 +7,8 @@ from diffusers.configuration_utils import register_to_config
 
 from ..hub.safe_loading import check_settings
 from .scheduling_tangent import StepWeights, TangentScheduler
-from .scheduling_tangent_ddim import ddim_weights
+from .scheduling_tangent_ddim import ddim_coefficients
+from .tangent import alpha_sigma, log_snr, timesteps_from_log_snr
 
 
 class TangentFlowMapScheduler(TangentScheduler):
@@ -17,11 +18,17 @@ class TangentFlowMapScheduler(TangentScheduler):
     x' = sigma'/sigma x + (alpha' - alpha sigma'/sigma) D. The noise process and the time grids are those of
     [`TangentScheduler`]. Exact where the model is, for one step as for many.
 
-    `next_timesteps` holds the ends of the steps beside `timesteps`, their beginnings; the pipeline gives the model
+    With `gamma` a step lands at an earlier time than that of the grid, where the noise level sigma / alpha is
+    sqrt(1 - gamma^2) of it, and fresh noise takes it back from there (the gamma-sampling of Kim et al., 2024, written
+    there for the variance-exploding process). 0 is the probability-flow ODE; with 1 every step lands at the clean
+    latents, as consistency models sample. Where the model is exact, all of them have the marginals of the process.
+
+    `next_timesteps` holds where the steps land beside `timesteps`, their beginnings; the pipeline gives the model
     both.
 
     Args:
         tangent_d (`float`, defaults to 3.0): d of the schedule; larger means more noise at every time.
+        gamma (`float`, defaults to 0.0): share of a step's noise, as a standard deviation, that is fresh, in [0, 1].
         t_min (`float`, defaults to 0.0): where the time grid ends: at the clean latents themselves.
         t_max (`float`, defaults to 0.99): where a grid with `time_grid="log_snr"` begins.
         time_grid (`str`, defaults to `"uniform"`): `"uniform"`, `"log_snr"` or `"learned"`.
@@ -35,6 +42,7 @@ class TangentFlowMapScheduler(TangentScheduler):
     def __init__(
         self,
         tangent_d: float = 3.0,
+        gamma: float = 0.0,
         t_min: float = 0.0,
         t_max: float = 0.99,
         time_grid: str = "uniform",
@@ -42,12 +50,30 @@ class TangentFlowMapScheduler(TangentScheduler):
     ):
         check_settings(TangentFlowMapScheduler.__init__, locals())
         super().__init__(tangent_d, t_min, t_max, time_grid, timestep_cdf)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma={gamma} must lie in [0, 1]: 0 for the ODE, 1 for fresh noise alone.")
+        self.landing_times = torch.empty(0)
 
     @property
     def next_timesteps(self) -> torch.Tensor:
-        """The end of each step, of the shape and on the device of `timesteps`."""
-        return torch.cat([self.timesteps[1:], self.timesteps.new_tensor([self.config.t_min])])
+        """Where each step of the model lands, of the shape and on the device of `timesteps`."""
+        return self.landing_times.to(self.timesteps)
 
     def solver_weights(self, grid: torch.Tensor) -> tuple[torch.Tensor, list[StepWeights]]:
-        """[`ddim_weights`]; arguments as of [`TangentScheduler.solver_weights`]."""
-        return grid[:-1], ddim_weights(grid, self.config.tangent_d)
+        """DDIM to the landing time, and noise from there to the grid's: r = alpha' / alpha_landing takes the sample
+        to the grid's signal level, and gamma sigma' is the noise that is missing then; none after the last step.
+
+        Arguments as of [`TangentScheduler.solver_weights`].
+        """
+        d, gamma = self.config.tangent_d, self.config.gamma
+        begins, ends = grid[:-1], grid[1:]
+        kept = torch.tensor(1 - gamma**2, dtype=torch.float64)  # of the noise, as a variance over alpha^2
+        self.landing_times = timesteps_from_log_snr(log_snr(ends, d) - torch.log(kept), d) if gamma else ends.clone()
+        self.landing_times[-1] = ends[-1]
+        sample, clean, _ = ddim_coefficients(begins, self.landing_times, d)
+        alpha, sigma = alpha_sigma(ends, d)
+        ratio = alpha / alpha_sigma(self.landing_times, d)[0]
+        noise = gamma * sigma
+        noise[-1] = 0
+        columns = [column.tolist() for column in (ratio * sample, ratio * clean, noise)]
+        return begins, [StepWeights(*row) for row in zip(*columns, strict=True)]

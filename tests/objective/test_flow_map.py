@@ -77,6 +77,41 @@ def test_a_step_of_the_flow_map_is_the_schedulers():
     torch.testing.assert_close(found, flow_map_step(z, clean, s, t, D), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("t_min", [0.0, 0.1])
+def test_samples_of_the_exact_flow_map_have_the_marginals_whatever_the_fresh_noise(gamma: float, t_min: float):
+    scheduler = TangentFlowMapScheduler(gamma=gamma, t_min=t_min)
+    scheduler.set_timesteps(timesteps=[1.0, 0.6, 0.3])
+    ends = torch.tensor([0.6, 0.3, t_min])
+    # noise levels of the landing times; the last step adds no noise
+    for landing, end in zip(scheduler.next_timesteps[:-1], ends[:-1], strict=True):
+        (alpha, sigma), (end_alpha, end_sigma) = alpha_sigma(landing, D), alpha_sigma(end, D)
+        assert float(sigma / alpha) == pytest.approx(float((1 - gamma**2) ** 0.5 * end_sigma / end_alpha), abs=1e-6)
+    assert float(scheduler.next_timesteps[-1]) == pytest.approx(t_min)
+    generator = torch.Generator().manual_seed(0)
+    z = first = torch.randn(40_000, 1, 1, generator=generator, dtype=torch.float64)
+    landings = scheduler.next_timesteps.double()
+    for i, time in enumerate(scheduler.timesteps):
+        s, t = time.double().expand(len(z)), landings[i].expand(len(z))
+        z = scheduler.step(exact_flow_map(z, s, t), time, z, generator=generator).prev_sample
+        alpha, sigma = alpha_sigma(ends[i], D)
+        spread = float(((alpha * STD).square() + sigma.square()).sqrt())
+        assert float(z.mean()) == pytest.approx(float(alpha) * MEAN, abs=4 * spread / 200)
+        assert float(z.std()) == pytest.approx(spread, rel=0.015)
+    # the flow map itself keeps the correlation with the noise of the beginning; fresh noise takes away from it
+    kept = 1.0
+    for end in ends[:-1]:
+        alpha, sigma = alpha_sigma(end, D)
+        kept *= float(1 - (gamma * sigma).square() / ((alpha * STD).square() + sigma.square())) ** 0.5
+    assert float(torch.corrcoef(torch.stack([z.flatten(), first.flatten()]))[0, 1]) == pytest.approx(kept, abs=0.02)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1])
+def test_share_of_fresh_noise_out_of_its_range(gamma: float):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        TangentFlowMapScheduler(gamma=gamma)
+
+
 def test_weights_at_the_ends():
     s, u, t = TIMES.unbind(1)
     weights = semigroup_weight(s, u, t, D)
