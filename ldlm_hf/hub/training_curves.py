@@ -94,7 +94,7 @@ PANELS = (
         logarithmic=True,
     ),
     Panel(
-        "distance to the teacher's samples (MSE of latents)",
+        "distance to the teacher (MSE of latents)",
         {f"eval/distance_to_teacher/steps={steps}": name for steps, name in FEW_STEPS.items()},
         logarithmic=True,
     ),

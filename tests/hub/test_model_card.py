@@ -229,7 +229,7 @@ def test_card_of_a_student_names_its_teacher_and_draws_its_distillation(tmp_path
     log = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in range(1, 5)]
     text = write_card(Run("student", settings, results, log), tmp_path).text
     assert "Teacher of the denoiser (flow map), whose other parts are kept as they are: `org/ldlm` on the Hub." in text
-    assert "distillation loss, distance to the teacher's samples." in text
+    assert "distillation loss, distance to the teacher." in text
     assert "It was distilled for few sampling steps" in text and "was not distilled" not in text
     assert "was not distilled" in write_card(Run("teacher", SETTINGS, RESULTS), tmp_path / "teacher").text
 
