@@ -73,8 +73,9 @@ class DistillationSettings:
             are evenly spread over in training. The student's scheduler has it, too.
         t_min: where sampling ends.
         diagonal_share: share of a flow map's examples that keep it a denoiser, at the teacher's prediction.
-        teacher_self_condition: whether a teacher that was trained with a self-condition predicts from its own first
-            estimate, which is a second pass of it, instead of from none.
+        self_condition_scale: weight of the self-condition of a teacher that was trained with one: 1 as in its
+            training, which takes a second pass of it; 0 none; above 1 guidance by it, for which the student then
+            needs no pass of its own.
     """
 
     components: str = ""
@@ -83,7 +84,7 @@ class DistillationSettings:
     time_grid: str = "uniform"
     t_min: float = 0.0
     diagonal_share: float = 0.25
-    teacher_self_condition: bool = True
+    self_condition_scale: float = 1.0
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(output_dir="runs/distilled", max_steps=100_000))
@@ -94,6 +95,8 @@ class DistillationSettings:
             raise ValueError(f"method={self.method!r} is unknown; it is one of {', '.join(METHODS)}.")
         if self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps} must be at least 1.")
+        if self.self_condition_scale < 0:
+            raise ValueError(f"self_condition_scale={self.self_condition_scale} must not be negative.")
         if not 0 <= self.diagonal_share < 1:
             raise ValueError(f"diagonal_share={self.diagonal_share} must lie in [0, 1).")
 
@@ -196,8 +199,8 @@ class DistillationTask(Task):
     @torch.no_grad()
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         """Held-out losses at fixed times with fixed noise; how far samples are from the teacher's, which follows the
-        probability-flow ODE from the same noise (mean squared error of the latents), with its last prediction as the
-        self-condition if it teaches from one; and texts.
+        probability-flow ODE from the same noise (mean squared error of the latents), guided by its last prediction as
+        it is in teaching by its first estimate; and texts.
         """
         assert isinstance(snapshot, DistillationObjective)
         evaluation, count = self.settings.evaluation, len(self.held_out)
@@ -235,7 +238,7 @@ class DistillationTask(Task):
             teacher = self.pipeline(snapshot)
             ode = TangentDPMSolverMultistepScheduler.from_config(snapshot.scheduler.config)
             teacher.register_modules(transformer=snapshot.teacher, scheduler=ode)
-            self.teacher_latents = latents(teacher, TEACHER_STEPS, float(snapshot.teacher_self_condition))
+            self.teacher_latents = latents(teacher, TEACHER_STEPS, snapshot.self_condition_scale)
         target = self.teacher_latents
         compared = COMPARED_STEPS if self.module.is_flow_map else (self.settings.num_steps,)
         distances = {n: float((latents(student, n) - target).square().mean()) for n in compared}
@@ -261,7 +264,7 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
         build_student(parts["transformer"], settings.method),
         parts["transformer"],
         scheduler,
-        settings.teacher_self_condition,
+        settings.self_condition_scale,
     )
     return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")}
 

@@ -87,7 +87,7 @@ class DistillationObjective(nn.Module):
     Distils a teacher into a student on the latents of frozen encoders; no tensor of it has the vocabulary's size.
 
     The student sees no self-condition: in few steps there is hardly an earlier prediction to carry over. The teacher
-    sees its own first estimate, as in its training, so that the student learns what the teacher knows with one.
+    sees its own first estimate, as in its training, or is guided by it, and the student learns what it says then.
 
     Args:
         token_encoder: frozen.
@@ -96,7 +96,9 @@ class DistillationObjective(nn.Module):
             one grid by progressive distillation.
         teacher: the trained denoiser; frozen.
         scheduler: the noise process.
-        teacher_self_condition: whether the teacher, if it was trained with a self-condition, predicts from one.
+        self_condition_scale: weight w of the teacher's self-condition, x^ = x^_0 + w (x^_sc - x^_0), where x^_0 is its
+            first estimate and x^_sc what it predicts from that: the student learns w at no cost of its own. 0 leaves
+            the second out, as for a teacher that was trained without a self-condition.
 
     Raises:
         ValueError: a student and a teacher of different latents.
@@ -109,7 +111,7 @@ class DistillationObjective(nn.Module):
         transformer: LDLMTransformer1DModel,
         teacher: LDLMTransformer1DModel,
         scheduler: TangentScheduler,
-        teacher_self_condition: bool = True,
+        self_condition_scale: float = 1.0,
     ):
         super().__init__()
         for name in ("in_channels", "sample_size"):
@@ -121,7 +123,7 @@ class DistillationObjective(nn.Module):
         self.transformer = transformer
         self.teacher = teacher.requires_grad_(False)
         self.scheduler = scheduler
-        self.teacher_self_condition = teacher_self_condition and teacher.config.self_conditioning
+        self.self_condition_scale = self_condition_scale if teacher.config.self_conditioning else 0.0
         self.is_flow_map = transformer.config.next_timestep_conditioning
 
     @property
@@ -135,8 +137,11 @@ class DistillationObjective(nn.Module):
 
     def teacher_denoiser(self, latents: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The teacher's prediction at s in float32, wherever the step goes: DDIM."""
-        self_condition = self.teacher(latents, s.float()).sample if self.teacher_self_condition else None
-        return self.teacher(latents, s.float(), self_condition).sample.float()
+        estimate = self.teacher(latents, s.float()).sample
+        if self.self_condition_scale == 0:
+            return estimate.float()
+        conditioned = self.teacher(latents, s.float(), estimate).sample
+        return torch.lerp(estimate.float(), conditioned.float(), self.self_condition_scale)
 
     def forward(
         self,

@@ -122,7 +122,7 @@ def test_weights_at_the_ends():
 
 @pytest.fixture
 def make_objective(make_components: Callable) -> Callable[..., DistillationObjective]:
-    def make(is_flow_map: bool = True, teacher_self_condition: bool = True) -> DistillationObjective:
+    def make(is_flow_map: bool = True, self_condition_scale: float = 1.0) -> DistillationObjective:
         parts = make_components()
         teacher = parts["transformer"]
         student = LDLMTransformer1DModel.from_config(
@@ -135,7 +135,7 @@ def make_objective(make_components: Callable) -> Callable[..., DistillationObjec
             student,
             teacher,
             TangentDDIMScheduler(),
-            teacher_self_condition,
+            self_condition_scale,
         )
 
     return make
@@ -162,7 +162,7 @@ def test_the_diagonal_stays_a_denoiser_of_one_time(make_objective: Callable, ran
         assert float((objective.student_denoiser(z, s, t) - one_time).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("teacher_self_condition", [True, False])
+@pytest.mark.parametrize("self_condition_scale", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize(
     "targets",
     [
@@ -177,9 +177,9 @@ def test_losses_are_their_definition(
     random_tokens: Callable,
     randomize: Callable,
     targets: list[str] | None,
-    teacher_self_condition: bool,
+    self_condition_scale: float,
 ):
-    objective = make_objective(targets is not None, teacher_self_condition)
+    objective = make_objective(targets is not None, self_condition_scale)
     randomize(objective.transformer)
     randomize(objective.teacher)
     input_ids = random_tokens(4)
@@ -188,7 +188,8 @@ def test_losses_are_their_definition(
 
     def teach(z: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         estimate = objective.teacher(z, s.float()).sample
-        return objective.teacher(z, s.float(), estimate).sample if teacher_self_condition else estimate
+        conditioned = objective.teacher(z, s.float(), estimate).sample
+        return estimate + self_condition_scale * (conditioned - estimate)
 
     denoisers = {BY_STUDENT: objective.student_denoiser, BY_TEACHER: teach}
     with torch.no_grad():

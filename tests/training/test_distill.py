@@ -142,6 +142,7 @@ def test_the_shipped_configuration_loads(repository: Path) -> None:
     ("overrides", "message"),
     [
         (["method=shortcut"], "method='shortcut' is unknown; it is one of flow_map, progressive"),
+        (["self_condition_scale=-1"], "self_condition_scale=-1.0 must not be negative"),
         (["num_steps=0"], "num_steps=0 must be at least 1"),
         (["diagonal_share=1.0"], "diagonal_share=1.0"),
         (["components=''"], "components='' names no teacher"),
