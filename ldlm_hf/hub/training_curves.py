@@ -26,12 +26,11 @@ except ImportError as error:
 
 HELD_OUT_PREFIX = "eval/"
 GRID_PREFIX = "eval/diffusion_loss/t="
+DISTANCE_PREFIX = "eval/distance_to_teacher/steps="
 # evaluations that one picture tells apart
 MAX_GRID_CURVES = 6
 # more points of a curve than this are averaged in groups: they would only blacken the picture
 MAX_POINTS = 400
-# numbers of steps at which distillation compares a student with its teacher
-FEW_STEPS = {1: "1 step", 2: "2 steps", 4: "4 steps", 8: "8 steps"}
 WIDTH = 9.0  # inches
 DPI = 100
 
@@ -93,11 +92,6 @@ PANELS = (
         },
         logarithmic=True,
     ),
-    Panel(
-        "distance to the teacher (MSE of latents)",
-        {f"eval/distance_to_teacher/steps={steps}": name for steps, name in FEW_STEPS.items()},
-        logarithmic=True,
-    ),
     Panel("gate (share of the gradient)", {"gate": "diffusion loss → encoder"}, limits=(-0.03, 1.03)),
     Panel("standard deviation of latents", {"latent_std": "training text"}),
 )
@@ -111,13 +105,15 @@ def plot_training_curves(log: Sequence[dict[str, Any]], folder: Path) -> list[Pi
         folder: where to write them; it exists.
 
     Returns:
-        Which pictures were written: losses, token accuracy, gate and scale of the latents over steps; and the held-out
-        diffusion loss over t, one curve an evaluation. The same log gives the same files.
+        Which pictures were written: losses, token accuracy, gate, scale of the latents and a student's distance to its
+        teacher over steps; and the held-out diffusion loss over t, one curve an evaluation. The same log gives the
+        same files.
     """
     pictures = []
     # a figure of its own, not pyplot's: no display, and no settings of the user's
     with matplotlib.style.context("default", after_reset=True):
-        panels = [panel for panel in PANELS if any(series(log, key)[0] for key in panel.curves)]
+        possible = (*PANELS, distance_panel(log))
+        panels = [panel for panel in possible if any(series(log, key)[0] for key in panel.curves)]
         if panels:
             save(plot_over_steps(log, panels), folder / "training_curves.png")
             caption = "Over the steps of training: " + ", ".join(panel.label.partition(" (")[0] for panel in panels)
@@ -130,6 +126,14 @@ def plot_training_curves(log: Sequence[dict[str, Any]], folder: Path) -> list[Pi
             caption = "Held-out diffusion loss over the time t, after several numbers of training steps."
             pictures.append(Picture("diffusion_loss.png", caption))
     return pictures
+
+
+def distance_panel(log: Sequence[dict[str, Any]]) -> Panel:
+    """How far a student's samples are from its teacher's, a curve a number of steps that distillation has compared."""
+    keys = {key for record in log for key in record if key.startswith(DISTANCE_PREFIX)}
+    steps = sorted(int(key.removeprefix(DISTANCE_PREFIX)) for key in keys)
+    curves = {f"{DISTANCE_PREFIX}{number}": f"{number} step{'s' * (number > 1)}" for number in steps}
+    return Panel("distance to the teacher (MSE of latents)", curves, logarithmic=True)
 
 
 def series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
