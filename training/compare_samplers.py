@@ -33,7 +33,10 @@ from result_files import read_results, save_figure
 
 # digits behind the point
 SCORES = {"generative_perplexity": 0, "entropy": 3, "diversity": 3, "mauve": 3}
-PANELS_A_ROW = 3
+PANELS_A_ROW = 4
+# what a curve is called whose sampler names no grid: its scheduler's own
+OWN_GRID = "own"
+ALL_GRIDS = (*TIME_GRIDS, OWN_GRID)
 # the figures, and the two scores that each one shows
 FIGURES = {"samplers_perplexity": ("generative_perplexity", "entropy"), "samplers_mauve": ("mauve", "diversity")}
 
@@ -162,11 +165,13 @@ def plot_samplers(
 ) -> Figure:
     """A score over evaluations, a panel a solver and a curve a time grid, the reference grey; another score below."""
     budgets = budgets_of(samplers)
+    # said once, in the heading
+    common = reference.label.split(", ")[0]
     families: dict[str, list[ScoredSampler]] = {}
     for sampler in samplers:
         families.setdefault(without_grid(sampler.label)[0], []).append(sampler)
     num_rows = math.ceil(len(families) / PANELS_A_ROW)
-    figure = Figure(figsize=(WIDTH, 2 * 2.4 * num_rows), layout="constrained")
+    figure = Figure(figsize=(1.4 * WIDTH, 2 * 1.9 * num_rows), layout="constrained")
     panels = figure.subplots(2 * num_rows, PANELS_A_ROW, squeeze=False, sharex=True, sharey="row")
     for place, (family, members) in enumerate(families.items()):
         row, column = divmod(place, PANELS_A_ROW)
@@ -175,7 +180,7 @@ def plot_samplers(
             draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
             for sampler in members:
                 grid = without_grid(sampler.label)[1]
-                style = run_style(TIME_GRIDS.index(grid))
+                style = run_style(ALL_GRIDS.index(grid))
                 draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
             if real_text[score] is not None:
                 axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
@@ -183,24 +188,36 @@ def plot_samplers(
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
             if offset == 0:
-                axes.set_title(family, fontsize="x-small")
-                if len(members) > 1:
-                    axes.legend(fontsize="x-small")
+                axes.set_title(family.removeprefix(f"{common}, ").replace(":", "\n"), fontsize="x-small")
+            else:
+                # the lowest panel of a column may stand above an empty place
+                axes.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
             if column == 0:
                 axes.set_ylabel(PANELS[score][0], fontsize="small")
     for axes in panels.flatten():
         axes.set_visible(axes.has_data())
+    curves = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        [curves[grid] for grid in ALL_GRIDS if grid in curves],
+        [grid for grid in ALL_GRIDS if grid in curves],
+        title="time grid",
+        loc="outside lower center",
+        ncols=len(ALL_GRIDS),
+        fontsize="small",
+    )
     figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
     return figure
 
 
 def without_grid(label: str) -> tuple[str, str]:
-    """`DDIM:eta=1.0,time_grid=learned` → `DDIM:eta=1.0` and `learned`."""
+    """`DDIM:eta=1.0,time_grid=learned` → `DDIM:eta=1.0` and `learned`; `own` where none is named."""
     name, _, pairs = label.partition(":")
     settings = pairs.split(",") if pairs else []
     grids = [pair.removeprefix("time_grid=") for pair in settings if pair.startswith("time_grid=")]
     others = [pair for pair in settings if not pair.startswith("time_grid=")]
-    return name + (":" + ",".join(others) if others else ""), grids[0] if grids else "uniform"
+    return name + (":" + ",".join(others) if others else ""), grids[0] if grids else OWN_GRID
 
 
 def find_reference(samplers: Sequence[ScoredSampler], name: str | None, nfe: int) -> ScoredSampler:
