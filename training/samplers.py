@@ -69,16 +69,16 @@ class Sampler:
         name, _, pairs = text.partition(":")
         if name != OWN and name not in SCHEDULERS:
             known = ", ".join([OWN, *SCHEDULERS])
-            raise ValueError(f"--samplers {text!r}: unknown scheduler {name!r}; known: {known}.")
+            raise ValueError(f"sampler {text!r}: unknown scheduler {name!r}; known: {known}.")
         own_settings = [] if name == OWN else list(inspect.signature(SCHEDULERS[name]).parameters)
         settings, arguments = [], []
         for pair in filter(None, pairs.split(",")):
             key, separator, _ = pair.partition("=")
             if not separator:
-                raise ValueError(f"--samplers {text!r}: {pair!r} is no key=value.")
+                raise ValueError(f"sampler {text!r}: {pair!r} is no key=value.")
             if key not in [*CALL_ARGUMENTS, *own_settings]:
                 known = ", ".join([*CALL_ARGUMENTS, *own_settings])
-                raise ValueError(f"--samplers {text!r}: unknown setting {key!r}; known: {known}.")
+                raise ValueError(f"sampler {text!r}: unknown setting {key!r}; known: {known}.")
             (settings if key in own_settings else arguments).append((key, OmegaConf.from_dotlist([pair])[key]))
         return cls(text, name, tuple(settings), tuple(arguments))
 
