@@ -13,7 +13,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from ldlm_hf import GenerativePerplexity, LDLMPipeline, NGramDiversity, TokenEntropy
+from ldlm_hf import (
+    GenerativePerplexity,
+    LDLMPipeline,
+    LDLMTransformer1DModel,
+    NGramDiversity,
+    TangentDDIMScheduler,
+    TangentFlowMapScheduler,
+    TokenEntropy,
+)
 from ldlm_hf.hub.model_card import read_run
 from ldlm_hf.metrics import load_judge
 
@@ -55,6 +63,30 @@ def test_cards_of_untrained_models_are_those_of_their_configurations(tmp_path: P
     for name in untrained:
         written = (CARDS / name / "README.md").read_text(encoding="utf-8")
         assert (tmp_path / name / "README.md").read_text(encoding="utf-8") == written, f"run: {command}"
+
+
+def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
+    files = list((CARDS / "ldlm-demo").rglob("*.safetensors"))
+    assert 0 < sum(file.stat().st_size for file in files) < 40e6
+    pipe = LDLMPipeline.from_pretrained(CARDS / "ldlm-demo", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def entropy(num_steps: int) -> float:
+        output = pipe(batch_size=8, num_inference_steps=num_steps, generator=torch.Generator().manual_seed(0))
+        assert all(text.strip() for text in output.texts)
+        return TokenEntropy(keep_in_memory=True).compute(predictions=output.sequences.tolist())["entropy"]
+
+    # real text has 3.2 nats
+    pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config, eta=1.0, time_grid="learned")
+    assert 2.8 < entropy(16) < 3.3
+    student = CARDS / "ldlm-demo-flow-map"
+    pipe.register_modules(
+        transformer=LDLMTransformer1DModel.from_pretrained(
+            student, subfolder="transformer", torch_dtype=torch.float32
+        ),
+        scheduler=TangentFlowMapScheduler.from_pretrained(student, subfolder="scheduler"),
+    )
+    assert 2.8 < entropy(1) < 3.3
 
 
 @pytest.fixture

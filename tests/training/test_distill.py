@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from distill import DistillationSettings, flow_map_times, progressive_times
-from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler, TangentFlowMapScheduler
+from distill import TEACHER_STEPS, DistillationSettings, flow_map_times, follow_teacher, progressive_times
+from ldlm_hf import (
+    DistillationObjective,
+    LDLMPipeline,
+    TangentDDIMScheduler,
+    TangentDPMSolverMultistepScheduler,
+    TangentEulerMaruyamaScheduler,
+    TangentFlowMapScheduler,
+)
 from settings import load_settings
 
 
@@ -76,6 +83,26 @@ def test_a_flow_map_learns_and_samples_in_few_steps(
     assert len(pipe(num_inference_steps=2).texts) == 1
     card = (folder / "pipeline" / "README.md").read_text(encoding="utf-8")
     assert "held-out real texts" in card
+
+
+def test_the_teachers_latents_follow_what_it_teaches(make_pipeline: Callable[..., LDLMPipeline]) -> None:
+    pipe = make_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    ode = TangentDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = ode
+    config = pipe.transformer.config
+    noise = torch.randn(2, config.sample_size, config.in_channels, generator=torch.Generator().manual_seed(0))
+
+    def followed(scale: float) -> torch.Tensor:
+        parts = (pipe.token_encoder, pipe.latent_encoder, pipe.transformer, pipe.transformer)
+        with torch.no_grad():
+            return follow_teacher(DistillationObjective(*parts, ode, scale), noise)
+
+    alone = pipe(2, TEACHER_STEPS, latents=noise, self_condition_scale=0.0, output_type="latent").latents
+    torch.testing.assert_close(followed(0.0), alone, rtol=1e-4, atol=1e-5)
+    # from its own first estimate, that of the same time
+    assert not torch.allclose(followed(1.0), alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(followed(2.0), followed(1.0), rtol=1e-4, atol=1e-5)
 
 
 def test_progressive_students_halve_their_teachers_steps(
