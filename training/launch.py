@@ -27,6 +27,7 @@ from ldlm_hf.models.statistics import mean_and_std
 from loop import TrainingLoop, split_batch
 from model_card import write_results
 from run_folder import check_output_dir
+from samplers import Sampler
 from settings import EvaluationSettings, LoopSettings, RunSettings, human_count, to_yaml
 from task import Evaluation, Task
 from tracking import check_trackers
@@ -113,7 +114,12 @@ def finish_run(
     arguments: argparse.Namespace,
     uploads: HubUploads | None,
 ) -> None:
-    """Saves a trained pipeline with its samples, results and card, and uploads it if that was asked for."""
+    """Saves a trained pipeline with its samples, results and card, and uploads it if that was asked for.
+
+    Raises:
+        ValueError: a learned time grid for `evaluation.sampler`, and a run too short to learn one.
+    """
+    Sampler.of_scheduler(settings.evaluation.sampler).apply(pipeline)
     folder = Path(settings.loop.output_dir) / "pipeline"
     pipeline.save_pretrained(folder)
     write_results(

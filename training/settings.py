@@ -28,6 +28,7 @@ from ldlm_hf import (
     TimestepSamplerSettings,
 )
 from ldlm_hf.objective.joint import STAGES
+from samplers import OWN, Sampler
 
 
 @dataclass
@@ -176,6 +177,8 @@ class EvaluationSettings:
         num_samples: texts sampled at the end, and scored.
         num_preview_samples: texts sampled at each evaluation before that.
         num_inference_steps: sampling steps.
+        sampler: scheduler of the finished pipeline, which its final samples come from, named as for `evaluate.py`;
+            `own` leaves it the paper's, which all samples before the end come from.
         judge: causal language model for generative perplexity and MAUVE; None leaves both out.
         judge_batch_size: texts of one pass of the judge.
     """
@@ -187,8 +190,12 @@ class EvaluationSettings:
     num_samples: int = 256
     num_preview_samples: int = 4
     num_inference_steps: int = 128
+    sampler: str = OWN
     judge: str | None = "openai-community/gpt2-large"
     judge_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        Sampler.of_scheduler(self.sampler)
 
 
 @dataclass
@@ -224,6 +231,11 @@ class RunSettings:
             raise ValueError(
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
                 "frozen components that components=RUN/pipeline names, and no other stage does."
+            )
+        if Sampler.of_scheduler(self.evaluation.sampler).needs_cdf and not self.timestep_sampler.adaptive:
+            raise ValueError(
+                f"evaluation.sampler={self.evaluation.sampler!r} needs the times that timestep_sampler.adaptive=true "
+                "learns; take another time grid, or let it learn them."
             )
 
 

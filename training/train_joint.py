@@ -129,11 +129,13 @@ class JointTask(Task):
             values |= {f"warped_diffusion_loss/u={u:.2f}": loss for u, loss in warped}
         return list(zip(grid.tolist(), losses, strict=False)), values
 
-    def save_timestep_cdf(self, scheduler: TangentScheduler) -> None:
-        """Writes F(t) at the edges of the bins into a scheduler's configuration, for its learned time grid."""
-        if self.timestep_sampler.is_active:
-            cdf = self.timestep_sampler.cdf(self.timestep_sampler.edges)
-            scheduler.register_to_config(timestep_cdf=[round(u, 6) for u in cdf.tolist()])
+    def with_timestep_cdf(self, scheduler: TangentScheduler) -> TangentScheduler:
+        """The scheduler with F(t) at the edges of the bins in its configuration, for the learned time grid."""
+        if not self.timestep_sampler.is_active:
+            return scheduler
+        cdf = self.timestep_sampler.cdf(self.timestep_sampler.edges)
+        # `register_to_config` would not do: a value that was a default is left out where a scheduler is made from it
+        return type(scheduler).from_config(scheduler.config, timestep_cdf=[round(u, 6) for u in cdf.tolist()])
 
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         assert isinstance(snapshot, JointObjective)
@@ -189,7 +191,7 @@ def main() -> None:
     if evaluation is None or not accelerator.is_main_process:
         return
     if objective.transformer is not None:
-        task.save_timestep_cdf(loop.snapshot.scheduler)
+        loop.snapshot.scheduler = task.with_timestep_cdf(loop.snapshot.scheduler)
     if objective.transformer is not None and objective.token_decoder is not None:
         pipeline = build_pipeline(loop.snapshot, tokenizer)
         finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldlm_hf import LDLMPipeline, LDLMTransformer1DModel, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
+from ldlm_hf import LDLMPipeline, LDLMTransformer1DModel, TangentEulerMaruyamaScheduler
 
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -59,34 +59,6 @@ def test_denoiser_and_scheduler_alone_take_the_place_of_others(saved: Path, tmp_
         scheduler=TangentEulerMaruyamaScheduler.from_pretrained(tmp_path / "student", subfolder="scheduler"),
     )
     torch.testing.assert_close(latents(student), latents(LDLMPipeline.from_pretrained(saved)), rtol=0.1, atol=0.1)
-
-
-def test_an_exported_pipeline_samples_with_the_sampler_it_is_given(saved: Path, tmp_path: Path) -> None:
-    done = export(saved, tmp_path / "ancestral", "--sampler", "TangentDDIMScheduler:eta=1.0,time_grid=log_snr")
-    assert done.returncode == 0, done.stderr
-    ancestral = LDLMPipeline.from_pretrained(tmp_path / "ancestral", torch_dtype=torch.float32)
-    whole = LDLMPipeline.from_pretrained(saved)
-    own = latents(whole)
-    whole.scheduler = TangentDDIMScheduler.from_config(whole.scheduler.config, eta=1.0, time_grid="log_snr")
-    torch.testing.assert_close(latents(ancestral), latents(whole), rtol=0.01, atol=0.01)
-    assert not torch.allclose(own, latents(whole), rtol=0.01, atol=0.01)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "message"),
-    [
-        ("own:self_condition_scale=1.5", "self_condition_scale is said in the pipeline's call"),
-        ("TangentDDIMScheduler:time_grid=learned", "needs timestep_cdf"),
-        ("DDIM", "unknown scheduler 'DDIM'"),
-    ],
-)
-def test_a_sampler_that_no_pipeline_can_keep_is_refused(
-    saved: Path, tmp_path: Path, sampler: str, message: str
-) -> None:
-    done = export(saved, tmp_path / "refused", "--sampler", sampler)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert not (tmp_path / "refused").exists()
 
 
 def test_a_folder_that_holds_something_is_left_alone(saved: Path) -> None:

@@ -37,6 +37,8 @@ def test_file_wins_over_defaults_and_overrides_win_over_the_file(tmp_path: Path)
         ("loop.batch_size=0", "loop.batch_size=0"),
         ("warmup.steps=-1", "warmup.steps=-1"),
         ("evaluation.num_inference_steps=0", "evaluation.num_inference_steps=0"),
+        ("evaluation.sampler=DDIM", "unknown scheduler 'DDIM'"),
+        ("evaluation.sampler=own:self_condition_scale=1.5", "no saved pipeline keeps it"),
         ("loop.mixed_precision=fp16", "float16"),
         ("optimizer.lr_decay_steps=1000000", "more than loop.max_steps"),
         ("objective.reconstruction=mse", "hidden, token, hidden"),
@@ -46,6 +48,13 @@ def test_file_wins_over_defaults_and_overrides_win_over_the_file(tmp_path: Path)
 def test_bad_settings_are_refused_by_name(override: str, expected: str) -> None:
     with pytest.raises(ValueError, match=expected.replace("+", r"\+")):
         load_settings(RunSettings, None, [override])
+
+
+def test_a_learned_time_grid_needs_a_sampler_that_learns() -> None:
+    sampler = "evaluation.sampler=TangentDDIMScheduler:eta=1.0,time_grid=learned"
+    assert load_settings(RunSettings, None, [sampler]).evaluation.sampler.startswith("TangentDDIM")
+    with pytest.raises(ValueError, match=r"needs the times that timestep_sampler.adaptive=true"):
+        load_settings(RunSettings, None, [sampler, "timestep_sampler.adaptive=false"])
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:

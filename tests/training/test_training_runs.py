@@ -17,7 +17,7 @@ from torch import nn
 
 from accelerate import Accelerator
 from flops import DevicePeak, PassFlops, RunEstimate
-from ldlm_hf import LDLMPipeline, TangentDDIMScheduler
+from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
 from loop import TrainingLoop, learning_rate_at, split_batch
 from randomness import RowRandomness
 from settings import LoopSettings, OptimizerSettings, RunSettings, load_settings
@@ -83,6 +83,23 @@ def test_the_pipeline_holds_the_times_that_training_has_learned(
     pipe = LDLMPipeline.from_pretrained(tmp_path / "other" / "pipeline")
     with pytest.raises(ValueError, match="this one has none"):
         TangentDDIMScheduler.from_config(pipe.scheduler.config, time_grid="learned")
+
+
+def test_the_finished_pipeline_has_the_sampler_of_its_settings(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    sampler = "evaluation.sampler=TangentDDIMScheduler:eta=1.0,time_grid=learned"
+    settings = [*tiny_overrides, "timestep_sampler.num_bins=2", "loop.checkpointing_steps=4"]
+    run_script("train_joint", *settings)
+    own = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(own.scheduler) is TangentEulerMaruyamaScheduler
+    # a finished run gets another one when it is resumed at its end
+    run_script("train_joint", *settings, sampler, "--resume_from_checkpoint", "latest")
+    pipe = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.scheduler) is TangentDDIMScheduler
+    assert (pipe.scheduler.config.eta, pipe.scheduler.config.time_grid) == (1.0, "learned")
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["changed_settings"]["evaluation.sampler"] == sampler.partition("=")[2]
 
 
 def test_dry_run_prints_and_leaves_nothing(
