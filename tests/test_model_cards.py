@@ -77,7 +77,7 @@ def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
         return TokenEntropy(keep_in_memory=True).compute(predictions=output.sequences.tolist())["entropy"]
 
     # real text has 3.2 nats
-    pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config, eta=1.0, time_grid="learned")
+    assert type(pipe.scheduler) is TangentDDIMScheduler
     assert 2.8 < entropy(16) < 3.3
     student = CARDS / "ldlm-demo-flow-map"
     pipe.register_modules(

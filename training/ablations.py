@@ -25,6 +25,7 @@ from evaluation_report import COLUMNS
 from ldlm_hf.hub.model_card import read_settings_and_log
 from provenance import source
 from run_folder import END_OF_RUN, RESUMABLE_CHANGES
+from samplers import OWN
 from settings import RunSettings, differences, flatten, load_settings
 from train_token_decoder import TokenDecoderSettings
 
@@ -48,6 +49,8 @@ OPTIONS = {"loop.seed": "--seeds", "loop.output_dir": "--output_dir"}
 UNSCORED = {
     "evaluation.num_samples": 0,
     "evaluation.judge": None,
+    # the paper's, for all rows alike: some learn no times for another one's grid
+    "evaluation.sampler": OWN,
     "loop.trackers": [],
     "loop.checkpoints_total_limit": 1,
 }

@@ -385,6 +385,17 @@ def test_the_demos_default_row_at_half_scale_is_this_command() -> None:
         assert plan.run(row, 0).settings == expected
 
 
+def test_rows_are_sampled_as_the_paper_does_whatever_their_base_says(tiny_config: Path) -> None:
+    base = OmegaConf.load(tiny_config.parent / "tiny.yaml")
+    base.evaluation.sampler = "TangentDDIMScheduler:eta=1.0,time_grid=learned"
+    OmegaConf.save(base, tiny_config.parent / "tiny.yaml")
+    plan = plan_of("tiny", config=tiny_config)
+    for row in ("default", "uniform", "token_decoder_1_layer"):
+        assert plan.run(row, 0).settings.evaluation.sampler == "own"
+    given = plan_of("tiny", 1.0, "evaluation.sampler=TangentChurnScheduler", config=tiny_config)
+    assert given.run("default", 0).settings.evaluation.sampler == "TangentChurnScheduler"
+
+
 @pytest.mark.parametrize(("base", "scale"), [("openwebtext_128", 0.1), ("openwebtext_128", 0.002), ("demo", 0.25)])
 @pytest.mark.parametrize("row", ["default", "warmup_half", "scratch_embeddings", "cosmos", "token_decoder_2_layers"])
 def test_scale_shrinks_steps_and_time_constants_together(base: str, scale: float, row: str) -> None:
