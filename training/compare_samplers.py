@@ -196,12 +196,13 @@ def plot_samplers(
                 axes.set_ylabel(PANELS[score][0], fontsize="small")
     for axes in panels.flatten():
         axes.set_visible(axes.has_data())
-    curves = {
+    drawn = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    curves = {grid: drawn[grid] for grid in ALL_GRIDS if grid in drawn}
     figure.legend(
-        [curves[grid] for grid in ALL_GRIDS if grid in curves],
-        [grid for grid in ALL_GRIDS if grid in curves],
+        curves.values(),
+        curves.keys(),
         title="time grid",
         loc="outside lower center",
         ncols=len(ALL_GRIDS),

@@ -119,7 +119,7 @@ def finish_run(
     Raises:
         ValueError: a learned time grid for `evaluation.sampler`, and a run too short to learn one.
     """
-    Sampler.of_scheduler(settings.evaluation.sampler).apply(pipeline)
+    Sampler.parse(settings.evaluation.sampler).apply(pipeline)
     folder = Path(settings.loop.output_dir) / "pipeline"
     pipeline.save_pretrained(folder)
     write_results(

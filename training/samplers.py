@@ -82,21 +82,6 @@ class Sampler:
             (settings if key in own_settings else arguments).append((key, OmegaConf.from_dotlist([pair])[key]))
         return cls(text, name, tuple(settings), tuple(arguments))
 
-    @classmethod
-    def of_scheduler(cls, text: str) -> Sampler:
-        """Reads one that a saved pipeline can keep.
-
-        Raises:
-            ValueError: as `parse` does; or arguments of the pipeline's call, which is not saved.
-        """
-        sampler = cls.parse(text)
-        if sampler.arguments:
-            names = ", ".join(name for name, _ in sampler.arguments)
-            raise ValueError(
-                f"sampler {text!r}: {names} goes with the pipeline's call, and no saved pipeline keeps it."
-            )
-        return sampler
-
     @property
     def needs_cdf(self) -> bool:
         """Whether its time grid is the learned one."""

@@ -178,7 +178,7 @@ class EvaluationSettings:
         num_preview_samples: texts sampled at each evaluation before that.
         num_inference_steps: sampling steps.
         sampler: scheduler of the finished pipeline, which its final samples come from, named as for `evaluate.py`;
-            `own` leaves it the paper's, which all samples before the end come from.
+            `own` leaves it the one it is trained with, which all samples before the end come from.
         judge: causal language model for generative perplexity and MAUVE; None leaves both out.
         judge_batch_size: texts of one pass of the judge.
     """
@@ -195,7 +195,11 @@ class EvaluationSettings:
     judge_batch_size: int = 8
 
     def __post_init__(self) -> None:
-        Sampler.of_scheduler(self.sampler)
+        if arguments := Sampler.parse(self.sampler).arguments:
+            raise ValueError(
+                f"evaluation.sampler={self.sampler!r}: {', '.join(name for name, _ in arguments)} goes with the "
+                "pipeline's call, and no saved pipeline keeps it."
+            )
 
 
 @dataclass
@@ -232,7 +236,7 @@ class RunSettings:
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
                 "frozen components that components=RUN/pipeline names, and no other stage does."
             )
-        if Sampler.of_scheduler(self.evaluation.sampler).needs_cdf and not self.timestep_sampler.adaptive:
+        if Sampler.parse(self.evaluation.sampler).needs_cdf and not self.timestep_sampler.adaptive:
             raise ValueError(
                 f"evaluation.sampler={self.evaluation.sampler!r} needs the times that timestep_sampler.adaptive=true "
                 "learns; take another time grid, or let it learn them."
