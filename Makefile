@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo lint test soak test-hub test-app cards clean
+.PHONY: install demo lint test soak test-hub test-app cuda-wheels cards clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +44,14 @@ test-hub: install
 # needs chromium and chromedriver, and the demo's pipeline
 test-app: install
 	$(BIN)/python checks/app_screenshot.py --pipeline runs/demo/pipeline
+
+# what checks/cuda.py needs and an image with torch, transformers and accelerate lacks, for that machine's Python
+CUDA_PYTHON ?= 3.12
+cuda-wheels: install
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version $(CUDA_PYTHON) --implementation cp \
+	    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	    --dest checks/wheels \
+	    diffusers datasets dill multiprocess xxhash evaluate omegaconf importlib-metadata zipp
 
 # the cards of model_cards/, from the demo's run and from the configurations that nobody has trained
 cards: install

@@ -4,7 +4,7 @@
         [--reference "NAME, SAMPLER"] [--reference_nfe 128] [--entropy_tolerance 0.02]
 
 writes FOLDER/samplers.md, with a table of each score over the evaluations and the best sampler of each column, and
-the figures samplers_perplexity and samplers_mauve, each as .png and .svg. The files may be of one pipeline and of its
+the figures samplers_perplexity and samplers_mauve, as PNG. The files may be of one pipeline and of its
 distilled students.
 
 Perplexity falls when texts lose diversity, so it ranks samplers at matched entropy only: a set counts where its mean

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,12 +50,9 @@ PANELS = (
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Writes `name`.png and `name`.svg, which change only where the figure does."""
+    """Writes `name`.png, which changes only where the figure does."""
     # all colours: fewer would make one of two runs' similar ones
     save(figure, folder / f"{name}.png", colours=None)
-    # ids of an SVG file's parts are drawn at random, and its date is that of the day
-    with matplotlib.rc_context({"svg.hashsalt": "ldlm_hf"}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 def run_style(place: int) -> dict[str, Any]:

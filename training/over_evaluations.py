@@ -2,7 +2,7 @@
 
     python training/over_evaluations.py RESULTS.json [MORE ...] --output FILE
 
-writes FILE.png and FILE.svg from the results of `evaluate.py`.
+writes FILE.png from the results of `evaluate.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python training/pareto.py RESULTS.json [MORE ...] --output FILE
 
-writes FILE.png and FILE.svg, with a curve for each pipeline of the results of `evaluate.py`.
+writes FILE.png, with a curve for each pipeline of the results of `evaluate.py`.
 """
 
 from __future__ import annotations

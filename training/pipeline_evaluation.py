@@ -5,8 +5,8 @@ It writes to its output folder
 * `results.json`: every score of every seed, mean and standard deviation over seeds, settings, versions, hardware;
 * `results.md`: the table, with real text and its controls in rows of their own;
 * `samples.md`: the first texts of each set, each with its own Gen. PPL and entropy;
-* `pareto.png`, `.svg`: Gen. PPL against entropy; `evaluations.png`, `.svg`: every score over the evaluations of the
-  denoiser (NFE); `interpolation.png`, `.svg`: Gen. PPL between two real texts;
+* `pareto.png`: Gen. PPL against entropy; `evaluations.png`: every score over the evaluations of the denoiser (NFE);
+  `interpolation.png`: Gen. PPL between two real texts;
 * `parts/`: what is finished. A killed evaluation goes on from there when the same command is given again; parts that
   were made under other settings are not found, and made anew. All processes must see the folder; it may be deleted
   afterwards.

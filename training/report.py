@@ -102,7 +102,7 @@ def write_report(
 
 def picture(name: str, caption: str) -> list[str]:
     """Lines that show a figure, its caption below it."""
-    return [f"![{caption.partition('.')[0]}]({name}.png)", "", f"*{caption}* ([SVG]({name}.svg))"]
+    return [f"![{caption.partition('.')[0]}]({name}.png)", "", f"*{caption}*"]
 
 
 def runs_section(runs: Sequence[LoggedRun]) -> list[str]:

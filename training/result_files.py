@@ -47,16 +47,16 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Writes a figure as `file`.png and `file`.svg; a suffix of `file` is left out."""
+    """Writes a figure as `file`.png, whether or not `file` has that ending."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figures.save_figure(figure, file.parent, file.stem if file.suffix in (".png", ".svg") else file.name)
+    figures.save_figure(figure, file.parent, file.name.removesuffix(".png"))
 
 
 def draw(description: str, plot: Callable[[list[dict[str, Any]]], Figure]) -> None:
     """The command line of a script that draws one figure from results files."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("results", nargs="+", type=Path, help="results.json of evaluations")
-    parser.add_argument("--output", type=Path, required=True, help="the figure, without .png and .svg")
+    parser.add_argument("--output", type=Path, required=True, help="the figure, a PNG file")
     options = parser.parse_args()
     save_figure(plot(read_results(options.results)), options.output)
 

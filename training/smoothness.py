@@ -2,7 +2,7 @@
 
     python training/smoothness.py RESULTS.json [MORE ...] --output FILE
 
-writes FILE.png and FILE.svg, with a curve for each pipeline that `evaluate.py --interpolation` has evaluated.
+writes FILE.png, with a curve for each pipeline that `evaluate.py --interpolation` has evaluated.
 """
 
 from __future__ import annotations

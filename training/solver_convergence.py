@@ -2,7 +2,7 @@
 
     python training/solver_convergence.py --output_dir FOLDER [--time_grid uniform|log_snr] [--steps 8 16 ...]
 
-writes FOLDER/solver_convergence.png, .svg and .md. Deterministic solvers: distance of paths from those of the
+writes FOLDER/solver_convergence.png and .md. Deterministic solvers: distance of paths from those of the
 probability-flow ODE of a mixture of two Gaussians. Stochastic ones: relative error of the variance of Gaussian data.
 Both are exact up to float64, with the best denoiser in the model's place (analytic_denoisers.py); nothing is drawn.
 """

@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "checks"))
+CHECKS = str(Path(__file__).parents[2] / "checks")
+sys.path.insert(0, CHECKS)
 
-from loopback_hub import LoopbackHub
+import hostile_repositories  # noqa: E402, F401
+import hub_round_trip  # noqa: E402, F401
+from loopback_hub import LoopbackHub  # noqa: E402
+
+
+# a process that is started from here would take checks/cuda.py for NVIDIA's package `cuda`
+sys.path.remove(CHECKS)
 
 
 @pytest.fixture

@@ -12,7 +12,15 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 TRAINING = Path(__file__).parents[2] / "training"
-sys.path[:0] = [str(TRAINING), str(TRAINING.parent / "checks")]
+CHECKS = TRAINING.parent / "checks"
+sys.path[:0] = [str(TRAINING), str(CHECKS)]
+
+import loopback_hub  # noqa: E402, F401
+import soak  # noqa: E402, F401
+
+
+# a process that is started from here would take checks/cuda.py for NVIDIA's package `cuda`
+sys.path.remove(str(CHECKS))
 
 
 @pytest.fixture(scope="session")

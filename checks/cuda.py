@@ -1,0 +1,847 @@
+"""Checks the package on a GPU, and times it there: at most eight minutes on one H100.
+
+    python checks/cuda.py                       # everything, at the paper's geometry
+    python checks/cuda.py --device cpu --tiny   # the same code with tiny models, to develop it without a GPU
+    python checks/cuda.py --only models resume  # some of it
+
+It prints as it goes and writes `checks/cuda.md` after each part, so that a run that is cut short keeps what it had. No
+model and no text is downloaded: weights are random, and the text is the corpus in `training/data/`. For a machine
+without a network, `make cuda-wheels` puts what an image with torch, transformers and accelerate lacks into
+`checks/wheels/`; there
+
+    pip install --no-index --no-deps --target SITE checks/wheels/*.whl
+    PYTHONPATH=SITE python checks/cuda.py
+
+A part that fails says so and the others still run; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import gzip
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# instead of this script's folder, where torch would find this file when it imports NVIDIA's package `cuda`
+sys.path[0] = str(REPOSITORY / "training")
+sys.path.insert(1, str(REPOSITORY))
+
+import torch  # noqa: E402
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler  # noqa: E402
+from diffusers.utils import logging  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: E402
+
+from benchmark import (  # noqa: E402
+    GEOMETRIES,
+    Case,
+    Geometry,
+    build_objective,
+    build_tokenizer,
+    describe_machine,
+    measure_case,
+    measure_peers,
+    peer_rows,
+    randomize_zero_weights,
+)
+from components import compile_blocks  # noqa: E402
+from distill import DistillationSettings, DistillationTask  # noqa: E402
+from flops import PassFlops, RunEstimate, device_peak  # noqa: E402
+from launch import build_accelerator  # noqa: E402
+from ldlm_hf import (  # noqa: E402
+    DistillationObjective,
+    JointObjective,
+    JointObjectiveSettings,
+    LDLMLatentEncoder,
+    LDLMLatentEncoderConfig,
+    LDLMPipeline,
+    LDLMTransformer1DModel,
+    LikelihoodBound,
+    LikelihoodSettings,
+    TangentChurnScheduler,
+    TangentDDIMScheduler,
+    TangentDPMSolverMultistepScheduler,
+    TangentEulerMaruyamaScheduler,
+    TangentFlowMapScheduler,
+    diffusers_config,
+)
+from loop import TrainingLoop  # noqa: E402
+from markdown_tables import markdown_table  # noqa: E402
+from settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
+from task import Task  # noqa: E402
+from train_joint import JointTask  # noqa: E402
+
+
+# ||output - reference|| / ||reference|| against the CPU in float32
+FLOAT32_TOLERANCE = 1e-4
+# the same in bfloat16, or where that is more, so many times the error that the CPU's own bfloat16 has
+BFLOAT16_TOLERANCE, BFLOAT16_FACTOR = 1e-2, 2.0
+# numbers of evaluations that the time of a sample is worked out for
+NFE = (1, 4, 16, 64, 128, 1024)
+# seconds after which no further part begins
+TIME_LIMIT = 400
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is checked where.
+
+    Attributes:
+        device: that is compared with the CPU.
+        geometry: of the models, a name in `GEOMETRIES`.
+        length: tokens L, and latents, of the comparisons with the CPU.
+        timed: pairs of L and batch size that are timed.
+        repeats: turns of what is timed.
+        training_steps: steps of the run that is killed and resumed.
+    """
+
+    device: torch.device
+    geometry: str
+    length: int
+    timed: tuple[tuple[int, int], ...]
+    repeats: int
+    training_steps: int
+
+    @property
+    def sizes(self) -> Geometry:
+        return GEOMETRIES[self.geometry]
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+@dataclass
+class Part:
+    """One part of the report: what was done, its table, and what was wrong."""
+
+    text: str
+    columns: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def require(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.problems.append(problem)
+
+
+# 1. Against the CPU
+
+
+def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """||output - reference|| / ||reference||, in float64 on the CPU."""
+    output, reference = output.detach().double().cpu(), reference.detach().double().cpu()
+    return float((output - reference).norm() / reference.norm())
+
+
+def compare_with_cpu(name: str, module: nn.Module, run: Callable[..., torch.Tensor], scale: Scale, part: Part) -> None:
+    """Adds a row: `run(module, device, dtype)` on the device and on the CPU, in float32 and in bfloat16."""
+    cpu = torch.device("cpu")
+    on_device = copy.deepcopy(module).to(scale.device)
+    reference = run(module, cpu, torch.float32)
+    in_float32 = relative_error(run(on_device, scale.device, torch.float32), reference)
+    in_bfloat16 = relative_error(run(on_device, scale.device, torch.bfloat16), reference)
+    on_cpu = relative_error(run(module, cpu, torch.bfloat16), reference)
+    part.rows.append([name, *(f"{error:.1e}" for error in (in_float32, in_bfloat16, on_cpu))])
+    part.require(in_float32 <= FLOAT32_TOLERANCE, f"{name}: float32 differs by {in_float32:.1e}")
+    part.require(
+        in_bfloat16 <= max(BFLOAT16_TOLERANCE, BFLOAT16_FACTOR * on_cpu),
+        f"{name}: bfloat16 differs by {in_bfloat16:.1e}, on the CPU by {on_cpu:.1e}",
+    )
+
+
+def parity_part(what: str) -> Part:
+    return Part(
+        f"{what} against the CPU in float32: ‖output − reference‖ / ‖reference‖. float32 may differ by "
+        f"{FLOAT32_TOLERANCE:.0e}, bfloat16 by {BFLOAT16_TOLERANCE:.0e}, or by {BFLOAT16_FACTOR:g} times as much as "
+        "bfloat16 on the CPU.",
+        ["", "float32", "bfloat16", "bfloat16 on the CPU"],
+    )
+
+
+def random_ids(objective: JointObjective, batch_size: int, length: int) -> torch.Tensor:
+    """Token ids (B, L), the same at each call."""
+    vocab_size = objective.token_encoder.config.vocab_size
+    return torch.randint(vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
+
+
+def row_generators(count: int) -> list[torch.Generator]:
+    """A source of noise for each row, on the CPU, so that every device is given the same noise."""
+    return [torch.Generator().manual_seed(row) for row in range(count)]
+
+
+def flow_map_denoiser(scale: Scale, length: int) -> LDLMTransformer1DModel:
+    denoiser = LDLMTransformer1DModel(
+        sample_size=length, self_conditioning=False, next_timestep_conditioning=True, **scale.sizes.transformer
+    )
+    randomize_zero_weights(denoiser)
+    return denoiser
+
+
+def check_models(scale: Scale) -> Part:
+    part = parity_part("Each model's output for random inputs")
+    torch.manual_seed(0)
+    objective = build_objective(scale.sizes, scale.length).eval()
+    ids = random_ids(objective, 2, scale.length)
+    denoiser_config = objective.transformer.config
+    hidden_states = torch.randn(2, scale.length, objective.token_encoder.config.hidden_size)
+    latents, condition = torch.randn(2, 2, denoiser_config.sample_size, denoiser_config.in_channels)
+    times = torch.tensor([0.3, 0.8])
+    self_attention = LDLMLatentEncoder(
+        LDLMLatentEncoderConfig(
+            sequence_length=scale.length,
+            num_latents=scale.length,
+            **{**scale.sizes.latent, "architecture": "self_attention"},
+        )
+    ).eval()
+    cases: list[tuple[str, nn.Module, Callable[..., torch.Tensor]]] = [
+        ("token encoder", objective.token_encoder, lambda m, to: m(to(ids)).hidden_states),
+        ("latent encoder", objective.latent_encoder, lambda m, to: m(to(hidden_states)).latents),
+        ("latent encoder, self-attention", self_attention, lambda m, to: m(to(hidden_states)).latents),
+        ("latent decoder", objective.latent_decoder, lambda m, to: m(to(latents)).hidden_states),
+        ("token decoder", objective.token_decoder, lambda m, to: m(to(hidden_states)).logits),
+        ("denoiser", objective.transformer, lambda m, to: m(to(latents), times.to(m.device), to(condition)).sample),
+        (
+            "flow map",
+            flow_map_denoiser(scale, scale.length),
+            lambda m, to: m(to(latents), times.to(m.device), next_timestep=0.5 * times.to(m.device)).sample,
+        ),
+    ]
+
+    def run(
+        call: Callable[..., torch.Tensor], module: nn.Module, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        def to(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        with torch.no_grad():
+            return call(copy.deepcopy(module).to(dtype), to)
+
+    for name, module, call in cases:
+        compare_with_cpu(name, module, partial(run, call), scale, part)
+    return part
+
+
+def distillation_objective(scale: Scale, joint: JointObjective, length: int) -> DistillationObjective:
+    return DistillationObjective(
+        joint.token_encoder,
+        joint.latent_encoder,
+        flow_map_denoiser(scale, length),
+        joint.transformer,
+        TangentFlowMapScheduler(),
+    )
+
+
+def build_stage(stage: str, joint: JointObjective, settings: JointObjectiveSettings) -> JointObjective:
+    parts = copy.deepcopy(joint)
+    transformer = None if stage == "autoencoder" else parts.transformer
+    return JointObjective(
+        parts.token_encoder,
+        parts.latent_encoder,
+        parts.latent_decoder,
+        parts.token_decoder,
+        transformer,
+        parts.scheduler,
+        settings,
+        stage,
+    )
+
+
+def losses_and_gradients(
+    call: Callable[..., Any], objective: nn.Module, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """The loss and, as one vector scaled to it, the gradients of all trained parameters; bfloat16 by autocast."""
+    objective.zero_grad(set_to_none=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = call(objective, device)
+    losses.total.backward()
+    gradients = [p.grad.flatten().float() for p in objective.parameters() if p.grad is not None]
+    gradient, total = torch.cat(gradients), losses.total.detach().float().reshape(1)
+    return torch.cat([total.cpu(), gradient.cpu()])
+
+
+def likelihood_terms(scale: Scale, ids: torch.Tensor, objective: JointObjective, device: torch.device) -> torch.Tensor:
+    """The terms of the bound for each text."""
+    bound = LikelihoodBound(
+        objective.token_encoder,
+        objective.latent_encoder,
+        objective.latent_decoder,
+        objective.token_decoder,
+        objective.transformer,
+        objective.scheduler,
+        LikelihoodSettings(encoder_noise=0.1, decoder_noise=1.0, hidden_noise=1.0, self_conditioning=True),
+    )
+    ids, times = ids.to(device), torch.tensor([0.4, 0.7], dtype=torch.float64)
+    terms = bound.draw(ids, *bound.encode(ids), times, torch.ones(2), torch.Generator().manual_seed(0))
+    assert terms.total is not None
+    return torch.stack([terms.total.cpu(), terms.tokens_only.cpu()])
+
+
+def check_objectives(scale: Scale) -> Part:
+    part = parity_part("Each objective's loss and gradients, and the terms of the likelihood bound,")
+    torch.manual_seed(0)
+    joint = build_objective(scale.sizes, scale.length).eval()
+    ids = random_ids(joint, 2, scale.length)
+    times = torch.tensor([0.3, 0.8])
+    cosmos = JointObjectiveSettings(
+        reconstruction="token", token_masking=0.3, mask_token_id=0, feature_noise=0.5, latent_dropout=0.4
+    )
+
+    def joint_losses(objective: nn.Module, device: torch.device) -> Any:
+        return objective(ids.to(device), times.to(device), 0.5, row_generators(2), [True, False])
+
+    def distillation_losses(objective: nn.Module, device: torch.device) -> Any:
+        ends = torch.stack([times, 0.5 * times, 0.25 * times], dim=1).double().to(device)
+        return objective(ids.to(device), ends, ["diagonal", "student"], row_generators(2))
+
+    objectives: list[tuple[str, nn.Module, Callable[..., Any]]] = [
+        ("joint", joint, joint_losses),
+        ("autoencoder, COSMOS", build_stage("autoencoder", joint, cosmos), joint_losses),
+        ("diffusion", build_stage("diffusion", joint, JointObjectiveSettings()), joint_losses),
+        ("distillation", distillation_objective(scale, copy.deepcopy(joint), scale.length), distillation_losses),
+    ]
+    for name, objective, call in objectives:
+        compare_with_cpu(name, objective, partial(losses_and_gradients, call), scale, part)
+
+    def likelihood(objective: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return likelihood_terms(scale, ids, objective, device)
+
+    compare_with_cpu("likelihood bound", joint, likelihood, scale, part)
+    return part
+
+
+# 2. Sampling
+
+
+def schedulers() -> dict[str, Any]:
+    """Each scheduler on the tangent process, and diffusers' own."""
+    ours = {
+        "Euler–Maruyama": TangentEulerMaruyamaScheduler(),
+        "DDIM": TangentDDIMScheduler(),
+        "ancestral": TangentDDIMScheduler(eta=1.0),
+        "DPM-Solver++ 2M": TangentDPMSolverMultistepScheduler(),
+        "DPM-Solver++ 2M SDE": TangentDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+        "churn": TangentChurnScheduler(),
+    }
+    foreign = (DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+    config = diffusers_config(TangentEulerMaruyamaScheduler())
+    return ours | {f"diffusers {each.__name__}": each.from_config(config) for each in foreign}
+
+
+def build_pipeline(scale: Scale, length: int, dtype: torch.dtype = torch.float32) -> LDLMPipeline:
+    """A whole pipeline of random weights on the CPU."""
+    torch.manual_seed(0)
+    objective = build_objective(scale.sizes, length).eval().to(dtype)
+    pipeline = LDLMPipeline(
+        transformer=objective.transformer,
+        latent_decoder=objective.latent_decoder,
+        token_decoder=objective.token_decoder,
+        tokenizer=build_tokenizer(objective.token_decoder.config.vocab_size),
+        scheduler=objective.scheduler,
+        token_encoder=objective.token_encoder,
+        latent_encoder=objective.latent_encoder,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def forbid_synchronisation(scale: Scale) -> Iterator[None]:
+    """On CUDA, an error wherever the host would wait for the device."""
+    if not scale.on_cuda:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def steps_without_synchronisation(pipeline: LDLMPipeline, scale: Scale, num_steps: int, **arguments: Any) -> Any:
+    """A call whose steps, from the second on, may not wait for the device."""
+    with contextlib.ExitStack() as guard:
+
+        def at_step_end(_: Any, step: int, __: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+            if step == 0:
+                guard.enter_context(forbid_synchronisation(scale))
+            elif step == num_steps - 1:
+                guard.close()
+            return tensors
+
+        return pipeline(num_inference_steps=num_steps, callback_on_step_end=at_step_end, **arguments)
+
+
+def check_sampling(scale: Scale) -> Part:
+    part = Part(
+        "Four steps from the same noise by each scheduler, in float32, against the CPU (as above; "
+        f"{FLOAT32_TOLERANCE:.0e}); and four more with noise drawn on the device, of which from the second on none "
+        "may wait for the device (`torch.cuda.set_sync_debug_mode`).",
+        ["scheduler", "latents", "tokens that differ", "steps wait for the device"],
+    )
+    on_cpu = build_pipeline(scale, scale.length)
+    on_device = build_pipeline(scale, scale.length).to(scale.device)
+    made = schedulers() | {"flow map": TangentFlowMapScheduler()}
+    for name, scheduler in made.items():
+        for pipeline in (on_cpu, on_device):
+            pipeline.scheduler = copy.deepcopy(scheduler)
+        if name == "flow map":
+            student = flow_map_denoiser(scale, scale.length).eval()
+            on_cpu.transformer, on_device.transformer = student, copy.deepcopy(student).to(scale.device)
+        arguments = {"batch_size": 2, "num_inference_steps": 4, "output_type": "latent"}
+        reference = on_cpu(generator=row_generators(2), **arguments).latents
+        latents = on_device(generator=row_generators(2), **arguments).latents
+        error = relative_error(latents, reference)
+        tokens, expected = on_device.decode_to_sequences(latents).cpu(), on_cpu.decode_to_sequences(reference)
+        waits = "no"
+        try:
+            steps_without_synchronisation(
+                on_device,
+                scale,
+                4,
+                batch_size=2,
+                output_type="latent",
+                generator=torch.Generator(scale.device).manual_seed(0),
+            )
+        except RuntimeError as problem:
+            waits = str(problem).splitlines()[0]
+            part.problems.append(f"{name}: {waits}")
+        differing = int((tokens != expected).sum())
+        part.rows.append([name, f"{error:.1e}", f"{differing} of {tokens.numel()}", waits if scale.on_cuda else "–"])
+        part.require(error <= FLOAT32_TOLERANCE, f"{name}: latents differ by {error:.1e}")
+    return part
+
+
+def check_compile(scale: Scale) -> Part:
+    part = Part(
+        "`pipe.transformer.compile_repeated_blocks(fullgraph=True)` against the same pipeline without, 8 steps, "
+        "float32; compiled once, whatever the number of steps.",
+        ["latents", "seconds of the first call", "graphs compiled", "by a second call with 16 steps"],
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    pipeline = build_pipeline(scale, scale.length).to(scale.device)
+    arguments = {"batch_size": 2, "output_type": "latent"}
+    reference = pipeline(generator=row_generators(2), num_inference_steps=8, **arguments).latents
+    pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+    began = time.perf_counter()
+    latents = pipeline(generator=row_generators(2), num_inference_steps=8, **arguments).latents
+    error, seconds = relative_error(latents, reference), time.perf_counter() - began
+    graphs = counters["stats"]["unique_graphs"]
+    pipeline(generator=row_generators(2), num_inference_steps=16, **arguments)
+    again = counters["stats"]["unique_graphs"] - graphs
+    part.rows.append([f"{error:.1e}", f"{seconds:.1f}", str(graphs), str(again)])
+    part.require(error <= FLOAT32_TOLERANCE, f"latents differ by {error:.1e}")
+    part.require(again == 0, f"{again} graphs were compiled again")
+    return part
+
+
+# what each way of keeping weights elsewhere is called with
+def offloads(scale: Scale) -> dict[str, Callable[[LDLMPipeline], Any]]:
+    def group(pipeline: LDLMPipeline, **options: Any) -> None:
+        pipeline.enable_group_offload(onload_device=scale.device, offload_device=torch.device("cpu"), **options)
+
+    blocks = {"offload_type": "block_level", "num_blocks_per_group": 2}
+    found: dict[str, Callable[[LDLMPipeline], Any]] = {
+        "none": lambda pipeline: pipeline.to(scale.device),
+        "group, blocks": lambda pipeline: group(pipeline, **blocks),
+        "group, leaves": lambda pipeline: group(pipeline, offload_type="leaf_level"),
+    }
+    if scale.on_cuda:  # the others need an accelerator
+        found |= {
+            "group, leaves, stream": lambda pipeline: group(pipeline, offload_type="leaf_level", use_stream=True),
+            "model": lambda pipeline: pipeline.enable_model_cpu_offload(device=scale.device),
+            "sequential": lambda pipeline: pipeline.enable_sequential_cpu_offload(device=scale.device),
+        }
+    return found
+
+
+def check_offload(scale: Scale) -> Part:
+    part = Part(
+        "Sampling with weights that are on the device only while they are needed: tokens as without, a text encoded "
+        "and decoded as without, and the highest memory that tensors took.",
+        ["offload", "tokens that differ", "text decodes as without", "peak MiB"],
+    )
+    expected: tuple[torch.Tensor, list[str]] | None = None
+    ids = torch.arange(scale.length)[None]
+    for name, enable in offloads(scale).items():
+        pipeline = build_pipeline(scale, scale.length)
+        enable(pipeline)
+        reset_peak(scale)
+        for _ in range(2):  # hooks have to work for more than one call
+            sequences = pipeline(
+                batch_size=2, num_inference_steps=4, generator=row_generators(2), output_type="seq"
+            ).sequences.cpu()
+            texts = pipeline.decode(pipeline.encode_sequences(ids))
+        expected = expected or (sequences, texts)
+        differing = int((sequences != expected[0]).sum())
+        peak = f"{torch.cuda.max_memory_allocated(scale.device) / 2**20:.0f}" if scale.on_cuda else "–"
+        part.rows.append([name, str(differing), "yes" if texts == expected[1] else "no", peak])
+        part.require(differing == 0 and texts == expected[1], f"{name}: other tokens than without offloading")
+    return part
+
+
+# 3. Training
+
+
+def build_loop(scale: Scale, length: int, batch_size: int, folder: Path, distil: bool, compiled: bool) -> TrainingLoop:
+    """The loop of `train_joint.py`, or of `distill.py`, on random tokens, with bfloat16 autocast."""
+    torch.manual_seed(0)
+    joint = build_objective(scale.sizes, length)
+    ids = random_ids(joint, 2 * batch_size, length)
+    dataset: Any = [{"input_ids": row} for row in ids]
+    loop_settings = LoopSettings(
+        output_dir=str(folder),
+        batch_size=batch_size,
+        device_batch_size=batch_size,
+        logging_steps=10_000,
+        trackers=[],
+        mixed_precision="bf16",
+    )
+    accelerator = build_accelerator(loop_settings)
+    tokenizer = build_tokenizer(joint.token_encoder.config.vocab_size)
+    settings: Any
+    task: Task
+    if distil:
+        settings = DistillationSettings(loop=loop_settings, components="random")
+        objective = distillation_objective(scale, joint, length)
+        task = DistillationTask(objective, {}, tokenizer, settings, ids, accelerator.device)
+    else:
+        settings = RunSettings(loop=loop_settings, model=ModelSettings(sequence_length=length))
+        task = JointTask(joint, settings, tokenizer, ids, accelerator.device)
+    if compiled:
+        for module in task.module.modules():
+            compile_blocks(module)
+    peak = device_peak(accelerator.device, "bf16")
+    estimate = RunEstimate(PassFlops((), batch_size * length), batch_size * length, loop_settings.max_steps, peak, 1)
+    return TrainingLoop(task, dataset, estimate, accelerator, settings, overwrite=True)
+
+
+def check_training(scale: Scale) -> Part:
+    part = Part(
+        "Steps of the training loop as `train_joint.py` and `distill.py` take them (bfloat16 autocast, batches, noise "
+        "of each row, clipping, fused AdamW, EMA weights), of which from the third on none may wait for the device.",
+        ["run", "steps", "steps wait for the device", "last loss"],
+    )
+    for distil in (False, True):
+        name = "distillation" if distil else "joint"
+        with tempfile.TemporaryDirectory() as folder:
+            loop = build_loop(scale, scale.length, 8, Path(folder), distil, compiled=False)
+            loop.module.train()
+            waits = "no"
+            for step in range(6):
+                with forbid_synchronisation(scale) if step >= 2 else contextlib.nullcontext():
+                    try:
+                        values = loop.train_step()
+                    except RuntimeError as problem:
+                        waits = str(problem).splitlines()[0]
+                        part.problems.append(f"{name}: {waits}\n{traceback.format_exc()}")
+                        break
+                loop.step += 1
+            loss = float(values["loss"])
+            part.rows.append([name, str(loop.step), waits if scale.on_cuda else "–", f"{loss:.4f}"])
+            part.require(math.isfinite(loss), f"{name}: the loss is {loss}")
+            loop.accelerator.free_memory()
+    return part
+
+
+def prepare_run(folder: Path) -> list[str]:
+    """A small GPT-2 and its tokenizer, made from the corpus, and the settings of a run with it."""
+    with gzip.open(REPOSITORY / "training" / "data" / "state_of_the_union.txt.gz", "rt", encoding="utf-8") as file:
+        lines = file.read(400_000).splitlines()
+    corpus, backbone = folder / "corpus.txt", folder / "backbone"
+    corpus.write_text("\n".join(lines), encoding="utf-8")
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.train([str(corpus)], trainers.WordLevelTrainer(vocab_size=2000, special_tokens=["<unk>", "<eos>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=4, n_head=2, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(backbone)
+    tokenizer.save_pretrained(backbone)
+    layers = "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}"
+    return [
+        f"model.backbone={backbone}",
+        "model.sequence_length=32",
+        "model.statistics_sequences=64",
+        *(f"model.{name}={layers}" for name in ("latent_encoder", "latent_decoder", "token_decoder")),
+        "model.transformer={num_layers: 2, num_attention_heads: 2, attention_head_dim: 32}",
+        f"data.source={corpus}",
+        f"data.cache_dir={folder / 'cache'}",
+        "data.holdout_documents=16",
+        "objective.decoder_noise=0.5",
+        "timestep_sampler.update_every=4",
+        "warmup.steps=4",
+        "optimizer.lr_warmup_steps=2",
+        "loop.batch_size=16",
+        "loop.logging_steps=1",
+        "loop.trackers=[]",
+        "evaluation.every=0",
+        "evaluation.num_sequences=16",
+        "evaluation.num_samples=0",
+        "evaluation.judge=null",
+    ]
+
+
+def logged_losses(run: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step; half a line at the end is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records if "loss" in record}
+
+
+def start_training(scale: Scale, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    if not scale.on_cuda:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "training/train_joint.py", *arguments],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def check_resume(scale: Scale) -> Part:
+    part = Part(
+        "`train_joint.py` (bfloat16) killed by SIGKILL in the middle and resumed from its last checkpoint, against a "
+        "run without a stop: largest relative difference of loss and gradient norm over all steps; 0 is bit for bit.",
+        ["steps", "killed after step", "steps done again", "largest difference"],
+    )
+    steps = scale.training_steps
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole, killed, log = folder / "whole", folder / "killed", folder / "log.txt"
+        common = [*prepare_run(folder), f"loop.max_steps={steps}", f"loop.checkpointing_steps={steps // 4}"]
+
+        def finish(process: subprocess.Popen[bytes]) -> None:
+            if process.wait(timeout=240):
+                raise RuntimeError("training ended with an error:\n" + log.read_text(encoding="utf-8")[-3000:])
+
+        finish(start_training(scale, [*common, f"loop.output_dir={whole}"], log))
+        process = start_training(scale, [*common, f"loop.output_dir={killed}"], log)
+        while process.poll() is None and max(logged_losses(killed), default=0) <= steps // 2:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        last = max(logged_losses(killed))
+        checkpoints = [int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoint-*")]
+        finish(
+            start_training(scale, [*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"], log)
+        )
+        expected, found = logged_losses(whole), logged_losses(killed)
+    part.require(list(found) == list(range(1, steps + 1)), f"the resumed run logged the steps {list(found)}")
+    differences = [abs(a - b) / abs(a) for step in expected for a, b in zip(expected[step], found[step], strict=True)]
+    part.rows.append([str(steps), str(last), str(last - max(checkpoints)), f"{max(differences):.1e}"])
+    part.require(max(differences) <= 1e-3, f"a resumed step differs by {max(differences):.1e}")
+    return part
+
+
+# 4. Speed and memory
+
+
+def reset_peak(scale: Scale) -> None:
+    """Frees what earlier parts have left, and counts memory from there."""
+    gc.collect()
+    if scale.on_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(scale.device)
+
+
+def measured(scale: Scale, measure: Callable[[Case], Any], workload: str, length: int, batch: int, **case: Any) -> Any:
+    """What `benchmark.py` measures of a workload, and the batch that fitted: halved until memory suffices."""
+    while True:
+        reset_peak(scale)
+        torch._dynamo.reset()
+        try:
+            found = measure(
+                Case(
+                    workload=workload,
+                    geometry=scale.geometry,
+                    length=length,
+                    batch_size=batch,
+                    dtype="bfloat16",
+                    device=str(scale.device),
+                    repeats=scale.repeats,
+                    profile=False,
+                    **case,
+                )
+            )
+        except torch.OutOfMemoryError:
+            batch //= 2
+            continue
+        return found
+
+
+def check_sampling_speed(scale: Scale) -> Part:
+    part = Part(
+        "Sampling in bfloat16: a step and the decode against the time of their own matrix products alone (the floor), "
+        "in turns, medians.",
+        ["workload", "L", "batch", "seconds", "tokens/s", "floor, s", "ratio", "peak GiB"],
+    )
+    for length, batch in scale.timed:
+        for item in measured(scale, measure_case, "sampling", length, batch):
+            part.rows.append(
+                [
+                    item.workload,
+                    str(length),
+                    str(item.batch_size),
+                    f"{item.seconds:.5f}",
+                    f"{item.tokens_per_second:,.0f}",
+                    f"{item.floor_seconds:.5f}",
+                    f"{item.ratio:.2f}",
+                    f"{item.peak_memory_gib:.2f}",
+                ]
+            )
+    return part
+
+
+def check_peers(scale: Scale) -> Part:
+    part = Part(
+        "Seconds of a step for the whole batch, beside samplers of tokens on the same backbone and an autoregressive "
+        "GPT-2 with a KV cache, in turns, medians, bfloat16; then seconds a sample by number of evaluations (NFE).",
+        ["sampler", "L", "batch", "step, s", "of ours", "once, s", *(f"NFE {count}" for count in NFE)],
+    )
+    for length, batch in scale.timed:
+        for row in peer_rows(measured(scale, measure_peers, "peers", length, batch), NFE):
+            a_sample = row["seconds_per_sample"]
+            if row["num_steps"] is not None:  # one a token, whatever the table's columns are
+                times = [f"{a_sample[str(length)]:.4g} ({length} tokens)", *[""] * (len(NFE) - 1)]
+            else:
+                times = [f"{a_sample[str(count)]:.4g}" for count in NFE]
+            part.rows.append(
+                [
+                    row["sampler"],
+                    str(length),
+                    str(row["batch_size"]),
+                    f"{row['step_seconds']:.5f}",
+                    f"{row['step_ratio']:.2f}",
+                    f"{row['once_seconds']:.5f}",
+                    *times,
+                ]
+            )
+    return part
+
+
+def check_training_speed(scale: Scale) -> Part:
+    peak = device_peak(scale.device, "bf16")
+    part = Part(
+        "A joint training step (bfloat16 autocast, open gate, half of the examples self-conditioned), without and "
+        "with compiled blocks; the largest batch up to the one asked for that memory holds. MFU is of "
+        f"{peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source}).",
+        ["step", "L", "batch", "seconds", "tokens/s", "MFU", "floor, s", "ratio", "peak GiB"],
+    )
+    for length, batch in scale.timed:
+        for compiled in (False, True):
+            (item,) = measured(scale, measure_case, "training", length, batch, compile=compiled)
+            part.rows.append(
+                [
+                    "compiled" if compiled else "eager",
+                    str(length),
+                    str(item.batch_size),
+                    f"{item.seconds:.4f}",
+                    f"{item.tokens_per_second:,.0f}",
+                    f"{item.flops / item.seconds / peak.flops_per_second:.1%}",
+                    f"{item.floor_seconds:.4f}",
+                    f"{item.ratio:.2f}",
+                    f"{item.peak_memory_gib:.2f}",
+                ]
+            )
+    return part
+
+
+CHECKS: dict[str, tuple[str, Callable[[Scale], Part]]] = {
+    "models": ("Models", check_models),
+    "objectives": ("Objectives", check_objectives),
+    "sampling": ("Sampling", check_sampling),
+    "training": ("Training steps", check_training),
+    "offload": ("Offloading", check_offload),
+    "compile": ("Compiled blocks", check_compile),
+    "resume": ("Killed and resumed", check_resume),
+    "sampling_speed": ("Speed of sampling", check_sampling_speed),
+    "peers": ("Speed beside other samplers", check_peers),
+    "training_speed": ("Speed of training", check_training_speed),
+}
+
+
+def run_check(check: Callable[[Scale], Part], scale: Scale) -> Part:
+    """A part of the report; what stopped it, where something did."""
+    try:
+        return check(scale)
+    except Exception:  # the next part may well work, and device time is short
+        return Part("Stopped by an error.", [], problems=[traceback.format_exc()])
+    finally:
+        reset_peak(scale)
+
+
+def section(title: str, part: Part, seconds: float) -> str:
+    lines = [f"## {title}", "", part.text, ""]
+    if part.columns:
+        lines += [*markdown_table(part.columns, part.rows), ""]
+    lines.append(f"{'FAILED' if part.problems else 'As it should be'}; {seconds:.0f} s.")
+    for problem in part.problems:
+        lines += ["", "```", problem.rstrip().replace(str(REPOSITORY) + os.sep, ""), "```"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, for a try on the CPU")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="parts to run")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"), help="the report")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()  # diffusers 0.42 warns of a list that is empty at each `to(dtype)`
+    device = torch.device(arguments.device)
+    if arguments.tiny:
+        scale = Scale(device, "tiny", 16, ((16, 2),), repeats=1, training_steps=12)
+    else:
+        scale = Scale(device, "paper", 128, ((1024, 16), (128, 512)), repeats=3, training_steps=40)
+
+    began = time.perf_counter()
+    machine = describe_machine(device)
+    command = " ".join(["python checks/cuda.py", *sys.argv[1:]])
+    sections = [f"# On {machine['device']}\n\nWritten by `{command}`; random weights, geometry: {scale.geometry}."]
+    sections.append("\n".join(markdown_table(["", ""], [[key, str(value)] for key, value in machine.items()])))
+    failed = []
+    for name in arguments.only:
+        title, check = CHECKS[name]
+        since = time.perf_counter()
+        if since - began > TIME_LIMIT:
+            sections.append(f"## {title}\n\nNot run: the {TIME_LIMIT} s were over.")
+            failed.append(name)
+        else:
+            part = run_check(check, scale)
+            sections.append(section(title, part, time.perf_counter() - since))
+            failed += [name] if part.problems else []
+        print(sections[-1], end="\n\n", flush=True)
+        arguments.output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
