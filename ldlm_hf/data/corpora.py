@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,11 +14,15 @@ from .chunks import ChunkLayout, TokenChunks
 from .settings import DataSettings
 from .sources import load_documents, load_stream
 from .streaming import DocumentFiles, HeldOutTexts, StreamedTokenChunks
-from .tokenization import DocumentEncoder, chunk_start_id, document_end_id, require_text_column, tokenize_documents
+from .text_files import require_text_column
+from .tokenization import DocumentEncoder, chunk_start_id, document_end_id, tokenize_documents
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -132,7 +137,9 @@ def _encoder_and_layout(
     markers = None
     if settings.chunk_markers:
         markers = (chunk_start_id(tokenizer, "chunk_markers"), document_end_id(tokenizer, "chunk_markers"))
-    encoder = DocumentEncoder(tokenizer, settings.text_column, settings.detokenizer, end_id)
+    encoder = DocumentEncoder(
+        tokenizer, settings.text_column, settings.detokenizer, end_id, settings.skip_missing_texts
+    )
     return encoder, ChunkLayout(sequence_length, markers)
 
 
@@ -195,10 +202,24 @@ def _chunk(
         raise ValueError(
             f"source={settings.source!r}: the {part} is empty, it holds no documents. Use more text or hold out more."
         )
+    if settings.skip_missing_texts and (missing := _count_missing_texts(documents, settings.text_column)):
+        logger.warning(
+            "source=%r: %s of the %s rows of the %s have no text and are skipped",
+            settings.source,
+            f"{missing:,}",
+            f"{len(documents):,}",
+            part,
+        )
     tokens = tokenize_documents(documents, encoder, settings.num_proc, settings.cache_dir, batch_size)
     chunks = TokenChunks(tokens, layout)
     _require_one_chunk(chunks.num_tokens, layout, part, settings)
     return chunks
+
+
+def _count_missing_texts(documents: datasets.Dataset, text_column: str) -> int:
+    require_text_column(text_column, documents.column_names)
+    tables = documents.select_columns(text_column).with_format("arrow").iter(batch_size=10_000)
+    return sum(table[text_column].null_count for table in tables)
 
 
 def _require_one_chunk(num_tokens: int, layout: ChunkLayout, part: str, settings: DataSettings) -> None:
@@ -229,7 +250,7 @@ def _stream_corpora(
     if validation_rows is not None:
         validation = _chunk_validation_stream(validation_rows, encoder, layout, settings)
 
-    files = DocumentFiles(rows, settings.text_column, held_out, names)
+    files = DocumentFiles(rows, settings.text_column, held_out, names, settings.skip_missing_texts)
     train = StreamedTokenChunks(files, encoder, layout, settings.shuffle_buffer, settings.seed, rank, world_size)
     part = "training part" if world_size == 1 else f"training part of rank {rank}"
     _require_one_chunk(train.count_tokens(layout.stream_tokens), layout, part, settings)

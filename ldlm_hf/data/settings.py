@@ -15,12 +15,14 @@ class DataSettings:
     """Which text, which part of it is held out, and how it becomes chunks of tokens.
 
     Attributes:
-        source: required. A Hub dataset id; or a local file, glob pattern or folder of `.txt` (one document a line),
-            `.jsonl`/`.json`, either also as `.gz`, `.parquet` or `.arrow`; or a folder written by `save_to_disk`.
+        source: required. A Hub dataset id; or a local file, folder or glob pattern of `.txt` (one document a line),
+            `.jsonl`, `.json` or `.csv`, each also as `.gz` or `.zst`, `.parquet` or `.arrow`; or a folder written by
+            `save_to_disk`. What exists under the name is read as it is named; it is a pattern only where nothing does.
         config_name: configuration of a Hub dataset or of a local folder that defines some.
         revision: branch, tag or commit of a Hub dataset.
-        train_split: split to train on. Local files are one split, `train`. Slices work too, unless streaming:
-            `train[:-1000]`.
+        train_split: split to train on. Local files are one split, `train`; but a folder has those that all of its
+            files name (`train.txt`, `test/part-1.parquet`), or that its README.md declares. Slices work too, unless
+            streaming: `train[:-1000]`.
         validation_split: split to validate on. None: documents of the train split are held out, see the next settings.
         holdout_documents: how many documents of the train split are held out.
         holdout_fraction: the share of its documents, in [0, 1); give this or `holdout_documents`. With neither, and no
@@ -30,7 +32,9 @@ class DataSettings:
             document is held out or not by a hash of its text and the seed, the same on every rank and worker.
         max_validation_documents: the validation part ends after that many documents; None: all of them. Required for
             the validation part of a stream, which is read into memory.
-        text_column: column that holds the text.
+        text_column: column that holds the text; no other is read.
+        skip_missing_texts: skip rows whose text is missing (null) and say how many there were, at the end of each
+            file of a stream; else the first one is an error.
         detokenizer: undoes the spaced punctuation of a corpus: `lm1b`. None: the text as it is.
         append_eos: EOS (SEP for a BERT-type tokenizer) after each document, as MDLM's code does. A blank document
             gives no tokens, not even this one (ours).
@@ -55,6 +59,7 @@ class DataSettings:
     holdout_selection: str = "last"
     max_validation_documents: int | None = None
     text_column: str = "text"
+    skip_missing_texts: bool = False
     detokenizer: str | None = None
     append_eos: bool = True
     chunk_markers: bool = False

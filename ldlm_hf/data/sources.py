@@ -5,24 +5,34 @@ from __future__ import annotations
 import codecs
 import contextlib
 import glob
-import gzip
-import os
+import logging
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import cast
 
 import datasets
+import huggingface_hub
 import pyarrow
 
 from .settings import DataSettings
+from .text_builder import build_text_files
+from .text_files import ENDINGS, TEXT_KINDS, CorpusError, kind_of, open_unpacked
 
 
-# File ending → builder of `datasets`. The first two kinds may also be compressed: `.txt.gz`.
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-TEXT_BUILDERS = ("text", "json")
-ENDINGS = ".txt, .jsonl, .json (each also with .gz), .parquet, .arrow"
+logger = logging.getLogger(__name__)
+
 READ_BYTES = 1 << 20
+# what datasets and the Hub write beside a corpus
+METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+# names of files and folders that name a split, with or without the numbers of a shard: train.txt, test-00000-of-00002
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 
 
 def load_documents(settings: DataSettings, split: str, rank: int = 0) -> datasets.Dataset:
@@ -40,14 +50,12 @@ def load_documents(settings: DataSettings, split: str, rank: int = 0) -> dataset
     """
     if _is_saved(settings.source):
         return _load_saved(settings, split)
+    builder = _builder(settings, split)
     if is_local(settings.source) and rank == 0 and split == settings.train_split:  # once, not for each split
-        _check_text_files(settings.source)
-    arguments = _loader_arguments(settings)
+        _check_text_files(settings, builder)
     with _explained_errors(settings, split):
-        loaded = datasets.load_dataset(
-            **arguments, split=split, cache_dir=settings.cache_dir, num_proc=settings.num_proc
-        )
-    return cast(datasets.Dataset, loaded)
+        builder.download_and_prepare(num_proc=settings.num_proc)
+        return cast(datasets.Dataset, builder.as_dataset(split))
 
 
 def load_stream(settings: DataSettings, split: str) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
@@ -64,42 +72,98 @@ def load_stream(settings: DataSettings, split: str) -> tuple[datasets.IterableDa
             f"source={settings.source!r} was written by save_to_disk and is memory-mapped as it is: set "
             "streaming=false."
         )
-    arguments = _loader_arguments(settings)
+    builder = _builder(settings, split)
     with _explained_errors(settings, split):
-        builder = datasets.load_dataset_builder(**arguments, cache_dir=settings.cache_dir)
         rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
     names = tuple((builder.config.data_files or {}).get(split, ()))
     return rows, names if len(names) == rows.num_shards else ()
 
 
-def _loader_arguments(settings: DataSettings) -> dict[str, Any]:
-    if not is_local(settings.source):
-        return {"path": settings.source, "name": settings.config_name, "revision": settings.revision}
-    builder, files = find_files(settings.source)
-    folder = Path(settings.source).expanduser()
-    if folder.is_dir():  # datasets reads splits from the names in a folder
-        return {"path": str(folder), "name": settings.config_name}
-    return {"path": builder, "data_files": {"train": [str(file) for file in files]}}
+def _builder(settings: DataSettings, split: str) -> datasets.DatasetBuilder:
+    """Of local files the text column alone, and of a data set of the Hub that is parquet files."""
+    if is_local(settings.source):
+        return build_text_files(find_splits(settings, split), settings.text_column, settings.cache_dir)
+    arguments = {
+        "path": settings.source,
+        "name": settings.config_name,
+        "revision": settings.revision,
+        "cache_dir": settings.cache_dir,
+    }
+    with _explained_errors(settings, split):
+        builder = datasets.load_dataset_builder(**arguments)
+        features = builder.info.features
+        if getattr(builder.config, "columns", ()) is None and (features is None or settings.text_column in features):
+            builder = datasets.load_dataset_builder(**arguments, columns=[settings.text_column])
+        return builder
 
 
-def _check_text_files(source: str) -> None:
-    builder, files = find_files(source)
-    if builder in TEXT_BUILDERS:
+def find_splits(settings: DataSettings, split: str) -> dict[str, list[Path]]:
+    """The files of each split of a local source.
+
+    A file or a pattern is the split `train`. A folder has splits where all of its files name one, by their own name or
+    their folder's (`train.txt`, `validation/part-3.parquet`), or where its README.md declares some, as a data set of
+    the Hub does; else it is the split `train`, too. Splits that the settings do not ask for are logged.
+    """
+    root = Path(settings.source).expanduser()
+    if not root.is_dir():
+        return {"train": find_files(settings.source)}
+    if _is_hub_clone(root, settings):
+        with _explained_errors(settings, split):
+            declared = datasets.load_dataset_builder(str(root), name=settings.config_name).config.data_files
+        splits = {str(name): [Path(file) for file in files] for name, files in declared.items()}
+    else:
+        splits = {}
+        files = find_files(settings.source)
+        named = [_split_named_by(file.relative_to(root)) for file in files]
+        for file, name in zip(files, named, strict=True):
+            splits.setdefault("train" if name is None or None in named else name, []).append(file)
+    asked = {str(name).partition("[")[0] for name in (settings.train_split, settings.validation_split)}
+    if split == settings.train_split:  # said once
+        for name in sorted(splits.keys() - asked):
+            logger.warning("source=%r: the split %r is not read: %s", settings.source, name, _names(splits[name]))
+    return splits
+
+
+def _is_hub_clone(root: Path, settings: DataSettings) -> bool:
+    card = root / "README.md"
+    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+    has_script = (root / f"{root.name}.py").is_file()  # datasets says that it runs none
+    return settings.config_name is not None or has_script or "configs" in (metadata or {})
+
+
+def _split_named_by(path: Path) -> str | None:
+    for part in (path.name.partition(".")[0], *reversed(path.parts[:-1])):
+        if (name := SHARD_NUMBERS.sub("", part.lower())) in SPLIT_NAMES:
+            return SPLIT_NAMES[name]
+    return None
+
+
+def _names(files: list[Path]) -> str:
+    return ", ".join(file.name for file in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+
+
+def _check_text_files(settings: DataSettings, builder: datasets.DatasetBuilder) -> None:
+    files = [Path(file) for files in builder.config.data_files.values() for file in files]
+    if all(kind_of(file) in TEXT_KINDS for file in files):
         with_text = [holds_utf8_text(file) for file in files]  # every file is decoded before any is judged
         if not any(with_text):
-            raise ValueError(f"source={source!r}: the corpus is empty or blank. Name a file that holds text.")
+            raise CorpusError(f"source={settings.source!r}: the corpus is empty or blank. Name a file with text.")
 
 
 @contextlib.contextmanager
 def _explained_errors(settings: DataSettings, split: str) -> Iterator[None]:
     try:
         yield
+    except CorpusError:
+        raise
     except OSError as error:
         raise OSError(
             f"source={settings.source!r}: {error}. Check the name, revision={settings.revision!r} and the "
             "connection; a gated dataset needs `hf auth login`."
         ) from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        if isinstance(error.__cause__, CorpusError):
+            raise error.__cause__ from error
         raise ValueError(
             f"source={settings.source!r}, config_name={settings.config_name!r}, split {split!r}: "
             f"{_explain(error)} {_remedy(error)}"
@@ -144,18 +208,12 @@ def is_local(source: str) -> bool:
         or path.is_absolute()
         or source.startswith((".", "~"))
         or source.count("/") > 1
-        or _builder_of(path) is not None
+        or kind_of(path) is not None
     )
 
 
-def _builder_of(path: Path) -> str | None:
-    compressed = path.suffix == ".gz"
-    builder = BUILDERS.get(Path(path.stem).suffix if compressed else path.suffix)
-    return None if compressed and builder not in TEXT_BUILDERS else builder
-
-
-def find_files(source: str) -> tuple[str, list[Path]]:
-    """The builder of `datasets` that reads a local source, and its files in order of name.
+def find_files(source: str) -> list[Path]:
+    """The files of a local source, all of one kind, in order of name. What exists is itself, and no pattern.
 
     Raises:
         OSError: nothing is there.
@@ -163,24 +221,29 @@ def find_files(source: str) -> tuple[str, list[Path]]:
     """
     root = Path(source).expanduser()
     if root.is_dir():
-        visible = (path for path in root.rglob("*") if not path.relative_to(root).parts[0].startswith("."))
-        files = [path for path in visible if path.is_file() and _builder_of(path) is not None]
+        visible = (path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
+        files = [path for path in visible if path.is_file() and kind_of(path) and path.name not in METADATA_FILES]
     elif root.is_file():
         files = [root]
     else:
-        files = [Path(name) for name in glob.glob(str(root), recursive=True) if os.path.isfile(name)]
+        files = [Path(name) for name in glob.glob(str(root), recursive=True) if Path(name).is_file()]
         if not files:
             raise OSError(f"source={source!r}: there is no such file or folder, and no file matches it as a pattern.")
-    kinds = {_builder_of(path) for path in files}
+    kinds = {kind_of(path) for path in files}
     if not files or None in kinds:
-        unknown = sorted(path.name for path in files if _builder_of(path) is None)
-        raise ValueError(f"source={source!r} holds {unknown or 'no file'} of a known ending: use {ENDINGS}.")
+        unknown = sorted(path.name for path in files if kind_of(path) is None)
+        raise CorpusError(f"source={source!r} holds {unknown or 'no file'} of a known ending: use {ENDINGS}.")
     if len(kinds) > 1:
-        raise ValueError(
+        raise CorpusError(
             f"source={source!r} holds files of {len(kinds)} kinds ({sorted(map(str, kinds))}): name one with a "
             "pattern."
         )
-    return str(kinds.pop()), sorted(files)
+    return sorted(files)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file of a folder is in a part of it that tools keep for themselves."""
+    return any(part.startswith((".", "__")) for part in path.parts)
 
 
 def holds_utf8_text(path: Path) -> bool:
@@ -194,7 +257,7 @@ def holds_utf8_text(path: Path) -> bool:
     position = 0
     found = False
     try:
-        with _open_unpacked(path) as file:
+        with open_unpacked(path) as file:
             while True:
                 pending = len(decoder.getstate()[0])  # bytes of a character that the last piece began
                 piece = file.read(READ_BYTES)
@@ -205,14 +268,12 @@ def holds_utf8_text(path: Path) -> bool:
                     return found
     except UnicodeDecodeError as error:
         offset = position - pending + error.start
-        unpacked = " of the unpacked text" if path.suffix == ".gz" else ""
-        raise ValueError(
+        unpacked = " of the unpacked text" if path.suffix.lower() in (".gz", ".zst") else ""
+        raise CorpusError(
             f"source: {path} is not UTF-8: byte {offset}{unpacked} is 0x{error.object[error.start]:02x} "
             f"({error.reason}). Convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`."
         ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, OSError) as error:
+        if path.suffix.lower() not in (".gz", ".zst"):
+            raise
         raise OSError(f"source: {path} cannot be unpacked ({error}): the file is damaged, fetch it again.") from error
-
-
-def _open_unpacked(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")

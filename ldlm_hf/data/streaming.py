@@ -13,6 +13,7 @@ resumed from it loses the documents that were in there.)
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -25,8 +26,11 @@ import pyarrow
 import torch
 
 from .chunks import ChunkLayout
-from .tokenization import DocumentEncoder, require_text, require_text_column
+from .text_files import CorpusError, require_text, require_text_column
+from .tokenization import DocumentEncoder
 
+
+logger = logging.getLogger(__name__)
 
 # Documents tokenised in one call (ours): enough for the tokenizer's threads, little to hold. Also the block of a
 # stream that is not shuffled.
@@ -83,12 +87,14 @@ class DocumentFiles:
         text_column: column that holds the text.
         held_out: documents that are left out, or None.
         names: of the files, for errors. Empty where they are unknown.
+        skip_missing_texts: leave out rows without a text (null), and say at the end of each file how many it had.
     """
 
     rows: datasets.IterableDataset
     text_column: str = "text"
     held_out: HeldOutTexts | None = None
     names: tuple[str, ...] = ()
+    skip_missing_texts: bool = False
 
     def __len__(self) -> int:
         return self.rows.num_shards
@@ -104,11 +110,17 @@ class DocumentFiles:
             OSError: the file cannot be read, or not further. The message names the file and the rows before.
             ValueError: the text column is missing, or a row holds something else than text.
         """
+        missing = 0
         for rows, texts in self._texts(file, start, residues, modulus):
             for row, text in zip(rows, texts, strict=True):
+                if text is None and self.skip_missing_texts:
+                    missing += 1
+                    continue
                 require_text(self.text_column, text, f"row {row} of {self.name(file)}")
                 if text.strip() and not (self.held_out is not None and self.held_out(text)):
                     yield row, text
+        if missing:
+            logger.warning("source: %s: %s rows have no text and were skipped", self.name(file), f"{missing:,}")
 
     def _texts(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[list[int], list[Any]]]:
         # `iter`, unlike `__iter__`, does not divide the files among the workers of a DataLoader a second time
@@ -123,6 +135,8 @@ class DocumentFiles:
                 columns = table.column_names
                 text_columns = table.select([name for name in columns if name == self.text_column])
                 texts = text_columns.take(pyarrow.array(rows - first)).to_pydict()
+            except CorpusError:
+                raise
             except Exception as error:  # parsers, decompressors and clients each raise errors of their own
                 raise OSError(
                     f"source: {self.name(file)} cannot be read beyond its row {first} "

@@ -12,6 +12,7 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from .detokenizers import DETOKENIZERS
+from .text_files import require_text, require_text_column
 
 
 if TYPE_CHECKING:
@@ -52,16 +53,20 @@ class DocumentEncoder:
         text_column: column that holds the text.
         detokenizer: key of `DETOKENIZERS`, or None.
         end_id: appended to each document, or None. Blank documents give no tokens at all.
+        skip_missing_texts: a missing text (null) gives no tokens either, instead of an error.
     """
 
     tokenizer: PreTrainedTokenizerBase
     text_column: str = "text"
     detokenizer: str | None = None
     end_id: int | None = None
+    skip_missing_texts: bool = False
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
         require_text_column(self.text_column, list(batch))
         texts = batch[self.text_column]
+        if self.skip_missing_texts:
+            texts = ["" if text is None else text for text in texts]
         for value in texts:
             require_text(self.text_column, value, "a row")
         if self.detokenizer is not None:
@@ -78,19 +83,6 @@ class DocumentEncoder:
         )["input_ids"]
         end = [] if self.end_id is None else [self.end_id]
         return {"input_ids": [ids + end if text.strip() else [] for text, ids in zip(texts, encoded, strict=True)]}
-
-
-def require_text_column(text_column: str, columns: list[str]) -> None:
-    if text_column not in columns:
-        raise ValueError(f"text_column={text_column!r}: the corpus has no such column. It has {sorted(columns)}.")
-
-
-def require_text(text_column: str, value: Any, row: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(
-            f"text_column={text_column!r}: {row} holds {value!r:.80} ({type(value).__name__}) in place of a text. "
-            "Name a column of texts, or remove such rows."
-        )
 
 
 def tokenize_documents(
@@ -127,6 +119,7 @@ def tokenize_documents(
             encoder.text_column,
             encoder.detokenizer,
             encoder.end_id,
+            encoder.skip_missing_texts,
         )
     )
     return documents.select_columns(encoder.text_column).map(

@@ -99,7 +99,7 @@ def test_unknown_endings(tmp_path, load):
 def test_files_of_several_kinds(tmp_path, corpus_file, load):
     (tmp_path / "corpus.jsonl").write_text('{"text": "w1"}')
     with pytest.raises(
-        ValueError, match=r"source='.*' holds files of 2 kinds \(\['json', 'text'\]\): name one with a"
+        ValueError, match=r"source='.*' holds files of 2 kinds \(\['jsonl', 'txt'\]\): name one with a"
     ):
         load(tmp_path)
 
@@ -199,7 +199,9 @@ def test_missing_text_column_of_a_stream_that_holds_out(tmp_path, load):
         load(tmp_path / "corpus.jsonl", streaming=True, **hold_out)
 
 
-@pytest.mark.parametrize(("streaming", "row"), [(False, "a row"), (True, "row 0 of .*corpus.jsonl")])
+@pytest.mark.parametrize(
+    ("streaming", "row"), [(False, "(a row|row 0 of corpus.jsonl)"), (True, "row 0 of .*corpus.jsonl")]
+)
 @pytest.mark.parametrize("value", [None, 7, ["w1"]])
 def test_rows_without_text(value, streaming, row, tmp_path, load):
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": value, "number": 1}) + "\n")

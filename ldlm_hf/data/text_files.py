@@ -1,0 +1,140 @@
+"""Reads one column of text out of a local file of any kind that we take."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+
+# rows of a table (ours)
+ROWS_AT_ONCE = 1000
+KINDS = ("txt", "jsonl", "json", "csv", "parquet", "arrow")
+TEXT_KINDS = ("txt", "jsonl", "json", "csv")
+COMPRESSIONS = ("gz", "zst")
+TEXT_TYPES = (
+    pyarrow.types.is_string,
+    pyarrow.types.is_large_string,
+    pyarrow.types.is_string_view,
+    pyarrow.types.is_null,
+)
+ENDINGS = ".txt, .jsonl, .json, .csv (each also with .gz or .zst), .parquet, .arrow"
+
+
+class CorpusError(ValueError):
+    """What a file holds is not what the settings say; the message names the setting and the remedy."""
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a file by its ending in any case, of a compressed one by the ending before; None if unknown."""
+    *_, inner, last = ["", *path.name.lower().split(".")]
+    if last in COMPRESSIONS:
+        return inner if inner in TEXT_KINDS else None
+    return last if last in KINDS else None
+
+
+def open_unpacked(path: Path) -> IO[bytes]:
+    """Opens a file to read its bytes, unpacked if its ending says that it is compressed."""
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    if ending == ".zst":
+        return cast("IO[bytes]", pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def require_text_column(text_column: str, columns: Iterable[str]) -> None:
+    columns = list(columns)
+    if text_column not in columns:
+        raise CorpusError(f"text_column={text_column!r}: the corpus has no such column. It has {sorted(columns)}.")
+
+
+def require_text(text_column: str, value: Any, row: str) -> None:
+    if not isinstance(value, str):
+        skip = " skip_missing_texts=true skips and counts rows without one." if value is None else ""
+        raise CorpusError(
+            f"text_column={text_column!r}: {row} holds {value!r:.80} ({type(value).__name__}) in place of a text. "
+            f"Name a column of texts, or remove such rows.{skip}"
+        )
+
+
+def read_tables(file: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
+    """A file's rows as tables of one column of strings, some of which may be missing (null).
+
+    Raises:
+        CorpusError: the column is not there, or holds something else than text.
+        OSError, ValueError, pyarrow.ArrowException: the file cannot be read, or is not what its ending says.
+    """
+    path = Path(file)
+    kind = kind_of(path)
+    if kind in ("parquet", "arrow"):
+        yield from _read_columns(path, kind, text_column)
+        return
+    # a line ends with any of \n, \r\n and \r; what a quoted field of CSV holds stays as it is
+    newline = "" if kind == "csv" else None
+    with open_unpacked(path) as unpacked, io.TextIOWrapper(unpacked, encoding="utf-8", newline=newline) as lines:
+        values = _read_values(lines, kind, path.name, text_column)
+        while batch := list(islice(values, ROWS_AT_ONCE)):
+            yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})
+
+
+def _read_values(lines: io.TextIOWrapper, kind: str | None, name: str, text_column: str) -> Iterator[str | None]:
+    if kind == "txt":
+        require_text_column(text_column, ["text"])
+        yield from (line.rstrip("\n") for line in lines)
+        return
+    rows: Iterable[Any] = csv.DictReader(lines) if kind == "csv" else _read_json(lines, name)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise CorpusError(f"row {number} of {name} is {row!r:.80} in place of an object with {text_column!r}.")
+        if number == 0:
+            require_text_column(text_column, row)
+        value = row.get(text_column)
+        if value is not None:
+            require_text(text_column, value, f"row {number} of {name}")
+        yield value
+
+
+def _read_json(lines: io.TextIOWrapper, name: str) -> Iterator[Any]:
+    """The objects of a file with one a line, or with all of them in one list."""
+    at_start = True
+    for number, line in enumerate(lines, 1):
+        if at_start and line.lstrip().startswith("["):
+            yield from json.loads(line + lines.read())
+            return
+        if line.strip():
+            at_start = False
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}, line {number}: {error}") from error
+
+
+def _read_columns(path: Path, kind: str, text_column: str) -> Iterator[pyarrow.Table]:
+    with path.open("rb") as file:
+        if kind == "parquet":
+            parquet = pyarrow.parquet.ParquetFile(file)
+            schema = parquet.schema_arrow
+            batches = parquet.iter_batches(ROWS_AT_ONCE, columns=[text_column])
+        else:  # as `datasets` writes its files
+            stream = pyarrow.ipc.open_stream(file)
+            schema = stream.schema
+            batches = (batch.select([text_column]) for batch in stream)
+        require_text_column(text_column, schema.names)
+        text_type = schema.field(text_column).type
+        values = text_type.value_type if pyarrow.types.is_dictionary(text_type) else text_type
+        if not any(is_text(values) for is_text in TEXT_TYPES):
+            raise CorpusError(
+                f"text_column={text_column!r}: {path.name} holds {text_type} in place of a text. Name another column."
+            )
+        for batch in batches:
+            yield pyarrow.table({text_column: batch[text_column].cast(pyarrow.string())})
