@@ -68,7 +68,7 @@ def test_cards_of_untrained_models_are_those_of_their_configurations(tmp_path: P
 def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
     files = list((CARDS / "ldlm-demo").rglob("*.safetensors"))
     assert 0 < sum(file.stat().st_size for file in files) < 40e6
-    pipe = LDLMPipeline.from_pretrained(CARDS / "ldlm-demo", torch_dtype=torch.float32)
+    pipe = LDLMPipeline.from_pretrained(CARDS / "ldlm-demo", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def entropy(num_steps: int) -> float:
@@ -82,7 +82,7 @@ def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
     student = CARDS / "ldlm-demo-flow-map"
     pipe.register_modules(
         transformer=LDLMTransformer1DModel.from_pretrained(
-            student, subfolder="transformer", torch_dtype=torch.float32
+            student, subfolder="transformer", dtype=torch.float32
         ),
         scheduler=TangentFlowMapScheduler.from_pretrained(student, subfolder="scheduler"),
     )
