@@ -163,6 +163,9 @@ class LDLMLatentPreTrainedModel(SafeLoadingMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_layer(module, self.config.initializer_range)
+        if module is self and self.config.standardize_latents:
+            nn.init.zeros_(self.latents_mean)
+            nn.init.ones_(self.latents_std)
 
     def map_sequence(self, sequence: torch.Tensor) -> torch.Tensor:
         """(B, input_length, input_size) → (B, output_length, output_size)"""
