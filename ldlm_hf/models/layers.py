@@ -7,6 +7,7 @@ length, H heads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,19 +29,29 @@ SCORES_AT_ONCE = 2**20
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D)."""
     on_cpu_in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if on_cpu_in_bfloat16 and not torch.compiler.is_compiling():
+    if on_cpu_in_bfloat16 and not torch.compiler.is_compiling() and products_beat_fused_attention():
         attended = attend_by_products(query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value)
     return attended.transpose(1, 2).flatten(2)
 
 
+@functools.cache
+def products_beat_fused_attention() -> bool:
+    """Whether plain products in bfloat16 are faster on this CPU than torch's fused attention (torch 2.13).
+
+    They are with AVX512-BF16 alone, where they are not emulated and the fused kernel's are. With AMX the fused kernel
+    uses the matrix unit and takes about half of their time (L = 1,024), and without bfloat16 instructions (AVX2) a
+    tenth, as the emulated products of that kernel are the faster ones. It is asked of the processor and not measured,
+    so that a run that is resumed computes what it would have computed.
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
 def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The same attention as plain products, for a few heads at a time: (B, H, L, D/H).
 
-    The fused kernel for the CPU (torch 2.13) emulates its bfloat16 products in float32 where the processor has no
-    matrix unit, and is slower there than these, which are not emulated. Scores are rounded to bfloat16; with
-    gradients, all of them are kept for the backward pass.
+    Scores are rounded to bfloat16; with gradients, all of them are kept for the backward pass.
     """
     batch_size, num_heads, length, width = query.shape
     group = max(1, SCORES_AT_ONCE // (length * key.shape[2]))
