@@ -1,8 +1,8 @@
 """The building blocks of the four trainable models: attention, feed-forward, adaptive norms and the two layer stacks.
 
-Plain modules on `torch.nn.functional.scaled_dot_product_attention`, nothing else. The paper gives sizes
-and parameter counts (App. C), from which the layouts follow. B batch, L tokens, N latents, D width, C context
-length, H heads.
+Plain modules on `torch.nn.functional.scaled_dot_product_attention`, or on another kernel of the user's choice. The
+paper gives sizes and parameter counts (App. C), from which the layouts follow. B batch, L tokens, N latents, D width,
+C context length, H heads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import nn
 
 
@@ -26,8 +27,17 @@ def split_heads(hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
 SCORES_AT_ONCE = 2**20
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D)."""
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: AttentionBackendName | None = None
+) -> torch.Tensor:
+    """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D).
+
+    `backend` is one of diffusers'; None stands for torch's fused attention, or what is faster than that.
+    """
+    if backend is not None:
+        # diffusers' dispatcher has the heads behind the tokens
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
     on_cpu_in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if on_cpu_in_bfloat16 and not torch.compiler.is_compiling() and products_beat_fused_attention():
         attended = attend_by_products(query, key, value)
@@ -86,6 +96,7 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, bias: bool, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
+        self.attention_backend: AttentionBackendName | None = None
         self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
         self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
@@ -93,7 +104,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = (split_heads(part, self.num_heads) for part in self.to_qkv(hidden_states).chunk(3, dim=-1))
-        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value))
+        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value, self.attention_backend))
 
 
 class PerceiverAttention(nn.Module):
