@@ -267,7 +267,7 @@ class SequenceMapper(nn.Module):
             output = latents.to(context.dtype).expand(hidden_states.shape[0], -1, -1)  # (B, N, D)
         for layer in self.layers:
             if checkpoint_function is not None and torch.is_grad_enabled():
-                output = checkpoint_function(layer, output, *arguments)
+                output = checkpoint_layer(checkpoint_function, layer, output, *arguments)
             else:
                 output = layer(output, *arguments)
         return output
@@ -335,6 +335,19 @@ class TokenDecoderLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.norm_attention(hidden_states))
         return hidden_states + self.feed_forward(self.norm_feed_forward(hidden_states))
+
+
+def checkpoint_layer(
+    checkpoint_function: Callable[..., Any], layer: nn.Module, hidden_states: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
+    """Runs a layer so that its activations are computed again in the backward pass.
+
+    `checkpoint_function` may be reentrant, and then gives a layer's parameters a gradient only where one of its inputs
+    needs one: here the hidden states always do.
+    """
+    if not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()
+    return checkpoint_function(layer, hidden_states, *arguments)
 
 
 def initialize_layer(module: nn.Module, initializer_range: float) -> None:

@@ -15,7 +15,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..hub.safe_loading import SafeLoadingMixin, check_settings
-from .layers import AdaLayerNormModulation, DiffusionTransformerBlock, SelfAttention, initialize_layer, modulate
+from .layers import (
+    AdaLayerNormModulation,
+    DiffusionTransformerBlock,
+    SelfAttention,
+    checkpoint_layer,
+    initialize_layer,
+    modulate,
+)
 
 
 @dataclass
@@ -154,7 +161,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         hidden_states = self.proj_in(torch.cat([hidden_states, self_condition], dim=-1)) + self.positions  # (B, N, D)
         for block, of_block in zip(self.blocks, of_blocks, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_embedding, of_block)
+                hidden_states = checkpoint_layer(
+                    self._gradient_checkpointing_func, block, hidden_states, time_embedding, of_block
+                )
             else:
                 hidden_states = block(hidden_states, time_embedding, of_block)
         hidden_states = modulate(hidden_states, shift, scale)
