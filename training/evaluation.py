@@ -24,12 +24,12 @@ def reconstruction(
     squared_error = correct = 0.0
     for input_ids in sequences.split(batch_size):
         input_ids = input_ids.to(device)
-        hidden_states = objective.token_encoder(input_ids).hidden_states
-        latents = objective.latent_encoder(hidden_states).latents
-        predicted = objective.latent_decoder(latents).hidden_states
+        hidden_states = objective.token_encoder(input_ids, return_dict=True).hidden_states
+        latents = objective.latent_encoder(hidden_states, return_dict=True).latents
+        predicted = objective.latent_decoder(latents, return_dict=True).hidden_states
         squared_error += float((predicted.float() - hidden_states.float()).square().mean()) * len(input_ids)
         if objective.token_decoder is not None:
-            tokens = objective.token_decoder(predicted).logits.argmax(-1)
+            tokens = objective.token_decoder(predicted, return_dict=True).logits.argmax(-1)
             correct += float((tokens == input_ids).float().mean()) * len(input_ids)
     result = {"reconstruction_mse": squared_error / len(sequences)}
     if objective.token_decoder is not None:
@@ -51,7 +51,8 @@ def diffusion_loss_at(
     generator = torch.Generator(device).manual_seed(0)
     places = torch.arange(len(sequences)) % len(times)
     for input_ids, some_places in zip(sequences.split(batch_size), places.split(batch_size), strict=True):
-        latents = objective.latent_encoder(objective.token_encoder(input_ids.to(device)).hidden_states).latents.float()
+        hidden_states = objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states
+        latents = objective.latent_encoder(hidden_states, return_dict=True).latents.float()
         losses = objective.diffusion_losses(latents, times[some_places].float().to(device), generator)
         totals.index_add_(0, some_places, losses.double().cpu())
         counts.index_add_(0, some_places, torch.ones(len(some_places), dtype=torch.float64))

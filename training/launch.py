@@ -158,8 +158,8 @@ def fit_latent_statistics(
         return
     objective.to(accelerator.device)
     batches = (input_ids.to(accelerator.device) for input_ids in statistics_batches(dataset, settings))
-    hidden_states = (objective.token_encoder(input_ids).hidden_states for input_ids in batches)
-    mean, std, _ = mean_and_std(encoder(some).latents for some in hidden_states)
+    hidden_states = (objective.token_encoder(input_ids, return_dict=True).hidden_states for input_ids in batches)
+    mean, std, _ = mean_and_std(encoder(some, return_dict=True).latents for some in hidden_states)
     broadcast([mean, std])
     for part in (encoder, decoder):
         part.set_latent_statistics(mean, std)

@@ -121,12 +121,15 @@ class TokenDecoderObjective(nn.Module):
         """Cross-entropy in nats a token and accuracy on token ids (B, L), at the noise of training or another."""
         noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
         with torch.no_grad():
-            latents = self.latent_encoder(self.token_encoder(input_ids).hidden_states).latents.float()
+            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
+            latents = self.latent_encoder(hidden_states, return_dict=True).latents.float()
             if noise_level:
                 noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
                 latents = latents + noise_level * noise
-            decoded = latents if self.latent_decoder is None else self.latent_decoder(latents).hidden_states
-        return token_cross_entropy(self.token_decoder(decoded).logits, input_ids)
+            decoded = latents
+            if self.latent_decoder is not None:
+                decoded = self.latent_decoder(latents, return_dict=True).hidden_states
+        return token_cross_entropy(self.token_decoder(decoded, return_dict=True).logits, input_ids)
 
 
 class TokenDecoderTask(Task):

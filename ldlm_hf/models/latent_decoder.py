@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .latent_encoder import LDLMLatentConfig, LDLMLatentPreTrainedModel
 
@@ -43,13 +43,13 @@ class LDLMLatentDecoder(LDLMLatentPreTrainedModel):
             config, config.latent_size, config.num_latents, config.token_hidden_size, config.sequence_length
         )
 
-    def forward(
-        self, latents: torch.Tensor, return_dict: bool = True
-    ) -> LDLMLatentDecoderOutput | tuple[torch.Tensor]:
+    @can_return_tuple
+    def forward(self, latents: torch.Tensor) -> LDLMLatentDecoderOutput:
         """
         Args:
             latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`): latents, clean or noisy.
-            return_dict: whether to return an [`LDLMLatentDecoderOutput`] instead of a tuple.
+            return_dict: whether to return an [`LDLMLatentDecoderOutput`] instead of a tuple; as the configuration has
+                it by default.
 
         Raises:
             ValueError: the latents are not as many or as wide as those the model was trained on.
@@ -63,4 +63,4 @@ class LDLMLatentDecoder(LDLMLatentPreTrainedModel):
         if config.standardize_latents:
             latents = (latents.float() * self.latents_std + self.latents_mean).to(latents.dtype)
         hidden_states = self.map_sequence(latents)  # (B, L, D)
-        return LDLMLatentDecoderOutput(hidden_states=hidden_states) if return_dict else (hidden_states,)
+        return LDLMLatentDecoderOutput(hidden_states=hidden_states)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PretrainedConfig
+from transformers.utils import ModelOutput, can_return_tuple
 
-from ..hub.safe_loading import SafeLoadingMixin, check_settings
+from ..hub.safe_loading import check_settings
 from .layers import PerceiverLayer, SelfAttentionLayer, SequenceMapper, initialize_layer
+from .pretrained_model import LDLMPreTrainedModel
 
 
 ARCHITECTURES = ("perceiver", "self_attention", "identity")
@@ -113,12 +114,10 @@ class LDLMLatentEncoderOutput(ModelOutput):
     latents: torch.Tensor | None = None
 
 
-class LDLMLatentPreTrainedModel(SafeLoadingMixin, PreTrainedModel):
+class LDLMLatentPreTrainedModel(LDLMPreTrainedModel):
     """What latent encoder and latent decoder share: projections to and from the layers' width, and the layers."""
 
     base_model_prefix = "ldlm_latent"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = [PerceiverLayer.__name__, SelfAttentionLayer.__name__]
     # the name of diffusers' convention, which `compile_repeated_blocks` reads
     _repeated_blocks = [PerceiverLayer.__name__, SelfAttentionLayer.__name__]
@@ -163,9 +162,13 @@ class LDLMLatentPreTrainedModel(SafeLoadingMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_layer(module, self.config.initializer_range)
+        if module is self and self.config.standardize_latents:
+            nn.init.zeros_(self.latents_mean)
+            nn.init.ones_(self.latents_std)
 
     def map_sequence(self, sequence: torch.Tensor) -> torch.Tensor:
         """(B, input_length, input_size) → (B, output_length, output_size)"""
+        self.check_outputs()
         if self.mapper is None:
             return sequence
         checkpoint_function = self._gradient_checkpointing_func if self.gradient_checkpointing else None
@@ -198,14 +201,14 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
             config, config.token_hidden_size, config.sequence_length, config.latent_size, config.num_latents
         )
 
-    def forward(
-        self, hidden_states: torch.Tensor, return_dict: bool = True
-    ) -> LDLMLatentEncoderOutput | tuple[torch.Tensor]:
+    @can_return_tuple
+    def forward(self, hidden_states: torch.Tensor) -> LDLMLatentEncoderOutput:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, token_hidden_size)`):
                 Standardised hidden states of [`LDLMTokenEncoder`].
-            return_dict: whether to return an [`LDLMLatentEncoderOutput`] instead of a tuple.
+            return_dict: whether to return an [`LDLMLatentEncoderOutput`] instead of a tuple; as the configuration has
+                it by default.
 
         Raises:
             ValueError: the sequence is not as long or as wide as the model was built for.
@@ -221,4 +224,4 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
         latents = self.map_sequence(hidden_states)  # (B, N, d_z)
         if config.standardize_latents:
             latents = ((latents.float() - self.latents_mean) / self.latents_std).to(latents.dtype)
-        return LDLMLatentEncoderOutput(latents=latents) if return_dict else (latents,)
+        return LDLMLatentEncoderOutput(latents=latents)

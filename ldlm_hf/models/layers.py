@@ -1,17 +1,19 @@
 """The building blocks of the four trainable models: attention, feed-forward, adaptive norms and the two layer stacks.
 
-Plain modules on `torch.nn.functional.scaled_dot_product_attention`, nothing else. The paper gives sizes
-and parameter counts (App. C), from which the layouts follow. B batch, L tokens, N latents, D width, C context
-length, H heads.
+Plain modules on `torch.nn.functional.scaled_dot_product_attention`, or on another kernel of the user's choice. The
+paper gives sizes and parameter counts (App. C), from which the layouts follow. B batch, L tokens, N latents, D width,
+C context length, H heads.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import nn
 
 
@@ -25,22 +27,41 @@ def split_heads(hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
 SCORES_AT_ONCE = 2**20
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D)."""
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: AttentionBackendName | None = None
+) -> torch.Tensor:
+    """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D).
+
+    `backend` is one of diffusers'; None stands for torch's fused attention, or what is faster than that.
+    """
+    if backend is not None:
+        # diffusers' dispatcher has the heads behind the tokens
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
     on_cpu_in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if on_cpu_in_bfloat16 and not torch.compiler.is_compiling():
+    if on_cpu_in_bfloat16 and not torch.compiler.is_compiling() and products_beat_fused_attention():
         attended = attend_by_products(query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value)
     return attended.transpose(1, 2).flatten(2)
 
 
+@functools.cache
+def products_beat_fused_attention() -> bool:
+    """Whether plain products in bfloat16 are faster on this CPU than torch's fused attention (torch 2.13).
+
+    They are with AVX512-BF16 alone, where they are not emulated and the fused kernel's are. With AMX the fused kernel
+    uses the matrix unit and takes about half of their time (L = 1,024), and without bfloat16 instructions (AVX2) a
+    tenth, as the emulated products of that kernel are the faster ones. It is asked of the processor and not measured,
+    so that a run that is resumed computes what it would have computed.
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
 def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The same attention as plain products, for a few heads at a time: (B, H, L, D/H).
 
-    The fused kernel for the CPU (torch 2.13) emulates its bfloat16 products in float32 where the processor has no
-    matrix unit, and is slower there than these, which are not emulated. Scores are rounded to bfloat16; with
-    gradients, all of them are kept for the backward pass.
+    Scores are rounded to bfloat16; with gradients, all of them are kept for the backward pass.
     """
     batch_size, num_heads, length, width = query.shape
     group = max(1, SCORES_AT_ONCE // (length * key.shape[2]))
@@ -75,6 +96,7 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, bias: bool, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
+        self.attention_backend: AttentionBackendName | None = None
         self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
         self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
@@ -82,7 +104,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = (split_heads(part, self.num_heads) for part in self.to_qkv(hidden_states).chunk(3, dim=-1))
-        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value))
+        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value, self.attention_backend))
 
 
 class PerceiverAttention(nn.Module):
@@ -245,7 +267,7 @@ class SequenceMapper(nn.Module):
             output = latents.to(context.dtype).expand(hidden_states.shape[0], -1, -1)  # (B, N, D)
         for layer in self.layers:
             if checkpoint_function is not None and torch.is_grad_enabled():
-                output = checkpoint_function(layer, output, *arguments)
+                output = checkpoint_layer(checkpoint_function, layer, output, *arguments)
             else:
                 output = layer(output, *arguments)
         return output
@@ -313,6 +335,19 @@ class TokenDecoderLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.norm_attention(hidden_states))
         return hidden_states + self.feed_forward(self.norm_feed_forward(hidden_states))
+
+
+def checkpoint_layer(
+    checkpoint_function: Callable[..., Any], layer: nn.Module, hidden_states: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
+    """Runs a layer so that its activations are computed again in the backward pass.
+
+    `checkpoint_function` may be reentrant, and then gives a layer's parameters a gradient only where one of its inputs
+    needs one: here the hidden states always do.
+    """
+    if not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()
+    return checkpoint_function(layer, hidden_states, *arguments)
 
 
 def initialize_layer(module: nn.Module, initializer_range: float) -> None:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PretrainedConfig
+from transformers.utils import ModelOutput, can_return_tuple
 
-from ..hub.safe_loading import SafeLoadingMixin, check_settings
+from ..hub.safe_loading import check_settings
 from .latent_encoder import check_attention_heads
-from .layers import RMSNorm, TokenDecoderLayer, initialize_layer
+from .layers import RMSNorm, TokenDecoderLayer, checkpoint_layer, initialize_layer
+from .pretrained_model import LDLMPreTrainedModel
 
 
 class LDLMTokenDecoderConfig(PretrainedConfig):
@@ -71,7 +72,7 @@ class LDLMTokenDecoderOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class LDLMTokenDecoder(SafeLoadingMixin, PreTrainedModel):
+class LDLMTokenDecoder(LDLMPreTrainedModel):
     r"""
     The token decoder of LDLM: bidirectional layers with RMSNorm and SwiGLU, and a vocabulary head without bias. It has
     no positions of its own: its input carries them.
@@ -80,8 +81,6 @@ class LDLMTokenDecoder(SafeLoadingMixin, PreTrainedModel):
     config_class = LDLMTokenDecoderConfig
     base_model_prefix = "ldlm_token_decoder"
     main_input_name = "hidden_states"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _no_split_modules = [TokenDecoderLayer.__name__]
     _repeated_blocks = [TokenDecoderLayer.__name__]
     # 16 MB of logits in float32: on a CPU they are compared while they are in its cache, which is a quarter faster
@@ -118,20 +117,20 @@ class LDLMTokenDecoder(SafeLoadingMixin, PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.head = new_embeddings
 
-    def forward(
-        self, hidden_states: torch.Tensor, return_dict: bool = True
-    ) -> LDLMTokenDecoderOutput | tuple[torch.Tensor]:
+    @can_return_tuple
+    def forward(self, hidden_states: torch.Tensor) -> LDLMTokenDecoderOutput:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, token_hidden_size)`):
                 Reconstructed hidden states, or latents for a decoder that was trained on those.
-            return_dict: whether to return an [`LDLMTokenDecoderOutput`] instead of a tuple.
+            return_dict: whether to return an [`LDLMTokenDecoderOutput`] instead of a tuple; as the configuration has
+                it by default.
 
         Raises:
             ValueError: the input is not `token_hidden_size` wide.
         """
         logits = self.head(self._run_layers(hidden_states))  # (B, L, V)
-        return LDLMTokenDecoderOutput(logits=logits) if return_dict else (logits,)
+        return LDLMTokenDecoderOutput(logits=logits)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -165,6 +164,7 @@ class LDLMTokenDecoder(SafeLoadingMixin, PreTrainedModel):
 
     def _run_layers(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the vocabulary head reads, (B, L, D)."""
+        self.check_outputs()
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.config.token_hidden_size:
             raise ValueError(
                 f"hidden_states of shape {tuple(hidden_states.shape)} do not fit this token decoder, which takes "
@@ -173,7 +173,7 @@ class LDLMTokenDecoder(SafeLoadingMixin, PreTrainedModel):
         hidden_states = self.proj_in(hidden_states)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(layer, hidden_states)
+                hidden_states = checkpoint_layer(self._gradient_checkpointing_func, layer, hidden_states)
             else:
                 hidden_states = layer(hidden_states)
         return self.norm(hidden_states)

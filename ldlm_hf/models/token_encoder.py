@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from ..hub.safe_loading import SafeLoadingMixin, check_settings
 from ..pretrained_sources import resolve_pretrained_source
@@ -108,9 +109,16 @@ class LDLMTokenEncoderOutput(ModelOutput):
     Attributes:
         hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Hidden states with zero mean and unit variance in each dimension over the fitted sample.
+        backbone_hidden_states (`tuple[torch.FloatTensor]`, with `output_hidden_states=True`):
+            Those of the language model, not standardised, each of the same shape: what enters the first block that is
+            kept, and what leaves each.
+        attentions (`tuple[torch.FloatTensor]`, with `output_attentions=True`):
+            Attention weights of each block, of shape `(batch_size, num_heads, sequence_length, sequence_length)`.
     """
 
     hidden_states: torch.Tensor | None = None
+    backbone_hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
@@ -135,20 +143,21 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
     config_class = LDLMTokenEncoderConfig
     base_model_prefix = "ldlm_token_encoder"
     main_input_name = "input_ids"
-    _supports_sdpa = True
+    # the language model itself refuses what it does not support
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     # hidden states of language models have dimensions far from zero, whose mean half precision would round away
     _keep_in_fp32_modules_strict = ["mean", "std"]
 
     def __init__(self, config: LDLMTokenEncoderConfig):
         super().__init__(config)
         if config.representation == "hidden" and config.backbone_config is not None:
+            # torch's fused attention is the default, which a language model may do without
+            attention = None if config._attn_implementation == "sdpa" else config._attn_implementation
             self.backbone = AutoModel.from_config(
-                language_model_config(config.backbone_config), trust_remote_code=False
+                language_model_config(config.backbone_config), attn_implementation=attention, trust_remote_code=False
             )
             drop_parts_behind_blocks(self.backbone, config.apply_final_norm)
-            if needs_no_mask(self.backbone.config):
-                AttentionInterface.register(UNMASKED_ATTENTION, attend_without_mask)
-                self.backbone.set_attn_implementation(UNMASKED_ATTENTION)
+            self._leave_out_masks()
         else:
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
@@ -156,6 +165,38 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         self.freeze()
         self.eval()
         self.post_init()
+
+    def _leave_out_masks(self) -> None:
+        """Replaces torch's fused attention by the same without a mask, where a mask would say nothing."""
+        if self.backbone.config._attn_implementation == "sdpa" and needs_no_mask(self.backbone.config):
+            AttentionInterface.register(UNMASKED_ATTENTION, attend_without_mask)
+            self.backbone.set_attn_implementation(UNMASKED_ATTENTION)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in [`~transformers.PreTrainedModel.set_attn_implementation`], for the language model."""
+        super().set_attn_implementation(*args, **kwargs)
+        if self.config.representation == "hidden":
+            self._leave_out_masks()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings() if self.config.representation == "hidden" else self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        if self.config.representation == "hidden":
+            self.backbone.set_input_embeddings(value)
+        else:
+            self.embedding = value
+        self.freeze()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in [`~transformers.PreTrainedModel.resize_token_embeddings`]. A frozen language model does not learn what
+        its new tokens mean, and the statistics stay those of the tokens that they were fitted on."""
+        if self.config.representation != "hidden":
+            return super().resize_token_embeddings(*args, **kwargs)
+        embedding = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.vocab_size = embedding.num_embeddings
+        self.config.backbone_config = self.config.backbone_config | {"vocab_size": embedding.num_embeddings}
+        return embedding
 
     def freeze(self) -> None:
         """Only embeddings from scratch are trained."""
@@ -174,7 +215,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         if module is self:
             nn.init.zeros_(self.mean)
             nn.init.ones_(self.std)
-        elif module is getattr(self, "embedding", None):
+        elif isinstance(module, nn.Embedding):
             # unit scale, so that embeddings trained from scratch start out standardised (ours)
             nn.init.normal_(module.weight)
         else:
@@ -250,6 +291,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             vocab_size=embedding.num_embeddings,
             hidden_size=backbone.config.hidden_size,
             max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
+            attn_implementation=backbone.config._attn_implementation,
         )
         token_encoder = cls(config).to(backbone.dtype)
         kept = token_encoder.backbone.state_dict().keys()
@@ -263,7 +305,8 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         """Raises ValueError unless the layers that were kept give what the whole language model gives there."""
         length = min(8, self.config.max_position_embeddings or 8)
         probe = torch.arange(length, device=backbone.device)[None] % self.config.vocab_size
-        expected = backbone(input_ids=probe, output_hidden_states=True).hidden_states[self.config.layer]
+        output = backbone(input_ids=probe, output_hidden_states=True, return_dict=True)
+        expected = output.hidden_states[self.config.layer]
         hidden_states = self.run_backbone(probe)
         if not torch.allclose(hidden_states, expected, rtol=1e-3, atol=1e-3):
             raise ValueError(
@@ -283,12 +326,16 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
 
     def run_backbone(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L) → hidden states (B, L, D), not standardised."""
+        return self._run_language_model(input_ids).last_hidden_state
+
+    def _run_language_model(self, input_ids: torch.Tensor, **outputs: bool) -> ModelOutput:
+        """What the language model gives for token ids (B, L), with the further `outputs` that it is asked for."""
         if self.config.representation == "hidden":
-            return self.backbone(input_ids=input_ids).last_hidden_state
+            return self.backbone(input_ids=input_ids, return_dict=True, **outputs)
         embeddings = self.embedding(input_ids)
         if self.config.normalize_embeddings:
             embeddings = F.normalize(embeddings, dim=-1) * math.sqrt(self.config.hidden_size)
-        return embeddings
+        return BaseModelOutput(last_hidden_state=embeddings, hidden_states=(embeddings,))
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
@@ -339,16 +386,24 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                     f"{self.config.vocab_size} tokens; was another tokenizer used?"
                 )
 
+    @can_return_tuple
     def forward(
-        self, input_ids: torch.Tensor, return_dict: bool = True
-    ) -> LDLMTokenEncoderOutput | tuple[torch.Tensor]:
+        self,
+        input_ids: torch.Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> LDLMTokenEncoderOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids, without padding.
-            return_dict: whether to return an [`LDLMTokenEncoderOutput`] instead of a tuple.
+            output_attentions: whether to return the language model's attention weights; as the configuration has it
+                by default.
+            output_hidden_states: whether to return the language model's hidden states, likewise.
+            return_dict: whether to return an [`LDLMTokenEncoderOutput`] instead of a tuple, likewise.
 
         Raises:
-            ValueError: token ids that are no integers, out of range or too long, or an encoder that is not fitted.
+            ValueError: token ids that are no integers, out of range or too long, an encoder that is not fitted, or
+                attention weights from an attention that has none.
         """
         self.check_input_ids(input_ids)
         if not self.is_fitted:
@@ -356,11 +411,40 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 "This token encoder has no statistics yet (num_statistics_tokens=0), so its hidden states cannot be "
                 "standardised. Call fit_statistics(batches) on a sample of the data set first."
             )
+        asked = {
+            "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
+            "output_hidden_states": (
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+        }
+        if asked["output_attentions"]:
+            self._check_attention_weights()
+        # not all language models know what they are not asked for
+        outputs = {name: True for name, wanted in asked.items() if wanted}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.representation == "scratch"):
-            hidden_states = self.run_backbone(input_ids)
+            output = self._run_language_model(input_ids, **outputs)
+            hidden_states = output.last_hidden_state
             standardised = (hidden_states.float() - self.mean.float()) / self.std.float()
             hidden_states = standardised.to(hidden_states.dtype)  # (B, L, D)
-        return LDLMTokenEncoderOutput(hidden_states=hidden_states) if return_dict else (hidden_states,)
+        return LDLMTokenEncoderOutput(
+            hidden_states=hidden_states,
+            backbone_hidden_states=output.hidden_states if asked["output_hidden_states"] else None,
+            attentions=output.attentions if asked["output_attentions"] else None,
+        )
+
+    def _check_attention_weights(self) -> None:
+        """Raises ValueError unless the language model's attention gives its weights away."""
+        if self.config.representation != "hidden":
+            raise ValueError(
+                f"output_attentions=True: representation={self.config.representation!r} has no attention; leave "
+                "it out."
+            )
+        implementation = self.backbone.config._attn_implementation
+        if implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True: the attention {implementation!r} gives no weights away; call "
+                "set_attn_implementation('eager') first."
+            )
 
 
 def language_model_config(settings: Mapping[str, Any]) -> PretrainedConfig:

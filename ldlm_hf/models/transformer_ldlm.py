@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -14,7 +15,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..hub.safe_loading import SafeLoadingMixin, check_settings
-from .layers import AdaLayerNormModulation, DiffusionTransformerBlock, initialize_layer, modulate
+from .layers import (
+    AdaLayerNormModulation,
+    DiffusionTransformerBlock,
+    SelfAttention,
+    checkpoint_layer,
+    initialize_layer,
+    modulate,
+)
 
 
 @dataclass
@@ -96,6 +104,21 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         if self.next_time_embedder is not None:
             nn.init.zeros_(self.next_time_embedder.linear_2.weight)
 
+    def set_attention_backend(self, backend: str) -> None:
+        """As in [`~diffusers.ModelMixin.set_attention_backend`], which looks for diffusers' own attention layers."""
+        super().set_attention_backend(backend)
+        self._set_attention_backend(AttentionBackendName(backend.lower()))
+
+    def reset_attention_backend(self) -> None:
+        """Goes back to torch's fused attention, or what is faster than that."""
+        super().reset_attention_backend()
+        self._set_attention_backend(None)
+
+    def _set_attention_backend(self, backend: AttentionBackendName | None) -> None:
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.attention_backend = backend
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -138,7 +161,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         hidden_states = self.proj_in(torch.cat([hidden_states, self_condition], dim=-1)) + self.positions  # (B, N, D)
         for block, of_block in zip(self.blocks, of_blocks, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_embedding, of_block)
+                hidden_states = checkpoint_layer(
+                    self._gradient_checkpointing_func, block, hidden_states, time_embedding, of_block
+                )
             else:
                 hidden_states = block(hidden_states, time_embedding, of_block)
         hidden_states = modulate(hidden_states, shift, scale)

@@ -161,7 +161,8 @@ class DistillationObjective(nn.Module):
         """
         d = self.scheduler.config.tangent_d
         with torch.no_grad():
-            latents = self.latent_encoder(self.token_encoder(input_ids).hidden_states).latents.float()  # (B, N, d_z)
+            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
+            latents = self.latent_encoder(hidden_states, return_dict=True).latents.float()  # (B, N, d_z)
         times = times.double()
         s, u, t = times.unbind(-1)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)

@@ -248,10 +248,10 @@ class JointObjective(nn.Module):
         token_accuracy = torch.full_like(zero, torch.nan)
         diffusion_per_example = zero.expand(len(input_ids))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "diffusion"):
-            hidden_states = self.token_encoder(input_ids).hidden_states.float()  # (B, L, D)
+            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states.float()  # (B, L, D)
             # losses and noise are float32 whatever autocast makes of the layers
             disturbed = self.disturbed_hidden_states(input_ids, hidden_states, generator)
-            latents = self.latent_encoder(disturbed).latents.float()  # (B, N, d_z)
+            latents = self.latent_encoder(disturbed, return_dict=True).latents.float()  # (B, N, d_z)
 
         # 1. reconstruction from noisy latents
         if self.stage != "diffusion":
@@ -293,7 +293,7 @@ class JointObjective(nn.Module):
             masked = random_mask(input_ids.shape, settings.token_masking, generator, input_ids.device)
             assert settings.mask_token_id is not None  # _check_stage has refused this
             masked_ids = input_ids.masked_fill(masked, settings.mask_token_id)
-            hidden_states = self.token_encoder(masked_ids).hidden_states.float()
+            hidden_states = self.token_encoder(masked_ids, return_dict=True).hidden_states.float()
         if settings.feature_noise:
             noise = randn_tensor(hidden_states.shape, generator, hidden_states.device, hidden_states.dtype)
             hidden_states = math.sqrt(1 - settings.feature_noise**2) * hidden_states + settings.feature_noise * noise
@@ -312,7 +312,8 @@ class JointObjective(nn.Module):
             dropped = random_mask(latents.shape, settings.latent_dropout, generator, latents.device)
             latents = latents.masked_fill(dropped, 0) / (1 - settings.latent_dropout)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-        predicted = self.latent_decoder(latents + settings.decoder_noise * noise).hidden_states  # (B, L, D)
+        noisy_latents = latents + settings.decoder_noise * noise
+        predicted = self.latent_decoder(noisy_latents, return_dict=True).hidden_states  # (B, L, D)
         hidden_loss = mean_squared_error(predicted, hidden_states).mean()
         return hidden_loss, *self.token_losses(predicted, input_ids)
 
@@ -345,7 +346,7 @@ class JointObjective(nn.Module):
         # examples of a batch come in random order, so its first ones are as good as any
         num_examples = math.ceil(self.settings.token_share * len(input_ids))
         predicted, input_ids = predicted[:num_examples], input_ids[:num_examples]
-        return token_cross_entropy(self.token_decoder(predicted).logits, input_ids)
+        return token_cross_entropy(self.token_decoder(predicted, return_dict=True).logits, input_ids)
 
     def first_estimate(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, self_conditioned: Sequence[bool]

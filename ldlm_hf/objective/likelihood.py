@@ -446,8 +446,9 @@ class LikelihoodBound:
     @torch.no_grad()
     def encode(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, L) → hidden states h (B, L, D) and latents E(h) (B, N, d_z), both float32."""
-        hidden_states = self.token_encoder(input_ids).hidden_states.float()
-        return hidden_states, self.latent_encoder(hidden_states.to(self.latent_encoder.dtype)).latents.float()
+        hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states.float()
+        output = self.latent_encoder(hidden_states.to(self.latent_encoder.dtype), return_dict=True)
+        return hidden_states, output.latents.float()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -456,7 +457,7 @@ class LikelihoodBound:
         corrupted = gaussian_draw(relaxed, self.settings.decoder_noise, generator)
         if self.latent_decoder is None:
             return corrupted
-        return self.latent_decoder(corrupted.to(self.latent_decoder.dtype)).hidden_states
+        return self.latent_decoder(corrupted.to(self.latent_decoder.dtype), return_dict=True).hidden_states
 
     def denoise(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, self_condition: torch.Tensor | None
@@ -502,7 +503,7 @@ class LikelihoodBound:
         hidden = None if settings.hidden_noise is None else hidden_nll(predicted, hidden_states, settings.hidden_noise)
         # one sequence at a time: the logits of a whole batch, (B, L, V), would dwarf everything else in memory
         tokens = [
-            token_nll(self.token_decoder(some[None].to(self.token_decoder.dtype)).logits, ids[None])
+            token_nll(self.token_decoder(some[None].to(self.token_decoder.dtype), return_dict=True).logits, ids[None])
             for some, ids in zip(predicted, input_ids, strict=True)
         ]
         # 2. prior

@@ -513,7 +513,8 @@ class LDLMPipeline(DiffusionPipeline):
         if self.latent_decoder is None:
             hidden_states = latents
         else:
-            hidden_states = self.latent_decoder(latents.to(self.latent_decoder.dtype)).hidden_states  # (B, L, D)
+            latents = latents.to(self.latent_decoder.dtype)
+            hidden_states = self.latent_decoder(latents, return_dict=True).hidden_states  # (B, L, D)
         return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
 
     def _to_texts(self, sequences: torch.Tensor) -> list[str]:
@@ -553,8 +554,8 @@ class LDLMPipeline(DiffusionPipeline):
                 f"`sequences` of shape {tuple(sequences.shape)} must have the shape (batch_size, sequence_length) = "
                 f"(batch_size, {length})."
             )
-        hidden_states = self.token_encoder(sequences.to(self._execution_device)).hidden_states
-        latents = self.latent_encoder(hidden_states.to(self.latent_encoder.dtype)).latents.float()
+        hidden_states = self.token_encoder(sequences.to(self._execution_device), return_dict=True).hidden_states
+        latents = self.latent_encoder(hidden_states.to(self.latent_encoder.dtype), return_dict=True).latents.float()
         self.maybe_free_model_hooks()
         return latents
 

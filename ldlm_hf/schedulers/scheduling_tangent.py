@@ -194,11 +194,15 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`): clean latents z.
             noise (`torch.Tensor` of the same shape): standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`): times in [0, 1].
+            timesteps (`torch.Tensor` of shape `(batch_size,)`):
+                Times in [0, 1]. One value, of shape `(1,)` or `()`, holds for the whole batch.
+
+        Raises:
+            ValueError: neither one time nor one for each sample.
         """
-        if timesteps.shape != original_samples.shape[:1]:
+        if timesteps.shape not in ((), (1,), original_samples.shape[:1]):
             raise ValueError(
-                f"timesteps of shape {tuple(timesteps.shape)} must hold one time in [0, 1] for each of the "
+                f"timesteps of shape {tuple(timesteps.shape)} must hold one time in [0, 1], or one for each of the "
                 f"{original_samples.shape[0]} samples."
             )
         coefficient_shape = (-1,) + (1,) * (original_samples.ndim - 1)

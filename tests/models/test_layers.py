@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldlm_hf.models import layers
 from ldlm_hf.models.layers import (
@@ -144,10 +147,62 @@ def test_diffusion_block(randomize):
     torch.testing.assert_close(block(x, embedding), expected, rtol=1e-5, atol=1e-5)
 
 
+class KernelNames(TorchDispatchMode):
+    """Collects the names of the operators that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["no bfloat16", "AVX512-BF16", "AMX"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What torch says of the processor; attention computes the same on each."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param != "no bfloat16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param == "AMX")
+    layers.products_beat_fused_attention.cache_clear()
+    yield request.param
+    layers.products_beat_fused_attention.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_written_as_products_where_they_are_faster(processor: str, dtype: torch.dtype):
+    query, key, value = torch.randn(3, 2, 3, 7, 16, dtype=dtype)
+    with torch.no_grad(), KernelNames() as kernels:
+        for _ in range(3):
+            layers.attend(query, key, value)
+    by_products = processor == "AVX512-BF16" and dtype == torch.bfloat16
+    assert ("bmm" in kernels.names) == by_products
+    assert any("scaled_dot_product" in name for name in kernels.names) != by_products
+    # the processor is asked once
+    assert layers.products_beat_fused_attention.cache_info().misses == (dtype == torch.bfloat16)
+
+
+def test_compiled_attention_is_the_fused_one(processor: str):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    query, key, value = torch.randn(3, 2, 3, 7, 16).bfloat16()
+    torch.compile(layers.attend, backend=backend, fullgraph=True)(query, key, value)
+    (graph,) = graphs
+    functions = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert F.scaled_dot_product_attention in functions
+    assert torch.bmm not in functions
+    assert layers.products_beat_fused_attention.cache_info().misses == 0
+
+
 @pytest.mark.parametrize("scores_at_once", [1, 150, 10**6])
 @pytest.mark.parametrize("num_keys", [5, 12])
 def test_bfloat16_attention_on_the_cpu_is_attention(
-    monkeypatch: pytest.MonkeyPatch, num_keys: int, scores_at_once: int
+    monkeypatch: pytest.MonkeyPatch, processor: str, num_keys: int, scores_at_once: int
 ) -> None:
     monkeypatch.setattr(layers, "SCORES_AT_ONCE", scores_at_once)
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from ldlm_hf import LDLMTokenEncoder, LDLMTokenEncoderConfig
+from ldlm_hf.models.token_encoder import UNMASKED_ATTENTION
 
 
 LAYERS = [0, 1, -3, -2, -1]
@@ -252,3 +253,106 @@ def test_bad_settings(gpt2: str, tmp_path: Path):
         LDLMTokenEncoderConfig(representation="hidden")
     with pytest.raises(OSError, match="nowhere"):
         LDLMTokenEncoder.from_backbone(str(tmp_path / "nowhere"))
+
+
+# what a user of transformers does with a model
+
+
+@pytest.mark.parametrize("representation", ["hidden", "embedding", "scratch"])
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_vocabulary_may_grow(
+    folder: Path, random_tokens: Callable, tmp_path: Path, representation: str, mean_resizing: bool
+):
+    encoder = LDLMTokenEncoder.from_backbone(str(folder), representation=representation)
+    if representation != "scratch":
+        encoder = fitted(encoder, random_tokens)
+    assert encoder.get_input_embeddings().weight.shape == (40, 32)
+    input_ids, new_ids = random_tokens(), torch.tensor([[2, 44]])
+    before = encoder(input_ids).hidden_states
+    with pytest.raises(ValueError, match="outside the vocabulary of 40"):
+        encoder(new_ids)
+
+    embedding = encoder.resize_token_embeddings(45, mean_resizing=mean_resizing)
+    assert embedding is encoder.get_input_embeddings()
+    assert embedding.weight.shape == (45, 32)
+    assert embedding.weight.requires_grad == (representation == "scratch")
+    assert encoder.config.vocab_size == 45
+    assert torch.equal(encoder(input_ids).hidden_states, before)
+    expected = encoder(new_ids).hidden_states
+    assert torch.isfinite(expected).all()
+    with pytest.raises(ValueError, match="outside the vocabulary of 45"):
+        encoder(new_ids + 1)
+
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(LDLMTokenEncoder.from_pretrained(tmp_path)(new_ids).hidden_states, expected)
+
+
+@pytest.mark.parametrize("representation", ["hidden", "embedding", "scratch"])
+def test_embeddings_may_be_replaced(folder: Path, random_tokens: Callable, representation: str):
+    encoder = LDLMTokenEncoder.from_backbone(str(folder), representation=representation)
+    before = encoder.run_backbone(random_tokens())
+    embedding = torch.nn.Embedding(40, 32)
+    encoder.set_input_embeddings(embedding)
+    assert encoder.get_input_embeddings() is embedding
+    assert embedding.weight.requires_grad == (representation == "scratch")
+    assert not torch.allclose(encoder.run_backbone(random_tokens()), before, atol=0.1)
+
+
+def test_attention_implementation_reaches_the_language_model(folder: Path, random_tokens: Callable, tmp_path: Path):
+    fitted(LDLMTokenEncoder.from_backbone(str(folder)), random_tokens).save_pretrained(tmp_path)
+    encoder = LDLMTokenEncoder.from_pretrained(tmp_path)
+    expected = encoder(random_tokens()).hidden_states
+
+    def check(encoder: LDLMTokenEncoder, implementation: str) -> None:
+        assert encoder.backbone.config._attn_implementation == implementation
+        torch.testing.assert_close(encoder(random_tokens()).hidden_states, expected, rtol=1e-4, atol=1e-4)
+
+    check(encoder, UNMASKED_ATTENTION)
+    encoder.set_attn_implementation("eager")
+    check(encoder, "eager")
+    # torch's fused attention, which here needs no masks
+    encoder.set_attn_implementation("sdpa")
+    check(encoder, UNMASKED_ATTENTION)
+    check(LDLMTokenEncoder.from_pretrained(tmp_path, attn_implementation="eager"), "eager")
+    check(LDLMTokenEncoder.from_pretrained(tmp_path, attn_implementation="sdpa"), UNMASKED_ATTENTION)
+    check(AutoModel.from_pretrained(tmp_path, attn_implementation="eager"), "eager")
+    from_backbone = LDLMTokenEncoder.from_backbone(str(folder), attn_implementation="eager")
+    check(fitted(from_backbone, random_tokens), "eager")
+    with pytest.raises(ValueError, match="nonsense"):
+        LDLMTokenEncoder.from_pretrained(tmp_path, attn_implementation="nonsense")
+
+
+def test_hidden_states_and_attentions_of_the_language_model(folder: Path, random_tokens: Callable, tmp_path: Path):
+    model, input_ids = language_model(folder), random_tokens()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(input_ids=input_ids, output_hidden_states=True, output_attentions=True)
+    encoder = fitted(LDLMTokenEncoder.from_backbone(str(folder), attn_implementation="eager"), random_tokens)
+    plain = encoder(input_ids)
+    assert list(plain.keys()) == ["hidden_states"]
+
+    output = encoder(input_ids, output_hidden_states=True, output_attentions=True)
+    assert torch.equal(output.hidden_states, plain.hidden_states)
+    # the embeddings and two blocks of four
+    for name, count in (("backbone_hidden_states", 3), ("attentions", 2)):
+        found = getattr(output, name)
+        assert len(found) == count
+        for one, other in zip(found, getattr(expected, name.removeprefix("backbone_")), strict=False):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    as_tuple = encoder(input_ids, output_hidden_states=True, return_dict=False)
+    assert torch.equal(as_tuple[0], plain.hidden_states) and len(as_tuple[1]) == 3
+
+    encoder.save_pretrained(tmp_path)
+    loaded = LDLMTokenEncoder.from_pretrained(tmp_path, output_hidden_states=True, output_attentions=True)
+    assert loaded(input_ids).to_tuple()[1:] and loaded(input_ids).attentions[0].shape == (3, 2, 8, 8)
+
+
+def test_attentions_that_there_are_not_are_refused(gpt2: str, random_tokens: Callable):
+    encoder = fitted(LDLMTokenEncoder.from_backbone(gpt2), random_tokens)
+    with pytest.raises(ValueError, match=r"output_attentions=True.*set_attn_implementation\('eager'\)"):
+        encoder(random_tokens(), output_attentions=True)
+    encoder = LDLMTokenEncoder.from_backbone(gpt2, representation="scratch")
+    with pytest.raises(ValueError, match="output_attentions=True.*representation='scratch'"):
+        encoder(random_tokens(), output_attentions=True)
+    output = encoder(random_tokens(), output_hidden_states=True)
+    assert torch.equal(output.backbone_hidden_states[0], encoder.embedding(random_tokens()))

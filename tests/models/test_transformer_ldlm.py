@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldlm_hf import LDLMTransformer1DModel
 from ldlm_hf.models.layers import DiffusionTransformerBlock
@@ -115,3 +118,40 @@ def test_layerwise_casting_keeps_what_is_sensitive(randomize):
     assert transformer.blocks[0].modulation.linear.weight.dtype == torch.float32
     assert transformer.time_embedder.linear_1.weight.dtype == torch.float32
     torch.testing.assert_close(transformer(latents, timesteps).sample, expected, rtol=0.1, atol=0.1)
+
+
+def kernels_of(transformer: LDLMTransformer1DModel) -> set[str]:
+    """Names of the operators that a call dispatches."""
+    names: set[str] = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Recorder():
+        transformer(torch.randn(3, 5, 8), torch.rand(3))
+    return names
+
+
+def test_attention_backend_is_that_of_this_model(randomize):
+    """diffusers' dispatcher, by its own names; "_native_math" is attention written out, and runs on every device."""
+    transformer, other = randomize(make_transformer()), make_transformer()
+    latents, timesteps = torch.randn(3, 5, 8), torch.rand(3)
+    expected = transformer(latents, timesteps).sample
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert fused in kernels_of(transformer)
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    try:
+        transformer.set_attention_backend("_native_math")
+        assert fused not in kernels_of(transformer)
+        assert fused in kernels_of(other)
+        torch.testing.assert_close(transformer(latents, timesteps).sample, expected, rtol=1e-5, atol=1e-5)
+        compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(latents, timesteps).sample, expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="nonsense"):
+            transformer.set_attention_backend("nonsense")
+        transformer.reset_attention_backend()
+        assert fused in kernels_of(transformer)
+    finally:
+        _AttentionBackendRegistry.set_active_backend(active)

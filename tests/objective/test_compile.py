@@ -58,7 +58,7 @@ def output_and_gradients(module: nn.Module, call: Callable[..., Any], name: str,
 def test_models_are_one_graph(
     make_components: Callable, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
-    # what is not compiled computes attention in bfloat16 by plain products on the CPU, and rounds elsewhere
+    # what is not compiled computes attention in bfloat16 by plain products on some processors, and rounds elsewhere
     monkeypatch.setattr(layers, "attend_by_products", functional.scaled_dot_product_attention)
     module = make_components()[name]
     expected = output_and_gradients(module, module, name, dtype)

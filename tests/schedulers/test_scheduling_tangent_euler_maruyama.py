@@ -53,7 +53,15 @@ def test_add_noise(dtype: torch.dtype):
         torch.testing.assert_close(noisy[row].double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("timesteps", [torch.tensor(0.5), torch.rand(3), torch.rand(4, 1)])
+@pytest.mark.parametrize("timestep", [torch.tensor(0.5), torch.tensor([0.5])])
+def test_add_noise_takes_one_time_for_the_batch(timestep: torch.Tensor):
+    scheduler = TangentEulerMaruyamaScheduler()
+    clean, noise = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    expected = scheduler.add_noise(clean, noise, torch.full((4,), 0.5))
+    assert torch.equal(scheduler.add_noise(clean, noise, timestep), expected)
+
+
+@pytest.mark.parametrize("timesteps", [torch.rand(3), torch.rand(4, 1), torch.rand(0)])
 def test_add_noise_wants_a_time_for_each_sample(timesteps: torch.Tensor):
     with pytest.raises(ValueError, match="each of the 4 samples"):
         TangentEulerMaruyamaScheduler().add_noise(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), timesteps)

@@ -193,6 +193,8 @@ def test_printed_tables(report: dict[str, Any]) -> None:
     )
     for heading in headings:
         assert heading in printed
+    assert f"| cpu | {report['machine']['cpu']} |" in printed
+    assert f"| vector_instructions | {torch.backends.cpu.get_cpu_capability()} |" in printed
     for item in report["measurements"]:
         assert f"| {item['workload']} | {item['dtype']} | {item['length']} | {item['batch_size']} |" in printed
 
