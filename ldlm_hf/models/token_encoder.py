@@ -411,25 +411,25 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 "This token encoder has no statistics yet (num_statistics_tokens=0), so its hidden states cannot be "
                 "standardised. Call fit_statistics(batches) on a sample of the data set first."
             )
-        asked = {
-            "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
-            "output_hidden_states": (
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
-        }
-        if asked["output_attentions"]:
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        # not all language models know the names of what they are not asked for
+        outputs = {}
+        if output_attentions:
             self._check_attention_weights()
-        # not all language models know what they are not asked for
-        outputs = {name: True for name, wanted in asked.items() if wanted}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.representation == "scratch"):
+            outputs["output_attentions"] = True
+        if output_hidden_states:
+            outputs["output_hidden_states"] = True
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.representation == "scratch"):
             output = self._run_language_model(input_ids, **outputs)
             hidden_states = output.last_hidden_state
             standardised = (hidden_states.float() - self.mean.float()) / self.std.float()
             hidden_states = standardised.to(hidden_states.dtype)  # (B, L, D)
         return LDLMTokenEncoderOutput(
             hidden_states=hidden_states,
-            backbone_hidden_states=output.hidden_states if asked["output_hidden_states"] else None,
-            attentions=output.attentions if asked["output_attentions"] else None,
+            backbone_hidden_states=output.hidden_states if output_hidden_states else None,
+            attentions=output.attentions if output_attentions else None,
         )
 
     def _check_attention_weights(self) -> None:

@@ -80,7 +80,7 @@ def test_augmentations_change_the_input_and_not_the_targets(make_stage, run, ran
     class Oracle(torch.nn.Module):
         config = objective.latent_decoder.config
 
-        def forward(self, latents: torch.Tensor) -> Any:
+        def forward(self, latents: torch.Tensor, return_dict: bool) -> Any:
             return type("Output", (), {"hidden_states": hidden_states})
 
     objective.latent_decoder = Oracle()
