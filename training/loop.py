@@ -14,14 +14,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
 from diffusers.training_utils import EMAModel
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -271,7 +270,7 @@ class TrainingLoop:
     def start_logs(self) -> None:
         """Starts the trackers, and takes the log back to the step that the run goes on from."""
         if self.loop.trackers:
-            plain = flatten(OmegaConf.to_container(OmegaConf.structured(self.settings)))
+            plain = flatten(asdict(self.settings))
             config = {key: value if isinstance(value, (int, float)) else str(value) for key, value in plain.items()}
             start_trackers(self.accelerator, self.output_dir, config, resumed=self.step > 0)
         if self.accelerator.is_main_process:

@@ -38,6 +38,7 @@ from ldlm_hf import (
     LDLMTokenDecoderConfig,
     LDLMTokenEncoder,
 )
+from ldlm_hf.hub.safe_loading import check_settings
 from ldlm_hf.objective.joint import layers_to_shard, token_cross_entropy
 from randomness import RowRandomness
 from settings import (
@@ -45,6 +46,7 @@ from settings import (
     EvaluationSettings,
     LoopSettings,
     OptimizerSettings,
+    check_decay,
     load_settings,
 )
 from task import Evaluation, StepLosses, Task
@@ -83,8 +85,8 @@ class TokenDecoderSettings:
     def __post_init__(self) -> None:
         if self.reads not in READS:
             raise ValueError(f"reads={self.reads!r} is unknown; it is one of {', '.join(READS)}.")
-        if not self.decoder_noise >= 0:
-            raise ValueError(f"decoder_noise={self.decoder_noise} must not be negative.")
+        check_settings(type(self).__init__, vars(self), decoder_noise="[0, inf)")
+        check_decay(self.optimizer, self.loop)
 
 
 ARGUMENT_SECTIONS["token_decoder"] = LDLMTokenDecoderConfig.__init__
