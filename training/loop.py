@@ -33,7 +33,7 @@ from checkpoints import write_checkpoint
 from flops import RunEstimate
 from model_card import samples_text
 from randomness import RowRandomness
-from run_folder import MetricsLog, claim_output_dir
+from run_folder import METRICS, MetricsLog, claim_output_dir
 from settings import LoopSettings, OptimizerSettings, flatten
 from stopping import StopRequest
 from task import Evaluation, Task
@@ -114,7 +114,7 @@ class TrainingLoop:
         if accelerator.is_main_process:
             claim_output_dir(settings, delete_other_run=overwrite and checkpoint is None)
         accelerator.wait_for_everyone()
-        self.metrics_log = MetricsLog(self.output_dir / "metrics.jsonl")
+        self.metrics_log = MetricsLog(self.output_dir / METRICS)
 
         # a copy for evaluation, made before the module is sharded or wrapped
         self.snapshot = copy.deepcopy(task.module).to(accelerator.device) if accelerator.is_main_process else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,6 +155,24 @@ def test_folder_of_another_run_is_refused(run_script: Run, tiny_overrides: list[
         run_script("train_joint", *tiny_overrides, "loop.max_steps=1")
     run_script("train_joint", *tiny_overrides, "objective.decoder_noise=0.7", "--overwrite_output_dir")
     assert len(losses(tmp_path / "run")) == 4
+
+
+def test_latest_starts_a_run_and_refuses_one_that_lost_its_checkpoints(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    latest = [*tiny_overrides, "loop.max_steps=1", "evaluation.num_samples=0", "--resume_from_checkpoint", "latest"]
+    run_script("train_joint", *latest)
+    shutil.rmtree(tmp_path / "run/checkpoint-1")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(OSError, match=r"run holds a run that has taken steps, and no checkpoint.*--overwrite_output_d"):
+        run_script("train_joint", *latest)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    # killed before its first step
+    (tmp_path / "run/metrics.jsonl").unlink()
+    run_script("train_joint", *latest)
+    shutil.rmtree(tmp_path / "run/checkpoint-1")
+    run_script("train_joint", *latest, "--overwrite_output_dir")
+    assert (tmp_path / "run/checkpoint-1").is_dir()
 
 
 @pytest.mark.parametrize(
