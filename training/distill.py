@@ -25,6 +25,7 @@ from launch import (
     finish_run,
     load_text,
     parse_arguments,
+    pipeline_folder,
     prepare_run,
     print_overview,
     speed_up,
@@ -288,15 +289,15 @@ def main() -> None:
     if arguments.dry_run:
         return
 
-    checkpoint, uploads = prepare_run(arguments, settings, accelerator)
+    checkpoint, uploads = prepare_run(arguments, settings, accelerator, objective.scheduler)
     tokenizer = AutoTokenizer.from_pretrained(settings.components, subfolder="tokenizer")
     corpora = load_text(settings.data, tokenizer, sequence_length, accelerator)
     held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
     task = DistillationTask(objective, decoders, tokenizer, settings, held_out, accelerator.device)
     loop = build_loop(task, corpora.train, sequence_length, settings, accelerator, arguments, checkpoint, uploads)
-    evaluation = loop.run()
+    evaluation = loop.run(save=lambda snapshot: task.pipeline(snapshot).save_pretrained(pipeline_folder(settings)))
     if evaluation is not None and accelerator.is_main_process:
-        pipeline = task.pipeline(loop.snapshot.eval())
+        pipeline = task.pipeline(loop.snapshot)
         finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
 
 

@@ -27,7 +27,7 @@ from ldlm_hf.models.statistics import mean_and_std
 from loop import TrainingLoop, split_batch
 from model_card import write_results
 from run_folder import check_output_dir
-from samplers import Sampler
+from samplers import OWN, Sampler
 from settings import EvaluationSettings, LoopSettings, RunSettings, human_count, to_yaml
 from task import Evaluation, Task
 from tracking import check_trackers
@@ -65,15 +65,21 @@ def build_accelerator(settings: LoopSettings) -> Accelerator:
 
 
 def prepare_run(
-    arguments: argparse.Namespace, settings: Any, accelerator: Accelerator
+    arguments: argparse.Namespace, settings: Any, accelerator: Accelerator, scheduler: Any | None
 ) -> tuple[Path | None, HubUploads | None]:
-    """Finds out, before any work is done, what would stop the run later: folder, checkpoint, trackers, judge, Hub.
+    """Finds out, before any work is done, what would stop the run later: folder, checkpoint, trackers, sampler, judge,
+    Hub.
+
+    Args:
+        scheduler: of the trained pipeline, which `evaluation.sampler` is made from; None where there will be none.
 
     Returns:
         the checkpoint to go on from, and on the main process where to upload to; None where there is no such.
     """
     checkpoint = check_output_dir(settings, arguments.resume_from_checkpoint, arguments.overwrite_output_dir)
     check_trackers(settings.loop.trackers)
+    if scheduler is not None:
+        check_sampler(settings.evaluation, scheduler)
     check_judge(settings.evaluation)
     if not accelerator.is_main_process or not (arguments.push_to_hub or arguments.push_checkpoints):
         return checkpoint, None
@@ -114,14 +120,17 @@ def finish_run(
     arguments: argparse.Namespace,
     uploads: HubUploads | None,
 ) -> None:
-    """Saves a trained pipeline with its samples, results and card, and uploads it if that was asked for.
+    """Gives a trained pipeline, which is saved already, its sampler, samples, results and card, and uploads it if that
+    was asked for.
 
     Raises:
-        ValueError: a learned time grid for `evaluation.sampler`, and a run too short to learn one.
+        ValueError: a learned time grid for `evaluation.sampler`, and a run that has not seen every time yet.
     """
-    Sampler.parse(settings.evaluation.sampler).apply(pipeline)
-    folder = Path(settings.loop.output_dir) / "pipeline"
-    pipeline.save_pretrained(folder)
+    folder = pipeline_folder(settings)
+    sampler = Sampler.parse(settings.evaluation.sampler)
+    if sampler.scheduler != OWN:
+        sampler.apply(pipeline)
+        pipeline.save_pretrained(folder)
     write_results(
         pipeline,
         validation,
@@ -134,6 +143,11 @@ def finish_run(
     )
     if uploads is not None and arguments.push_to_hub:
         uploads.push_pipeline(folder)
+
+
+def pipeline_folder(settings: Any) -> Path:
+    """Where a run saves its pipeline."""
+    return Path(settings.loop.output_dir) / "pipeline"
 
 
 def fit_token_encoder(
@@ -176,6 +190,17 @@ def training_sequences(dataset: Dataset, count: int) -> torch.Tensor:
     if isinstance(dataset, IterableDataset):
         return torch.stack([item["input_ids"] for item in itertools.islice(dataset, count)])
     return held_out_sequences(dataset, count)
+
+
+def check_sampler(settings: EvaluationSettings, scheduler: Any) -> None:
+    """Raises ValueError before training, and not after it, for what the scheduler of the final samples refuses."""
+    try:
+        Sampler.parse(settings.sampler).scheduler_for(scheduler).set_timesteps(settings.num_inference_steps)
+    except ValueError as error:
+        raise ValueError(
+            f"evaluation.sampler={settings.sampler!r} with evaluation.num_inference_steps="
+            f"{settings.num_inference_steps}: {error}"
+        ) from error
 
 
 def check_judge(settings: EvaluationSettings) -> None:

@@ -129,10 +129,13 @@ class TrainingLoop:
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
 
-    def run(self) -> Evaluation | None:
+    def run(self, save: Callable[[nn.Module], None]) -> Evaluation | None:
         """Trains to the last step and returns the final evaluation; None if the run was asked to stop before.
 
         All processes return alike; the evaluation is the main process's.
+
+        Args:
+            save: is given the averaged weights on the main process at the end, before the evaluation, which may fail.
         """
         self.start_logs()
         progress = tqdm(
@@ -175,7 +178,12 @@ class TrainingLoop:
                 f"stopped by {stop.signal_name or 'a signal to another process'} after step {self.step}; its "
                 "checkpoint is saved. Go on with --resume_from_checkpoint latest."
             )
-        result = None if stopped else self.evaluate()
+        result = None
+        if not stopped:
+            self.update_snapshot()
+            if self.snapshot is not None:
+                save(self.snapshot)
+            result = self.evaluate()
         self.accelerator.end_training()
         return result
 
@@ -306,17 +314,21 @@ class TrainingLoop:
                     f"step {record['step']}: metrics.jsonl could not be written ({problem}); trying again later"
                 )
 
-    def evaluate(self) -> Evaluation:
-        """Evaluates the averaged weights on the main process; the others wait."""
+    def update_snapshot(self) -> None:
+        """Loads the averaged weights into the main process's snapshot; all processes take part."""
         self.read_back()
         self.ema.store(self.local_parameters())
         self.ema.copy_to(self.local_parameters())
         state = self.accelerator.get_state_dict(self.module)
-        result = Evaluation({})
         if self.snapshot is not None:
             self.snapshot.load_state_dict(state)
             self.snapshot.eval()
         self.ema.restore(self.local_parameters())
+
+    def evaluate(self) -> Evaluation:
+        """Evaluates the averaged weights on the main process; the others wait."""
+        self.update_snapshot()
+        result = Evaluation({})
         if self.snapshot is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 result = self.task.evaluate(self.snapshot, self.step)

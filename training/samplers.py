@@ -89,16 +89,19 @@ class Sampler:
         """Whether its time grid is the learned one."""
         return ("time_grid", "learned") in self.settings
 
-    def apply(self, pipeline: LDLMPipeline) -> None:
-        """Gives a pipeline the scheduler.
+    def scheduler_for(self, scheduler: Any) -> Any:
+        """The scheduler in the place of a pipeline's own.
 
         Raises:
-            ValueError: settings that the scheduler refuses.
+            ValueError: settings that it refuses.
         """
         if self.scheduler == OWN:
-            return
+            return scheduler
         scheduler_class, changes = SCHEDULERS[self.scheduler], dict(self.settings)
         if issubclass(scheduler_class, TangentScheduler):
-            pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
-        else:
-            pipeline.scheduler = scheduler_class.from_config(diffusers_config(pipeline.scheduler, **changes))
+            return scheduler_class.from_config(scheduler.config, **changes)
+        return scheduler_class.from_config(diffusers_config(scheduler, **changes))
+
+    def apply(self, pipeline: LDLMPipeline) -> None:
+        """Gives a pipeline the scheduler; ValueError for settings that it refuses."""
+        pipeline.scheduler = self.scheduler_for(pipeline.scheduler)

@@ -298,10 +298,20 @@ class RunSettings:
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
                 "frozen components that components=RUN/pipeline names, and no other stage does."
             )
-        if Sampler.parse(self.evaluation.sampler).needs_cdf and not self.timestep_sampler.adaptive:
+        if self.stage != "autoencoder" and Sampler.parse(self.evaluation.sampler).needs_cdf:
+            self.check_learned_times()
+
+    def check_learned_times(self) -> None:
+        """Raises ValueError where `evaluation.sampler` needs times that the run does not learn."""
+        learns, needs = self.timestep_sampler, f"evaluation.sampler={self.evaluation.sampler!r} needs the times that "
+        if not learns.adaptive:
             raise ValueError(
-                f"evaluation.sampler={self.evaluation.sampler!r} needs the times that timestep_sampler.adaptive=true "
-                "learns; take another time grid, or let it learn them."
+                f"{needs}timestep_sampler.adaptive=true learns; take another time grid, or let it learn them."
+            )
+        if self.loop.max_steps < learns.update_every:
+            raise ValueError(
+                f"{needs}are learned every timestep_sampler.update_every={learns.update_every} steps, and "
+                f"loop.max_steps={self.loop.max_steps}; take another time grid, or learn them more often."
             )
 
 

@@ -164,7 +164,9 @@ def test_latest_starts_a_run_and_refuses_one_that_lost_its_checkpoints(
     run_script("train_joint", *latest)
     shutil.rmtree(tmp_path / "run/checkpoint-1")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(OSError, match=r"run holds a run that has taken steps, and no checkpoint.*--overwrite_output_d"):
+    with pytest.raises(
+        OSError, match=r"run holds a run that has taken steps, and no checkpoint.*--overwrite_output_d"
+    ):
         run_script("train_joint", *latest)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
     # killed before its first step
@@ -188,6 +190,11 @@ def test_latest_starts_a_run_and_refuses_one_that_lost_its_checkpoints(
         ("evaluation.judge=./no-such-judge", "evaluation.judge='./no-such-judge' cannot be loaded"),
         ("evaluation.judge=package:no_such_package/judge.gguf", "not installed"),
         ("loop.device_batch_size=3", "does not divide"),
+        (
+            "evaluation.sampler=TangentDDIMScheduler:eta=2.0",
+            "evaluation.sampler='TangentDDIMScheduler:eta=2.0'.*eta=2",
+        ),
+        ("evaluation.sampler=TangentDDIMScheduler:time_grid=no", "time_grid='no' must be one of"),
     ],
 )
 def test_bad_runs_stop_before_any_work(
@@ -196,6 +203,56 @@ def test_bad_runs_stop_before_any_work(
     with pytest.raises((ValueError, OSError), match=expected):
         run_script("train_joint", *tiny_overrides, override)
     assert not list((tmp_path).glob("run/checkpoint-*"))
+
+
+def test_a_sampler_that_takes_more_steps_is_refused_before_any_work(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    settings = ["evaluation.sampler=TangentDPMSolverMultistepScheduler", "evaluation.num_inference_steps=1"]
+    with pytest.raises(ValueError, match="evaluation.num_inference_steps=1: .*solver_order=2"):
+        run_script("train_joint", *tiny_overrides, *settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_pipeline_is_saved_before_what_may_fail(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    # more edges than times are seen in so short a run, so that none are learned
+    settings = ["timestep_sampler.num_bins=1000", "evaluation.sampler=TangentDDIMScheduler:time_grid=learned"]
+    with pytest.raises(ValueError, match="this one has none"):
+        run_script("train_joint", *tiny_overrides, *settings)
+    pipe = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.scheduler) is TangentEulerMaruyamaScheduler
+    # nothing can be written where the final samples should go
+    blocked = tmp_path / "blocked"
+    (blocked / "samples.md").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        run_script("train_joint", *tiny_overrides, f"loop.output_dir={blocked}")
+    assert LDLMPipeline.from_pretrained(blocked / "pipeline")(num_inference_steps=2).texts
+
+
+def test_no_previews_are_sampled_where_none_are_asked_for(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    run_script("train_joint", *tiny_overrides, "evaluation.every=2", "evaluation.num_preview_samples=0")
+    assert not (tmp_path / "run" / "samples-2.md").exists()
+
+
+def test_components_without_a_denoiser_are_refused_before_a_token_decoder_is_trained(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    run_script("train_joint", *tiny_overrides, "stage=autoencoder", "loop.max_steps=1")
+    after = [item for item in tiny_overrides if item.split(".")[0] in ("data", "optimizer", "loop", "evaluation")]
+    layers = "num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48"
+    with pytest.raises(OSError, match="transformer"):
+        run_script(
+            "train_token_decoder",
+            *after,
+            f"components={tmp_path / 'run' / 'pipeline'}",
+            f"token_decoder={{hidden_size: 24, {layers}}}",
+            f"loop.output_dir={tmp_path / 'decoder'}",
+        )
+    assert not (tmp_path / "decoder").exists()
 
 
 @pytest.mark.parametrize(
