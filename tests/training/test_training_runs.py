@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from torch import nn
 
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from flops import DevicePeak, PassFlops, RunEstimate
+from launch import check_sharding
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
 from loop import TrainingLoop, learning_rate_at, split_batch
 from randomness import RowRandomness
@@ -203,6 +205,50 @@ def test_bad_runs_stop_before_any_work(
     with pytest.raises((ValueError, OSError), match=expected):
         run_script("train_joint", *tiny_overrides, override)
     assert not list((tmp_path).glob("run/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "_STEPS=8.*unset it.*loop.device_batch_size"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "_BACKEND=EAGER.*leave that out.*loop.compile=true"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision=bf16.*set the precision in loop.mixed_precision"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision=fp8.*set the precision in loop.mixed_precision"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config.*leave that out"),
+    ],
+)
+def test_launchers_that_change_a_run_behind_its_settings_are_refused(
+    run_script: Run,
+    tiny_overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=remedy):
+        run_script("train_joint", *tiny_overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version=1: set 2"),
+        ({"activation_checkpointing": True}, "loop.gradient_checkpointing=true"),
+    ],
+)
+def test_kinds_of_fsdp_that_change_the_weights_are_refused(changes: dict[str, Any], remedy: str) -> None:
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | changes)
+    with pytest.raises(ValueError, match=remedy):
+        check_sharding(plugin)
+    check_sharding(FullyShardedDataParallelPlugin(fsdp_version=2))
+
+
+def test_a_launch_file_leaves_the_precision_to_the_settings(repository: Path) -> None:
+    for file in (repository / "training/accelerate").glob("*.yaml"):
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))["mixed_precision"] == "no"
 
 
 def test_a_sampler_that_takes_more_steps_is_refused_before_any_work(
