@@ -167,6 +167,8 @@ def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: i
     folder.mkdir(parents=True, exist_ok=True)
     whole, killed = folder / "whole", folder / "killed"
     log = folder / "log.txt"
+    # one that was killed before its first checkpoint starts anew
+    go_on = [f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
     statuses = start([*common, f"loop.output_dir={whole}"], log).wait(timeout=3600)
     if any(statuses):
         result.problems.append(f"the uninterrupted run ended with {statuses}; see {log.name}")
@@ -174,7 +176,7 @@ def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: i
 
     moments = sorted(generator.sample(range(1, steps - 1), kills))
     for moment in moments:
-        ranks = start([*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"], log)
+        ranks = start([*common, *go_on], log)
         result.resumes += bool(find_checkpoints(killed))
         saving = generator.random() < 0.5
         if not wait_for(lambda moment=moment: max(records(killed), default=0) >= moment, ranks):
@@ -194,7 +196,7 @@ def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: i
         last = max((step_of(path) for path in find_checkpoints(killed)), default=0)
         result.steps_done_again += max(records(killed), default=0) - last
 
-    statuses = start([*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"], log).wait(3600)
+    statuses = start([*common, *go_on], log).wait(3600)
     result.resumes += 1
     if any(statuses):
         result.problems.append(f"the last part ended with {statuses}; see {log.name}")

@@ -196,9 +196,10 @@ def launch_command(plan: Plan, script: str) -> list[str]:
 
 
 def training_command(run: AblationRun, plan: Plan) -> list[str]:
-    """Trains a run, or goes on with it from its last checkpoint."""
+    """Trains a run, or goes on with it from its last checkpoint; one that was stopped before its first starts anew."""
     config = [] if run.config is None else ["--config", shown(run.config)]
-    return [*launch_command(plan, run.script), *config, "--resume_from_checkpoint", "latest", *run.overrides]
+    flags = ["--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
+    return [*launch_command(plan, run.script), *config, *flags, *run.overrides]
 
 
 def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:

@@ -10,24 +10,27 @@ import filecmp
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 
 from evaluation_report import COLUMNS
 from ldlm_hf.hub.model_card import read_settings_and_log
+from ldlm_hf.hub.safe_loading import check_settings
 from provenance import source
 from run_folder import END_OF_RUN, RESUMABLE_CHANGES
 from samplers import OWN
-from settings import RunSettings, differences, flatten, load_settings
+from settings import RunSettings, differences, flatten, load_settings, type_of
 from train_token_decoder import TokenDecoderSettings
+from typed_yaml import NULL, as_typed, is_text, parse, to_config
 
 
 JOINT, TOKEN_DECODER = "train_joint.py", "train_token_decoder.py"
@@ -75,6 +78,10 @@ class EvaluationPlan:
     judge: str | None = "openai-community/gpt2-large"
     batch_size: int = 64
     judge_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        positive = ("num_samples", "sampling_seeds", "steps", "batch_size", "judge_batch_size")
+        check_settings(type(self).__init__, vars(self), **dict.fromkeys(positive, "[1, inf)"))
 
 
 @dataclass
@@ -158,7 +165,8 @@ def read_ablations(path: Path) -> Ablations:
     """
     if not path.is_file():
         raise OSError(f"--config {str(path)!r}: there is no such file of ablations.")
-    loaded = OmegaConf.load(path)
+    node = parse(path.read_text(encoding="utf-8"), str(path))
+    loaded = to_config(keep_override_texts(node), str(path))
     try:
         ablations: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Ablations), loaded))
     except OmegaConfBaseException as error:
@@ -180,6 +188,18 @@ def read_ablations(path: Path) -> Ablations:
         for name in table.columns:
             check_known(f"{path}: table {number}: column", name, COLUMNS)
     return ablations
+
+
+def keep_override_texts(node: yaml.Node) -> yaml.Node:
+    """The nodes of a file of ablations, with the texts of overrides as they were typed."""
+    if not isinstance(node, yaml.MappingNode):
+        return node
+    pairs = []
+    for key, value in node.value:
+        is_override = any(is_text(type_of(one, key.value)) for one in SETTINGS_CLASSES.values())
+        keep = is_override and isinstance(value, yaml.ScalarNode) and value.tag != NULL
+        pairs.append((key, as_typed(value) if keep else keep_override_texts(value)))
+    return yaml.MappingNode(node.tag, pairs)
 
 
 def check_known(what: str, name: str, known: Iterable[str]) -> None:
@@ -257,7 +277,7 @@ class AblationRun:
         ]
         # ROW/seed-K/pipeline, wherever the folder of all runs lies
         if "components" in changed:
-            mine, theirs = self.settings.components, OmegaConf.create(text).get("components", "")
+            mine, theirs = self.settings.components, yaml.safe_load(text).get("components", "")
             if Path(mine).parts[-3:] == Path(theirs).parts[-3:]:
                 changed.remove("components")
         if changed:
@@ -430,7 +450,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def dotted_values(settings: Any) -> dict[str, Any]:
     """Settings by dotted key."""
-    return flatten(OmegaConf.to_container(OmegaConf.structured(settings)))
+    return flatten(asdict(settings))
 
 
 def times(value: float, factor: float | str) -> float:
@@ -450,12 +470,4 @@ def scaled_values(values: dict[str, Any], scale: float) -> dict[str, Any]:
 
 def as_overrides(values: dict[str, Any]) -> list[str]:
     """`key=value` for each, in a form that is read back as the same value."""
-    return [f"{key}={as_text(value)}" for key, value in values.items()]
-
-
-def as_text(value: Any) -> str:
-    """A value as it is written on the command line: plain text if that is read back as the value, else JSON."""
-    plain = str(value)
-    if isinstance(value, (str, float)) and OmegaConf.from_dotlist([f"value={plain}"])["value"] == value:
-        return plain
-    return json.dumps(value)
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]

@@ -42,10 +42,12 @@ def write_checkpoint(
 ) -> Path:
     """Writes a checkpoint, gives it its name once every file is there, and removes the oldest beyond the limit.
 
+    Those of later steps, which a run that was taken back to an earlier one has left, neither count nor are removed.
+
     Args:
         output_dir: folder of the run.
         step: optimiser steps done.
-        total_limit: how many checkpoints to keep; None keeps all.
+        total_limit: how many checkpoints to keep, at least 1; None keeps all.
         is_main: whether this is the process that renames and removes.
         save: writes all files into a folder; called by every process.
         agree: waits for all processes, and turns what went wrong in one of them into what every one of them knows.
@@ -82,7 +84,8 @@ def write_checkpoint(
             + (f"{earlier[-1]} is untouched." if earlier else "There is none before it.")
         )
     if is_main and total_limit is not None:
-        for outdated in find_checkpoints(output_dir)[:-total_limit]:
+        written = [path for path in find_checkpoints(output_dir) if step_of(path) <= step]
+        for outdated in written[: max(0, len(written) - total_limit)]:
             shutil.rmtree(outdated)
     return final
 
@@ -135,7 +138,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def resolve_checkpoint(output_dir: Path, request: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint latest|PATH` names; None for `latest` where there is none yet.
+    """The checkpoint that `--resume_from_checkpoint latest|PATH` names; None for `latest` where there is none.
 
     Raises:
         OSError: the checkpoint is missing or damaged; the message names the file, and the whole one before it.

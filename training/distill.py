@@ -25,6 +25,7 @@ from launch import (
     finish_run,
     load_text,
     parse_arguments,
+    pipeline_folder,
     prepare_run,
     print_overview,
     speed_up,
@@ -39,10 +40,11 @@ from ldlm_hf import (
     TangentFlowMapScheduler,
     TangentScheduler,
 )
+from ldlm_hf.hub.safe_loading import check_settings
 from ldlm_hf.objective.flow_map import BY_STUDENT, BY_TEACHER, DIAGONAL
 from ldlm_hf.objective.joint import systematic_sample
 from randomness import RowRandomness
-from settings import EvaluationSettings, LoopSettings, OptimizerSettings, load_settings
+from settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay, load_settings
 from task import Evaluation, StepLosses, Task
 
 
@@ -93,12 +95,15 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; it is one of {', '.join(METHODS)}.")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1.")
-        if self.self_condition_scale < 0:
-            raise ValueError(f"self_condition_scale={self.self_condition_scale} must not be negative.")
-        if not 0 <= self.diagonal_share < 1:
-            raise ValueError(f"diagonal_share={self.diagonal_share} must lie in [0, 1).")
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            num_steps="[1, inf)",
+            t_min="[0, 1)",
+            diagonal_share="[0, 1)",
+            self_condition_scale="[0, inf)",
+        )
+        check_decay(self.optimizer, self.loop)
 
 
 def flow_map_times(scheduler: TangentScheduler, uniforms: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
@@ -284,15 +289,15 @@ def main() -> None:
     if arguments.dry_run:
         return
 
-    checkpoint, uploads = prepare_run(arguments, settings, accelerator)
+    checkpoint, uploads = prepare_run(arguments, settings, accelerator, objective.scheduler)
     tokenizer = AutoTokenizer.from_pretrained(settings.components, subfolder="tokenizer")
     corpora = load_text(settings.data, tokenizer, sequence_length, accelerator)
     held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
     task = DistillationTask(objective, decoders, tokenizer, settings, held_out, accelerator.device)
     loop = build_loop(task, corpora.train, sequence_length, settings, accelerator, arguments, checkpoint, uploads)
-    evaluation = loop.run()
+    evaluation = loop.run(save=lambda snapshot: task.pipeline(snapshot).save_pretrained(pipeline_folder(settings)))
     if evaluation is not None and accelerator.is_main_process:
-        pipeline = task.pipeline(loop.snapshot.eval())
+        pipeline = task.pipeline(loop.snapshot)
         finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
 
 

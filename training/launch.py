@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import InitProcessGroupKwargs, broadcast
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast,
+)
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -27,7 +34,7 @@ from ldlm_hf.models.statistics import mean_and_std
 from loop import TrainingLoop, split_batch
 from model_card import write_results
 from run_folder import check_output_dir
-from samplers import Sampler
+from samplers import OWN, Sampler
 from settings import EvaluationSettings, LoopSettings, RunSettings, human_count, to_yaml
 from task import Evaluation, Task
 from tracking import check_trackers
@@ -51,7 +58,12 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 
 def build_accelerator(settings: LoopSettings) -> Accelerator:
-    """Devices and precision; how many of them, `accelerate launch` says."""
+    """Devices and precision; how many of them, `accelerate launch` says.
+
+    Raises:
+        ValueError: the launcher, or its variables in the environment, set what the run's settings do.
+    """
+    check_precision(settings)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         log_with=settings.trackers or None,
@@ -59,21 +71,81 @@ def build_accelerator(settings: LoopSettings) -> Accelerator:
         # evaluation keeps one process busy while the others wait for it
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    check_launcher(accelerator)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
 
 
+def check_precision(settings: LoopSettings) -> None:
+    """Raises ValueError where the launcher names another precision; `no`, which it says for nothing too, is none."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", settings.mixed_precision):
+        raise ValueError(
+            f"The launcher asks for mixed_precision={launched} (its file, --mixed_precision, or "
+            f"ACCELERATE_MIXED_PRECISION), and the run for loop.mixed_precision={settings.mixed_precision}: set the "
+            "precision in loop.mixed_precision ('no' or 'bf16') alone."
+        )
+
+
+def check_launcher(accelerator: Accelerator) -> None:
+    """Raises ValueError for what the launcher would do to models, losses or optimiser behind the run's settings."""
+    steps, backend = accelerator.gradient_accumulation_steps, accelerator.state.dynamo_plugin.backend
+    if steps != 1:
+        raise ValueError(
+            f"The launcher accumulates {steps} passes (ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps}), "
+            "which would divide the loss once more: unset it. How many passes a step takes follows from "
+            "loop.batch_size and loop.device_batch_size."
+        )
+    if backend != DynamoBackend.NO:
+        raise ValueError(
+            f"The launcher compiles the whole model (--dynamo_backend, ACCELERATE_DYNAMO_BACKEND={backend.value}), "
+            "which changes the names of its weights: leave that out. loop.compile=true compiles the repeated blocks."
+        )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise ValueError(
+            f"The launcher trains with {kind.value} (ACCELERATE_USE_{kind.value}), whose optimisers and checkpoints "
+            "this loop does not know: use DDP or FSDP, see training/accelerate/."
+        )
+    if accelerator.parallelism_config is not None:
+        raise ValueError(
+            "The launcher splits models over devices (parallelism_config, ACCELERATE_USE_PARALLELISM_CONFIG): leave "
+            "that out, and use DDP or FSDP, see training/accelerate/."
+        )
+    if kind == DistributedType.FSDP:
+        check_sharding(accelerator.state.fsdp_plugin)
+
+
+def check_sharding(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises ValueError for kinds of FSDP whose weights have other names or shapes than the loop reads."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"The launcher sets fsdp_version={plugin.fsdp_version}: set 2, as training/accelerate/fsdp.yaml."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "The launcher sets fsdp_activation_checkpointing=true, which changes the names of the weights: leave it "
+            "out; loop.gradient_checkpointing=true does the same."
+        )
+
+
 def prepare_run(
-    arguments: argparse.Namespace, settings: Any, accelerator: Accelerator
+    arguments: argparse.Namespace, settings: Any, accelerator: Accelerator, scheduler: Any | None
 ) -> tuple[Path | None, HubUploads | None]:
-    """Finds out, before any work is done, what would stop the run later: folder, checkpoint, trackers, judge, Hub.
+    """Finds out, before any work is done, what would stop the run later: folder, checkpoint, trackers, sampler, judge,
+    Hub.
+
+    Args:
+        scheduler: of the trained pipeline, which `evaluation.sampler` is made from; None where there will be none.
 
     Returns:
         the checkpoint to go on from, and on the main process where to upload to; None where there is no such.
     """
     checkpoint = check_output_dir(settings, arguments.resume_from_checkpoint, arguments.overwrite_output_dir)
     check_trackers(settings.loop.trackers)
+    if scheduler is not None:
+        check_sampler(settings.evaluation, scheduler)
     check_judge(settings.evaluation)
     if not accelerator.is_main_process or not (arguments.push_to_hub or arguments.push_checkpoints):
         return checkpoint, None
@@ -114,14 +186,17 @@ def finish_run(
     arguments: argparse.Namespace,
     uploads: HubUploads | None,
 ) -> None:
-    """Saves a trained pipeline with its samples, results and card, and uploads it if that was asked for.
+    """Gives a trained pipeline, which is saved already, its sampler, samples, results and card, and uploads it if that
+    was asked for.
 
     Raises:
-        ValueError: a learned time grid for `evaluation.sampler`, and a run too short to learn one.
+        ValueError: a learned time grid for `evaluation.sampler`, and a run that has not seen every time yet.
     """
-    Sampler.parse(settings.evaluation.sampler).apply(pipeline)
-    folder = Path(settings.loop.output_dir) / "pipeline"
-    pipeline.save_pretrained(folder)
+    folder = pipeline_folder(settings)
+    sampler = Sampler.parse(settings.evaluation.sampler)
+    if sampler.scheduler != OWN:
+        sampler.apply(pipeline)
+        pipeline.save_pretrained(folder)
     write_results(
         pipeline,
         validation,
@@ -134,6 +209,11 @@ def finish_run(
     )
     if uploads is not None and arguments.push_to_hub:
         uploads.push_pipeline(folder)
+
+
+def pipeline_folder(settings: Any) -> Path:
+    """Where a run saves its pipeline."""
+    return Path(settings.loop.output_dir) / "pipeline"
 
 
 def fit_token_encoder(
@@ -176,6 +256,17 @@ def training_sequences(dataset: Dataset, count: int) -> torch.Tensor:
     if isinstance(dataset, IterableDataset):
         return torch.stack([item["input_ids"] for item in itertools.islice(dataset, count)])
     return held_out_sequences(dataset, count)
+
+
+def check_sampler(settings: EvaluationSettings, scheduler: Any) -> None:
+    """Raises ValueError before training, and not after it, for what the scheduler of the final samples refuses."""
+    try:
+        Sampler.parse(settings.sampler).scheduler_for(scheduler).set_timesteps(settings.num_inference_steps)
+    except ValueError as error:
+        raise ValueError(
+            f"evaluation.sampler={settings.sampler!r} with evaluation.num_inference_steps="
+            f"{settings.num_inference_steps}: {error}"
+        ) from error
 
 
 def check_judge(settings: EvaluationSettings) -> None:

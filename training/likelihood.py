@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 from tqdm.auto import tqdm
 
 from checkpoints import find_checkpoints
@@ -112,17 +112,16 @@ def run_of(pipeline: str) -> Path | None:
 
 def trained_decoder_noise(run: Path | None) -> float:
     """delta of a run of joint training, or of a token decoder; ValueError if there is no run that says it."""
-    settings = OmegaConf.load(run / "settings.yaml") if run is not None else OmegaConf.create()
-    if run is not None and OmegaConf.select(settings, "stage") == "diffusion":
+    settings = {} if run is None else yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8"))
+    if run is not None and settings.get("stage") == "diffusion":
         raise ValueError(
             f"--decoder_noise is not given, and {run.name} trained a denoiser alone, on latents that it standardised "
             "itself: the decoders have had their noise before, of which its settings say nothing. Give the delta, in "
             "units of the standardised latents."
         )
-    for key in ("objective.decoder_noise", "decoder_noise"):
-        value = OmegaConf.select(settings, key)
-        if value is not None:
-            return float(value)
+    for section in (settings.get("objective", {}), settings):
+        if "decoder_noise" in section:
+            return float(section["decoder_noise"])
     raise ValueError(
         "--decoder_noise is not given, and no settings.yaml of a training run lies beside the pipeline's folder to "
         "read it from: give the delta that the decoders were trained with."

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from ldlm_hf import warmup_gate
 from ldlm_hf.hub.model_card import RunResults, read_settings_and_log
 from ldlm_hf.hub.training_curves import GRID_PREFIX, HELD_OUT_PREFIX, grid_points, series
 from model_card import MACHINE_SETTINGS
-from settings import RunSettings, flatten
+from settings import RunSettings, flatten, with_defaults
 
 
 CDF_PREFIX = "eval/timestep_cdf/t="
@@ -115,8 +114,7 @@ def read_logged_run(folder: str | Path, name: str) -> LoggedRun:
     sections, log = read_settings_and_log(folder)
     if not sections.keys() >= JOINT_SECTIONS:
         raise ValueError(f"{folder} is no run of train_joint.py, whose log alone has a diffusion loss; leave it out.")
-    defaults = OmegaConf.to_container(OmegaConf.structured(RunSettings()))
-    settings = flatten(OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(defaults), sections)))
+    settings = flatten(with_defaults(RunSettings, sections))
     results_file = folder / "results.json"
     run = LoggedRun(name, settings, log, RunResults.load(results_file) if results_file.is_file() else None)
     if not run.evaluations:

@@ -14,14 +14,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
 from diffusers.training_utils import EMAModel
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -34,7 +33,7 @@ from checkpoints import write_checkpoint
 from flops import RunEstimate
 from model_card import samples_text
 from randomness import RowRandomness
-from run_folder import MetricsLog, claim_output_dir
+from run_folder import METRICS, MetricsLog, claim_output_dir
 from settings import LoopSettings, OptimizerSettings, flatten
 from stopping import StopRequest
 from task import Evaluation, Task
@@ -115,7 +114,7 @@ class TrainingLoop:
         if accelerator.is_main_process:
             claim_output_dir(settings, delete_other_run=overwrite and checkpoint is None)
         accelerator.wait_for_everyone()
-        self.metrics_log = MetricsLog(self.output_dir / "metrics.jsonl")
+        self.metrics_log = MetricsLog(self.output_dir / METRICS)
 
         # a copy for evaluation, made before the module is sharded or wrapped
         self.snapshot = copy.deepcopy(task.module).to(accelerator.device) if accelerator.is_main_process else None
@@ -130,10 +129,13 @@ class TrainingLoop:
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
 
-    def run(self) -> Evaluation | None:
+    def run(self, save: Callable[[nn.Module], None]) -> Evaluation | None:
         """Trains to the last step and returns the final evaluation; None if the run was asked to stop before.
 
         All processes return alike; the evaluation is the main process's.
+
+        Args:
+            save: is given the averaged weights on the main process at the end, before the evaluation, which may fail.
         """
         self.start_logs()
         progress = tqdm(
@@ -176,7 +178,12 @@ class TrainingLoop:
                 f"stopped by {stop.signal_name or 'a signal to another process'} after step {self.step}; its "
                 "checkpoint is saved. Go on with --resume_from_checkpoint latest."
             )
-        result = None if stopped else self.evaluate()
+        result = None
+        if not stopped:
+            self.update_snapshot()
+            if self.snapshot is not None:
+                save(self.snapshot)
+            result = self.evaluate()
         self.accelerator.end_training()
         return result
 
@@ -271,7 +278,7 @@ class TrainingLoop:
     def start_logs(self) -> None:
         """Starts the trackers, and takes the log back to the step that the run goes on from."""
         if self.loop.trackers:
-            plain = flatten(OmegaConf.to_container(OmegaConf.structured(self.settings)))
+            plain = flatten(asdict(self.settings))
             config = {key: value if isinstance(value, (int, float)) else str(value) for key, value in plain.items()}
             start_trackers(self.accelerator, self.output_dir, config, resumed=self.step > 0)
         if self.accelerator.is_main_process:
@@ -307,17 +314,21 @@ class TrainingLoop:
                     f"step {record['step']}: metrics.jsonl could not be written ({problem}); trying again later"
                 )
 
-    def evaluate(self) -> Evaluation:
-        """Evaluates the averaged weights on the main process; the others wait."""
+    def update_snapshot(self) -> None:
+        """Loads the averaged weights into the main process's snapshot; all processes take part."""
         self.read_back()
         self.ema.store(self.local_parameters())
         self.ema.copy_to(self.local_parameters())
         state = self.accelerator.get_state_dict(self.module)
-        result = Evaluation({})
         if self.snapshot is not None:
             self.snapshot.load_state_dict(state)
             self.snapshot.eval()
         self.ema.restore(self.local_parameters())
+
+    def evaluate(self) -> Evaluation:
+        """Evaluates the averaged weights on the main process; the others wait."""
+        self.update_snapshot()
+        result = Evaluation({})
         if self.snapshot is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 result = self.task.evaluate(self.snapshot, self.step)

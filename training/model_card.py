@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 import ldlm_hf.hub.training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
@@ -93,7 +92,7 @@ def write_results(
 
 def describe(settings: Any, sequence_length: int) -> RunResults:
     """What settings alone say of a run. No path of the machine is left in it."""
-    values = flatten(OmegaConf.to_container(OmegaConf.structured(settings)))
+    values = flatten(asdict(settings))
     keys = [key for key in differences(settings, to_yaml(type(settings)())) if key in values]
     return RunResults(
         changed_settings={key: without_path(values[key]) for key in keys if key not in MACHINE_SETTINGS},
@@ -107,9 +106,8 @@ def describe(settings: Any, sequence_length: int) -> RunResults:
 def write_template_card(config: Path, output_dir: Path) -> None:
     """The card of a configuration that has not been trained, in a folder of its name."""
     settings: RunSettings = load_settings(RunSettings, str(config), [])
-    plain = OmegaConf.to_container(OmegaConf.structured(settings))
     results = describe(settings, settings.model.sequence_length)
-    write_card(Run(config.stem, plain, results), output_dir / config.stem)
+    write_card(Run(config.stem, asdict(settings), results), output_dir / config.stem)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from checkpoints import remove_unfinished, resolve_checkpoint
 from settings import differences, to_yaml
 
 
+METRICS = "metrics.jsonl"
 # where a run ends, and how
 END_OF_RUN = ("loop.max_steps", "optimizer.lr_decay_steps")
 # settings that a resumed run may change, since they do not touch the steps that were taken
@@ -32,14 +33,23 @@ RESUMABLE_CHANGES = (
 def check_output_dir(settings: Any, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, if any; writes nothing, so that it can be asked before any work is done.
 
+    `latest` is the standing flag of a job that may be queued again: where no step was taken yet it starts the run.
+
     Raises:
         ValueError: the folder holds another run.
-        OSError: the checkpoint is missing or damaged.
+        OSError: the checkpoint is missing or damaged, or there is none of a run that has taken steps.
     """
     output_dir = Path(settings.loop.output_dir)
     checkpoint = None
     if resume_from_checkpoint is not None:
         checkpoint = resolve_checkpoint(output_dir, resume_from_checkpoint)
+        log = output_dir / METRICS
+        if checkpoint is None and not overwrite and log.is_file() and log.stat().st_size:
+            raise OSError(
+                f"--resume_from_checkpoint latest: {output_dir} holds a run that has taken steps, and no checkpoint. "
+                "Start it anew with --overwrite_output_dir, or name another folder; loop.checkpointing_steps="
+                f"{settings.loop.checkpointing_steps} is how many steps a run is stopped after without one."
+            )
     saved = output_dir / "settings.yaml"
     if not saved.is_file() or (overwrite and checkpoint is None):
         return checkpoint

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from omegaconf import OmegaConf
 
 from ldlm_hf import (
     LDLMPipeline,
@@ -24,6 +23,7 @@ from ldlm_hf import (
     TangentScheduler,
     diffusers_config,
 )
+from typed_yaml import parse_value, to_config, under
 
 
 OWN = "own"
@@ -71,15 +71,17 @@ class Sampler:
             known = ", ".join([OWN, *SCHEDULERS])
             raise ValueError(f"sampler {text!r}: unknown scheduler {name!r}; known: {known}.")
         own_settings = [] if name == OWN else list(inspect.signature(SCHEDULERS[name]).parameters)
+        hints = {} if name == OWN else get_type_hints(SCHEDULERS[name].__init__)
         settings, arguments = [], []
         for pair in filter(None, pairs.split(",")):
-            key, separator, _ = pair.partition("=")
+            key, separator, value = pair.partition("=")
             if not separator:
                 raise ValueError(f"sampler {text!r}: {pair!r} is no key=value.")
             if key not in [*CALL_ARGUMENTS, *own_settings]:
                 known = ", ".join([*CALL_ARGUMENTS, *own_settings])
                 raise ValueError(f"sampler {text!r}: unknown setting {key!r}; known: {known}.")
-            (settings if key in own_settings else arguments).append((key, OmegaConf.from_dotlist([pair])[key]))
+            read = to_config(under(key, parse_value(value, hints.get(key), f"sampler {text!r}")), f"sampler {text!r}")
+            (settings if key in own_settings else arguments).append((key, read[key]))
         return cls(text, name, tuple(settings), tuple(arguments))
 
     @property
@@ -87,16 +89,19 @@ class Sampler:
         """Whether its time grid is the learned one."""
         return ("time_grid", "learned") in self.settings
 
-    def apply(self, pipeline: LDLMPipeline) -> None:
-        """Gives a pipeline the scheduler.
+    def scheduler_for(self, scheduler: Any) -> Any:
+        """The scheduler in the place of a pipeline's own.
 
         Raises:
-            ValueError: settings that the scheduler refuses.
+            ValueError: settings that it refuses.
         """
         if self.scheduler == OWN:
-            return
+            return scheduler
         scheduler_class, changes = SCHEDULERS[self.scheduler], dict(self.settings)
         if issubclass(scheduler_class, TangentScheduler):
-            pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
-        else:
-            pipeline.scheduler = scheduler_class.from_config(diffusers_config(pipeline.scheduler, **changes))
+            return scheduler_class.from_config(scheduler.config, **changes)
+        return scheduler_class.from_config(diffusers_config(scheduler, **changes))
+
+    def apply(self, pipeline: LDLMPipeline) -> None:
+        """Gives a pipeline the scheduler; ValueError for settings that it refuses."""
+        pipeline.scheduler = self.scheduler_for(pipeline.scheduler)

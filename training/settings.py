@@ -1,7 +1,8 @@
 """Settings of a training run: dataclasses ← YAML file ← dotted overrides (`section.key=value`).
 
 Each section's defaults live beside the component that it configures. An unknown key is an error that names the nearest
-known one. The merged settings are printed and saved with the run.
+known one. A text is taken as it is typed, whatever it would be in YAML; `null` is None. The merged settings are
+printed and saved with the run.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,8 +29,10 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
     TimestepSamplerSettings,
 )
+from ldlm_hf.hub.safe_loading import check_settings
 from ldlm_hf.objective.joint import STAGES
 from samplers import OWN, Sampler
+from typed_yaml import MERGE, NULL, as_typed, is_text, parse, parse_value, to_config, under
 
 
 @dataclass
@@ -73,6 +77,16 @@ class ModelSettings:
     transformer: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            statistics_sequences="[1, inf)",
+            sequence_length="[1, inf)",
+            num_latents="[1, inf)",
+            latent_size="[1, inf)",
+        )
+
 
 @dataclass
 class WarmupSettings:
@@ -87,6 +101,9 @@ class WarmupSettings:
     steps: int = 10_000
     midpoint: float = 0.8
     steepness: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_settings(type(self).__init__, vars(self), steps="[0, inf)", midpoint="[0, 1]", steepness="(0, inf)")
 
 
 @dataclass
@@ -117,6 +134,22 @@ class OptimizerSettings:
     eps: float = 1e-6
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            learning_rate="(0, inf)",
+            initial_learning_rate="(0, inf)",
+            lr_warmup_steps="[0, inf)",
+            lr_decay_steps="[0, inf)",
+            weight_decay="[0, inf)",
+            beta1="[0, 1)",
+            beta2="[0, 1)",
+            eps="(0, inf)",
+            max_grad_norm="(0, inf)",
+            ema_decay="[0, 1)",
+        )
 
 
 @dataclass
@@ -160,9 +193,25 @@ class LoopSettings:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        # YAML reads a bare `no` as the truth value
-        if self.mixed_precision == "False":
-            self.mixed_precision = "no"
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            seed=f"[0, {2**32})",  # what numpy takes
+            max_steps="[1, inf)",
+            batch_size="[1, inf)",
+            device_batch_size="[1, inf)",
+            dataloader_workers="[0, inf)",
+            logging_steps="[1, inf)",
+            checkpointing_steps="[1, inf)",
+            checkpoints_total_limit="[1, inf)",
+            max_nonfinite_steps="[1, inf)",
+            peak_tflops="(0, inf)",
+        )
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision={self.mixed_precision!r} must be 'no' or 'bf16'; float16's range does not hold the "
+                "gradients of a loss whose scale the latents set."
+            )
 
 
 @dataclass
@@ -195,10 +244,22 @@ class EvaluationSettings:
     judge_batch_size: int = 8
 
     def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            every="[0, inf)",
+            num_sequences="[1, inf)",
+            grid_size="[1, inf)",
+            batch_size="[1, inf)",
+            num_samples="[0, inf)",
+            num_preview_samples="[0, inf)",
+            num_inference_steps="[1, inf)",
+            judge_batch_size="[1, inf)",
+        )
         if arguments := Sampler.parse(self.sampler).arguments:
             raise ValueError(
-                f"evaluation.sampler={self.sampler!r}: {', '.join(name for name, _ in arguments)} goes with the "
-                "pipeline's call, and no saved pipeline keeps it."
+                f"sampler={self.sampler!r}: {', '.join(name for name, _ in arguments)} goes with the pipeline's "
+                "call, and no saved pipeline keeps it."
             )
 
 
@@ -229,6 +290,7 @@ class RunSettings:
     components: str = ""
 
     def __post_init__(self) -> None:
+        check_decay(self.optimizer, self.loop)
         if self.stage not in STAGES:
             raise ValueError(f"stage={self.stage!r} is unknown; it is one of {', '.join(STAGES)}.")
         if (self.stage == "diffusion") != bool(self.components):
@@ -236,10 +298,20 @@ class RunSettings:
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
                 "frozen components that components=RUN/pipeline names, and no other stage does."
             )
-        if Sampler.parse(self.evaluation.sampler).needs_cdf and not self.timestep_sampler.adaptive:
+        if self.stage != "autoencoder" and Sampler.parse(self.evaluation.sampler).needs_cdf:
+            self.check_learned_times()
+
+    def check_learned_times(self) -> None:
+        """Raises ValueError where `evaluation.sampler` needs times that the run does not learn."""
+        learns, needs = self.timestep_sampler, f"evaluation.sampler={self.evaluation.sampler!r} needs the times that "
+        if not learns.adaptive:
             raise ValueError(
-                f"evaluation.sampler={self.evaluation.sampler!r} needs the times that timestep_sampler.adaptive=true "
-                "learns; take another time grid, or let it learn them."
+                f"{needs}timestep_sampler.adaptive=true learns; take another time grid, or let it learn them."
+            )
+        if self.loop.max_steps < learns.update_every:
+            raise ValueError(
+                f"{needs}are learned every timestep_sampler.update_every={learns.update_every} steps, and "
+                f"loop.max_steps={self.loop.max_steps}; take another time grid, or learn them more often."
             )
 
 
@@ -279,16 +351,15 @@ def load_settings(
     if config is not None:
         if not Path(config).is_file():
             raise OSError(f"--config {config!r}: there is no such file.")
-        loaded = OmegaConf.load(config)
-        if not isinstance(loaded, DictConfig):
+        node = parse(Path(config).read_text(encoding="utf-8"), config)
+        if not isinstance(node, yaml.MappingNode):
             raise ValueError(f"--config {config!r} must hold sections of keys and values.")
         if ignore_other_sections:
-            loaded = OmegaConf.masked_copy(loaded, [item.name for item in fields(settings_class)])
-        layers.append((config, loaded))
+            known = known_keys(settings_class, "")
+            node.value = [(key, section) for key, section in node.value if key.value in known]
+        layers.append((config, to_config(keep_texts(node, settings_class), config)))
     for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{override!r} is no override; write section.key=value.")
-        layers.append((override, OmegaConf.from_dotlist([override])))
+        layers.append((override, to_config(override_node(override, settings_class), override)))
 
     merged = OmegaConf.structured(settings_class)
     for origin, layer in layers:
@@ -297,9 +368,60 @@ def load_settings(
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ValueError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key}).") from error
-    settings = OmegaConf.to_object(merged)
-    check_ranges(settings)
-    return settings
+    values = {}
+    for key in merged:
+        try:
+            values[key] = OmegaConf.to_object(merged[key]) if OmegaConf.is_config(merged[key]) else merged[key]
+        except ValueError as error:
+            # a section checks itself, and does not know its place
+            raise ValueError(f"{key}.{error}") from error
+    return settings_class(**values)
+
+
+def override_node(override: str, settings_class: type) -> yaml.Node:
+    """`section.key=value` as the nodes of its YAML; ValueError for what is none."""
+    name, separator, value = override.partition("=")
+    if not separator:
+        raise ValueError(f"{override!r} is no override; write section.key=value.")
+    hint = type_of(settings_class, name)
+    node = parse_value(value, hint, override)
+    if not is_text(hint):
+        node = keep_texts(node, hint, name)
+    for key in reversed(name.split(".")):
+        node = under(key, node)
+    return node
+
+
+def type_of(settings_class: type, name: str) -> Any:
+    """Annotated type of the setting of a dotted name; None where there is no such setting, or anything may stand."""
+    keys, hint = name.split("."), settings_class
+    for place, key in enumerate(keys):
+        hint = value_types(hint, ".".join(keys[:place])).get(key)
+    return hint
+
+
+def keep_texts(node: yaml.Node, hint: Any, name: str = "") -> yaml.Node:
+    """The nodes of a value of an annotated type, or of a section, the texts in it as they were typed."""
+    if isinstance(node, yaml.MappingNode):
+        types = value_types(hint, name)
+        pairs = []
+        for key, value in node.value:
+            if key.tag == MERGE:
+                pairs.append((key, keep_texts(value, hint, name)))
+            else:
+                pairs.append((key, keep_texts(value, types.get(key.value), f"{name}.{key.value}".lstrip("."))))
+        return yaml.MappingNode(node.tag, pairs)
+    if isinstance(node, yaml.SequenceNode):
+        item_hint = next(iter(get_args(hint)), hint)
+        return yaml.SequenceNode(node.tag, [keep_texts(item, item_hint, name) for item in node.value])
+    return as_typed(node) if is_text(hint) and node.tag != NULL else node
+
+
+def value_types(owner: Any, section: str) -> dict[str, Any]:
+    """Annotated types of a section's keys: a dataclass's fields, or arguments of the class that it is handed to."""
+    if is_dataclass(owner):
+        return get_type_hints(owner)
+    return get_type_hints(ARGUMENT_SECTIONS[section]) if section in ARGUMENT_SECTIONS else {}
 
 
 def load_data_settings(config: str | None, overrides: Sequence[str]) -> DataSettings:
@@ -330,7 +452,7 @@ def check_keys(values: Any, settings_class: type, origin: str) -> None:
             name = f"{prefix}{key}"
             if key not in keys:
                 # a slip of the pen, or the right key in the wrong section
-                everywhere = list(flatten(OmegaConf.to_container(OmegaConf.structured(defaults))))
+                everywhere = list(flatten(asdict(defaults)))
                 nearest = [f"{prefix}{match}" for match in difflib.get_close_matches(str(key), keys, n=1)]
                 nearest += [known for known in everywhere if known.split(".")[-1] == key]
                 nearest += difflib.get_close_matches(name, everywhere, n=1)
@@ -353,51 +475,26 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_ranges(settings: Any) -> None:
-    """Raises ValueError for numbers that no run can work with, before any work is done."""
-    positive = {
-        "loop": [
-            "max_steps",
-            "batch_size",
-            "device_batch_size",
-            "logging_steps",
-            "checkpointing_steps",
-            "peak_tflops",
-        ],
-        "model": ["sequence_length", "statistics_sequences"],
-        "optimizer": ["learning_rate", "initial_learning_rate", "max_grad_norm"],
-        "evaluation": ["num_sequences", "grid_size", "batch_size", "num_inference_steps", "judge_batch_size"],
-    }
-    not_negative = {
-        "loop": ["dataloader_workers"],
-        "optimizer": ["lr_warmup_steps", "lr_decay_steps", "weight_decay"],
-        "warmup": ["steps"],
-        "evaluation": ["every", "num_samples", "num_preview_samples"],
-    }
-    for names, bound, holds in (
-        (positive, "positive", lambda value: value > 0),
-        (not_negative, "0 or more", lambda value: value >= 0),
-    ):
-        for section, keys in names.items():
-            for key in keys:
-                value = getattr(getattr(settings, section, None), key, None)
-                if value is not None and not holds(value):
-                    raise ValueError(f"{section}.{key}={value} must be {bound}.")
-    if not hasattr(settings, "loop"):
-        return
-    decay, max_steps = settings.optimizer.lr_decay_steps, settings.loop.max_steps
-    if decay > max_steps:
-        raise ValueError(f"optimizer.lr_decay_steps={decay} is more than loop.max_steps={max_steps}.")
-    if settings.loop.mixed_precision not in ("no", "bf16"):
+def check_decay(optimizer: OptimizerSettings, loop: LoopSettings) -> None:
+    """Raises ValueError for a decay of the learning rate that is longer than the run."""
+    if optimizer.lr_decay_steps > loop.max_steps:
         raise ValueError(
-            f"loop.mixed_precision={settings.loop.mixed_precision!r} must be 'no' or 'bf16'; float16's range does not "
-            "hold the gradients of a loss whose scale the latents set."
+            f"optimizer.lr_decay_steps={optimizer.lr_decay_steps} is more than loop.max_steps={loop.max_steps}."
         )
 
 
 def to_yaml(settings: Any) -> str:
     """Settings as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.structured(settings))
+    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+
+
+def with_defaults(settings_class: type, sections: dict[str, Any]) -> dict[str, Any]:
+    """Saved sections of settings, and the default of each setting that was added later than they were saved."""
+    defaults = asdict(settings_class())
+    return defaults | {
+        key: defaults[key] | value if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        for key, value in sections.items()
+    }
 
 
 def differences(settings: Any, others: str) -> list[str]:
@@ -405,9 +502,8 @@ def differences(settings: Any, others: str) -> list[str]:
 
     A setting that the text does not have was added later than it was saved, and had its default then.
     """
-    mine, defaults = (OmegaConf.to_container(OmegaConf.structured(one)) for one in (settings, type(settings)()))
-    theirs = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(defaults), OmegaConf.create(others)))
-    mine, theirs = flatten(mine), flatten(theirs)
+    mine = flatten(asdict(settings))
+    theirs = flatten(with_defaults(type(settings), yaml.safe_load(others)))
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 

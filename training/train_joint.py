@@ -5,8 +5,6 @@ accelerate launch training/train_joint.py --config training/configs/NAME.yaml [s
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -30,11 +28,12 @@ from launch import (
     fit_token_encoder,
     load_text,
     parse_arguments,
+    pipeline_folder,
     prepare_run,
     print_overview,
     speed_up,
 )
-from ldlm_hf import JointObjective, TangentScheduler, warmup_gate
+from ldlm_hf import JointObjective, TangentEulerMaruyamaScheduler, TangentScheduler, warmup_gate
 from ldlm_hf.objective.joint import systematic_sample
 from randomness import RowRandomness
 from settings import RunSettings, load_settings
@@ -150,10 +149,18 @@ class JointTask(Task):
         texts: list[str] = []
         pipeline = build_pipeline(snapshot, self.tokenizer)
         pipeline.set_progress_bar_config(disable=True)
-        if step < self.settings.loop.max_steps:
+        if step < self.settings.loop.max_steps and evaluation.num_preview_samples:
             sequences, texts = sample(pipeline, evaluation, evaluation.num_preview_samples, seed=0)
             results |= {f"samples/{name}": value for name, value in score(sequences).items()}
         return Evaluation(results, texts, grid)
+
+
+def expected_scheduler(settings: RunSettings) -> TangentScheduler:
+    """The trained pipeline's scheduler, with F(t) = t for what it will have learned of the times."""
+    scheduler = TangentEulerMaruyamaScheduler(**settings.model.scheduler)
+    if not settings.timestep_sampler.adaptive:
+        return scheduler
+    return TangentEulerMaruyamaScheduler.from_config(scheduler.config, timestep_cdf=[0.0, 1.0])
 
 
 def main() -> None:
@@ -175,7 +182,8 @@ def main() -> None:
         print_overview(settings, objective, length, accelerator)
         return
 
-    checkpoint, uploads = prepare_run(arguments, settings, accelerator)
+    scheduler = None if settings.stage == "autoencoder" else expected_scheduler(settings)
+    checkpoint, uploads = prepare_run(arguments, settings, accelerator, scheduler)
     corpora = load_text(settings.data, tokenizer, length, accelerator)
     if settings.stage == "diffusion":
         fit_latent_statistics(objective, corpora.train, settings, accelerator)
@@ -187,18 +195,24 @@ def main() -> None:
     held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
     task = JointTask(objective, settings, tokenizer, held_out, accelerator.device)
     loop = build_loop(task, corpora.train, length, settings, accelerator, arguments, checkpoint, uploads)
-    evaluation = loop.run()
+    folder = pipeline_folder(settings)
+    is_whole = objective.transformer is not None and objective.token_decoder is not None
+
+    def save(snapshot: JointObjective) -> None:
+        if snapshot.transformer is not None:
+            snapshot.scheduler = task.with_timestep_cdf(snapshot.scheduler)
+        if is_whole:
+            build_pipeline(snapshot, tokenizer).save_pretrained(folder)
+        else:
+            save_components(snapshot, tokenizer, folder)
+
+    evaluation = loop.run(save)
     if evaluation is None or not accelerator.is_main_process:
         return
-    if objective.transformer is not None:
-        loop.snapshot.scheduler = task.with_timestep_cdf(loop.snapshot.scheduler)
-    if objective.transformer is not None and objective.token_decoder is not None:
+    if is_whole:
         pipeline = build_pipeline(loop.snapshot, tokenizer)
         finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
-        return
-    folder = f"{settings.loop.output_dir}/pipeline"
-    save_components(loop.snapshot, tokenizer, Path(folder))
-    if objective.transformer is None:
+    elif objective.transformer is None:
         print(
             f"Trained an autoencoder. To train its denoiser, run this script with stage=diffusion components={folder}"
         )

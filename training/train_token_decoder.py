@@ -25,6 +25,7 @@ from launch import (
     finish_run,
     load_text,
     parse_arguments,
+    pipeline_folder,
     prepare_run,
     print_overview,
     speed_up,
@@ -38,6 +39,7 @@ from ldlm_hf import (
     LDLMTokenDecoderConfig,
     LDLMTokenEncoder,
 )
+from ldlm_hf.hub.safe_loading import check_settings
 from ldlm_hf.objective.joint import layers_to_shard, token_cross_entropy
 from randomness import RowRandomness
 from settings import (
@@ -45,6 +47,7 @@ from settings import (
     EvaluationSettings,
     LoopSettings,
     OptimizerSettings,
+    check_decay,
     load_settings,
 )
 from task import Evaluation, StepLosses, Task
@@ -83,8 +86,8 @@ class TokenDecoderSettings:
     def __post_init__(self) -> None:
         if self.reads not in READS:
             raise ValueError(f"reads={self.reads!r} is unknown; it is one of {', '.join(READS)}.")
-        if not self.decoder_noise >= 0:
-            raise ValueError(f"decoder_noise={self.decoder_noise} must not be negative.")
+        check_settings(type(self).__init__, vars(self), decoder_noise="[0, inf)")
+        check_decay(self.optimizer, self.loop)
 
 
 ARGUMENT_SECTIONS["token_decoder"] = LDLMTokenDecoderConfig.__init__
@@ -196,25 +199,30 @@ def main() -> None:
     if arguments.dry_run:
         return
 
-    checkpoint, uploads = prepare_run(arguments, settings, accelerator)
+    # what the pipeline has beside what is trained
+    transformer, scheduler = (load_part(settings.components, name) for name in ("transformer", "scheduler"))
+    checkpoint, uploads = prepare_run(arguments, settings, accelerator, scheduler)
     tokenizer = AutoTokenizer.from_pretrained(settings.components, subfolder="tokenizer")
     corpora = load_text(settings.data, tokenizer, sequence_length, accelerator)
     held_out = held_out_sequences(corpora.validation, settings.evaluation.num_sequences)
     task = TokenDecoderTask(objective, held_out, settings.evaluation.batch_size, accelerator.device)
     loop = build_loop(task, corpora.train, sequence_length, settings, accelerator, arguments, checkpoint, uploads)
-    evaluation = loop.run()
-    if evaluation is not None and accelerator.is_main_process:
-        snapshot = loop.snapshot.eval()
-        pipeline = LDLMPipeline(
-            transformer=load_part(settings.components, "transformer"),
+
+    def pipeline(snapshot: TokenDecoderObjective) -> LDLMPipeline:
+        return LDLMPipeline(
+            transformer=transformer,
             latent_decoder=snapshot.latent_decoder,
             token_decoder=snapshot.token_decoder,
             tokenizer=tokenizer,
-            scheduler=load_part(settings.components, "scheduler"),
+            scheduler=scheduler,
             token_encoder=snapshot.token_encoder,
             latent_encoder=snapshot.latent_encoder,
         ).to(accelerator.device)
-        finish_run(pipeline, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
+
+    evaluation = loop.run(save=lambda snapshot: pipeline(snapshot).save_pretrained(pipeline_folder(settings)))
+    if evaluation is not None and accelerator.is_main_process:
+        trained = pipeline(loop.snapshot)
+        finish_run(trained, corpora.validation, settings, evaluation, loop.seconds, arguments, uploads)
 
 
 if __name__ == "__main__":

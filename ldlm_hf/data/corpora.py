@@ -59,7 +59,7 @@ def load_corpora(
         ValueError, OSError: a wrong setting, an unreadable or unfit corpus, a part with fewer tokens than one chunk.
             The message names the setting, its value and the remedy.
     """
-    settings.validate()
+    settings.check_source()
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank}, world_size={world_size}: a rank is at least 0 and below world_size.")
     encoder, layout = _encoder_and_layout(settings, tokenizer, sequence_length)
@@ -88,7 +88,7 @@ def load_held_out(
     Raises:
         ValueError, OSError: as `load_corpora`; and the settings hold no text out.
     """
-    settings.validate()
+    settings.check_source()
     encoder, layout = _encoder_and_layout(settings, tokenizer, sequence_length)
     if settings.validation_split is None and not settings.holds_out:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..hub.safe_loading import check_settings
 from .detokenizers import DETOKENIZERS
 
 
@@ -74,27 +75,25 @@ class DataSettings:
         """Whether documents of the train split are set aside."""
         return self.holdout_documents > 0 or self.holdout_fraction > 0.0
 
-    def validate(self) -> None:
-        """Raises ValueError for a setting that is wrong whatever the corpus holds. `load_corpora` calls it first."""
-        if not isinstance(self.source, str) or not self.source.strip():
+    def check_source(self) -> None:
+        """Raises ValueError where no corpus is named. `load_corpora` calls it first."""
+        if not self.source.strip():
             raise ValueError(
                 f"source={self.source!r}: no corpus is named. Give a Hub dataset id, or a file, glob pattern or "
                 "folder."
             )
-        for name, minimum, optional in (
-            ("holdout_documents", 0, False),
-            ("max_validation_documents", 1, True),
-            ("shuffle_buffer", 0, False),
-            ("num_proc", 1, True),
-            ("seed", 0, False),
-        ):
-            value = getattr(self, name)
-            if optional and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name}={value!r}: give a whole number of at least {minimum}.")
-        if not isinstance(self.holdout_fraction, (int, float)) or not 0.0 <= self.holdout_fraction < 1.0:
-            raise ValueError(f"holdout_fraction={self.holdout_fraction!r}: give a share of the documents in [0, 1).")
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            holdout_documents="[0, inf)",
+            holdout_fraction="[0, 1)",
+            max_validation_documents="[1, inf)",
+            shuffle_buffer="[0, inf)",
+            num_proc="[1, inf)",
+            seed="[0, inf)",
+        )
         if self.holdout_selection not in HOLDOUT_SELECTIONS:
             raise ValueError(
                 f"holdout_selection={self.holdout_selection!r} is unknown: choose from {list(HOLDOUT_SELECTIONS)}."

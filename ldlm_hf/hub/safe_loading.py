@@ -114,12 +114,14 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
             yield from nested_settings(value, name, depth + 1)
 
 
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]) -> None:
-    """Raises ValueError where a value has not the type that the constructor declares, or is no finite number.
+def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
+    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
+    outside of its range.
 
     Args:
         constructor: an `__init__` with annotated parameters.
-        settings: its arguments by name, as `locals()` gives them at its beginning.
+        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
     """
     if "num_labels" in settings.get("kwargs", {}):
         raise ValueError("num_labels: no model of this package has labels; leave it out.")
@@ -127,6 +129,17 @@ def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]
         if name in settings and not has_type(settings[name], hint):
             expected = getattr(hint, "__name__", str(hint))
             raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
+    for name, interval in ranges.items():
+        if settings[name] is not None and not lies_in(settings[name], interval):
+            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
+
+
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval, whose round brackets leave its end out."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (value > low or (interval[0] == "[" and value == low)) and (
+        value < high or (interval[-1] == "]" and value == high)
+    )
 
 
 def has_type(value: Any, hint: Any) -> bool:

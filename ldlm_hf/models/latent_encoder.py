@@ -61,7 +61,19 @@ class LDLMLatentConfig(PretrainedConfig):
         standardize_latents: bool = False,
         **kwargs: Any,
     ):
-        check_settings(LDLMLatentConfig.__init__, locals())
+        check_settings(
+            LDLMLatentConfig.__init__,
+            locals(),
+            hidden_size="[1, inf)",
+            num_hidden_layers="[1, inf)",
+            num_attention_heads="[1, inf)",
+            intermediate_size="[1, inf)",
+            sequence_length="[1, inf)",
+            num_latents="[1, inf)",
+            latent_size="[1, inf)",
+            token_hidden_size="[1, inf)",
+            initializer_range="[0, inf)",
+        )
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture={architecture!r} is unknown; it is one of {', '.join(ARCHITECTURES)}.")
         if architecture != "perceiver" and num_latents != sequence_length:
@@ -92,7 +104,7 @@ class LDLMLatentConfig(PretrainedConfig):
 
 def check_attention_heads(hidden_size: int, num_attention_heads: int) -> None:
     """Raises ValueError unless the width splits evenly into the heads."""
-    if num_attention_heads < 1 or hidden_size % num_attention_heads:
+    if hidden_size % num_attention_heads:
         raise ValueError(f"num_attention_heads={num_attention_heads} must divide hidden_size={hidden_size}.")
 
 

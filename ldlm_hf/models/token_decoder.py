@@ -46,10 +46,18 @@ class LDLMTokenDecoderConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ):
-        check_settings(LDLMTokenDecoderConfig.__init__, locals())
+        check_settings(
+            LDLMTokenDecoderConfig.__init__,
+            locals(),
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            num_hidden_layers="[0, inf)",
+            num_attention_heads="[1, inf)",
+            intermediate_size="[1, inf)",
+            token_hidden_size="[1, inf)",
+            initializer_range="[0, inf)",
+        )
         check_attention_heads(hidden_size, num_attention_heads)
-        if num_hidden_layers < 0:
-            raise ValueError(f"num_hidden_layers={num_hidden_layers} must be 0 (the head alone) or more.")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers

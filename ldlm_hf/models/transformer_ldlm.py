@@ -77,7 +77,17 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self_conditioning: bool = True,
         next_timestep_conditioning: bool = False,
     ):
-        check_settings(LDLMTransformer1DModel.__init__, locals())
+        check_settings(
+            LDLMTransformer1DModel.__init__,
+            locals(),
+            in_channels="[1, inf)",
+            num_layers="[1, inf)",
+            num_attention_heads="[1, inf)",
+            attention_head_dim="[1, inf)",
+            sample_size="[1, inf)",
+            mlp_ratio="(0, inf)",
+            frequency_embedding_size="[1, inf)",
+        )
         super().__init__()
         width = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(2 * in_channels, width)

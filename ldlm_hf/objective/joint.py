@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from ..hub.safe_loading import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -69,17 +70,20 @@ class JointObjectiveSettings:
             raise ValueError(
                 f"reconstruction={self.reconstruction!r} is unknown; it is one of {', '.join(RECONSTRUCTION_LOSSES)}."
             )
-        for name in ("decoder_noise", "diffusion_weight", "hidden_weight", "token_weight"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be a finite number that is not negative.")
-        for name in ("self_conditioning_probability", "token_masking", "feature_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
-        if not 0 <= self.latent_dropout < 1:
-            raise ValueError(f"latent_dropout={self.latent_dropout} must lie in [0, 1).")
-        if not 0 < self.token_share <= 1:
-            raise ValueError(f"token_share={self.token_share} must lie in (0, 1].")
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            decoder_noise="[0, inf)",
+            self_conditioning_probability="[0, 1]",
+            diffusion_weight="[0, inf)",
+            hidden_weight="[0, inf)",
+            token_weight="[0, inf)",
+            token_share="(0, 1]",
+            token_masking="[0, 1]",
+            mask_token_id="[0, inf)",
+            feature_noise="[0, 1]",
+            latent_dropout="[0, 1)",
+        )
 
 
 @dataclass

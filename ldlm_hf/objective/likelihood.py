@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..hub.safe_loading import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -37,7 +38,8 @@ class LikelihoodSettings:
     """What A.1 leaves open, and the bound depends on.
 
     Attributes:
-        encoder_noise: s_enc of the relaxed encoder q(z|w) = N(E(h), s_enc^2 I) (Eq. 7).
+        encoder_noise: s_enc of the relaxed encoder q(z|w) = N(E(h), s_enc^2 I) (Eq. 7); positive, since without noise
+            the encoder's divergence from any continuous prior is infinite (Eq. 6).
         decoder_noise: delta of the corruption r(z~|z) = N(z, delta^2 I) (Eq. 8).
         hidden_noise: s_dec of p(h|z~) = N(D(z~), s_dec^2 I) (Eq. 9); None leaves the hidden states out, for the bound
             on the tokens alone.
@@ -57,21 +59,15 @@ class LikelihoodSettings:
     self_conditioning: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.encoder_noise < math.inf:
-            raise ValueError(
-                f"encoder_noise={self.encoder_noise} must be positive and finite: without noise the encoder's "
-                "divergence from any continuous prior is infinite (Eq. 6)."
-            )
-        if not 0 <= self.decoder_noise < math.inf:
-            raise ValueError(f"decoder_noise={self.decoder_noise} must be a finite number that is not negative.")
-        if self.hidden_noise is not None and not 0 < self.hidden_noise < math.inf:
-            raise ValueError(
-                f"hidden_noise={self.hidden_noise} must be positive and finite: it is a Gaussian's width."
-            )
-        if not 0 <= self.end_time < 1:
-            raise ValueError(f"end_time={self.end_time} must lie in [0, 1).")
-        if not 0 <= self.latent_noise < math.inf:
-            raise ValueError(f"latent_noise={self.latent_noise} must be a finite number that is not negative.")
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            encoder_noise="(0, inf)",
+            decoder_noise="[0, inf)",
+            hidden_noise="(0, inf)",
+            end_time="[0, 1)",
+            latent_noise="[0, inf)",
+        )
 
 
 def gaussian_draw(mean: torch.Tensor, std: float, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -7,17 +7,20 @@ from typing import Any
 
 import torch
 
+from ..hub.safe_loading import check_settings
+
 
 @dataclass
 class TimestepSamplerSettings:
-    """Settings of the timestep sampler.
+    """Settings of the timestep sampler; ValueError for a number outside of its range.
 
     Attributes:
         adaptive: Eq. 5; False draws t uniformly.
         num_bins: equal bins that [0, 1] is divided into.
         ema_decay: decay of the running loss estimate, for each optimiser step.
         update_every: optimiser steps between two refreshes of the probabilities.
-        floor: added to every bin's probability before normalising, so that none starves.
+        floor: added to every bin's probability before normalising, so that none starves; with 0 a bin whose loss has
+            no slope would never be drawn again.
         uniform_share: share of the draws that stay uniform (0: none, as in the paper; ours). In a small run the loss
             changes faster than a bin that is hardly drawn is seen again: the denoiser forgets it, its loss rises above
             that of later times, and Eq. 5 then never draws it.
@@ -29,6 +32,17 @@ class TimestepSamplerSettings:
     update_every: int = 5000
     floor: float = 1e-6
     uniform_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            num_bins="[1, inf)",
+            ema_decay="[0, 1)",
+            update_every="[1, inf)",
+            floor="(0, inf)",
+            uniform_share="[0, 1]",
+        )
 
     def build(self) -> AdaptiveTimestepSampler | UniformTimestepSampler:
         """The sampler that these settings describe."""
@@ -109,14 +123,7 @@ class AdaptiveTimestepSampler:
         floor: float = 1e-6,
         uniform_share: float = 0.0,
     ):
-        if num_bins < 1 or update_every < 1:
-            raise ValueError(f"num_bins={num_bins} and update_every={update_every} must be at least 1.")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay={ema_decay} must lie in [0, 1).")
-        if not floor > 0:
-            raise ValueError(f"floor={floor} must be positive, or a bin with no slope would never be drawn again.")
-        if not 0 <= uniform_share <= 1:
-            raise ValueError(f"uniform_share={uniform_share} must lie in [0, 1].")
+        TimestepSamplerSettings(True, num_bins, ema_decay, update_every, floor, uniform_share)  # checks the ranges
         self.num_bins = num_bins
         self.ema_decay = ema_decay
         self.update_every = update_every

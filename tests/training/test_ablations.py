@@ -181,7 +181,7 @@ def plan_of(base: str, scale: float = 1.0, *overrides: str, config: Path = SHIPP
 def tiny_config(tiny_overrides: list[str], backbone_folders: dict[str, Path], tiny_tokenizer, tmp_path: Path) -> Path:
     """The shipped rows and tables, with a base `tiny` whose runs take a second."""
     tiny_tokenizer.save_pretrained(backbone_folders["bert"])
-    OmegaConf.save(OmegaConf.from_dotlist(tiny_overrides), tmp_path / "tiny.yaml")
+    (tmp_path / "tiny.yaml").write_text(to_yaml(load_settings(RunSettings, None, tiny_overrides)), encoding="utf-8")
     loaded: Any = OmegaConf.to_container(OmegaConf.load(SHIPPED))
     for base in loaded["bases"].values():
         base.update({key: str(SHIPPED.parent / base[key]) for key in ("config", "accelerate")})
@@ -426,6 +426,23 @@ def test_factors_are_exact_and_keep_whole_numbers_whole(value: float, factor: fl
     result = times(value, factor)
     assert result == product
     assert type(result) is type(value)
+
+
+def test_texts_of_overrides_are_as_they_were_typed(tmp_path: Path) -> None:
+    file = tmp_path / "ablations.yaml"
+    file.write_text(
+        f"""
+        bases:
+          tiny: {{config: {SHIPPED.parent / "demo.yaml"}, overrides: {{data.config_name: no, data.revision: 0012345}}}}
+        rows:
+          default: {{overrides: {{data.text_column: 2018_05, loop.max_steps: 2_000, model.tokenizer: null}}}}
+        """,
+        encoding="utf-8",
+    )
+    settings = plan_of("tiny", config=file).run("default", 0).settings
+    data = settings.data
+    assert (data.config_name, data.revision, data.text_column) == ("no", "0012345", "2018_05")
+    assert (settings.loop.max_steps, settings.model.tokenizer) == (2000, None)
 
 
 def test_overrides_change_the_base_and_rows_win_over_them() -> None:

@@ -29,6 +29,14 @@ def test_oldest_are_removed_beyond_the_limit(tmp_path: Path) -> None:
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
 
 
+def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    # a run that was taken back to step 5
+    assert write(tmp_path, 8, limit=1).is_dir()
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-10", "checkpoint-15"]
+
+
 def test_latest_is_the_highest_step(tmp_path: Path) -> None:
     assert resolve_checkpoint(tmp_path, "latest") is None
     for step in (9, 10):

@@ -161,7 +161,7 @@ def test_times_of_a_progressive_student_are_its_grid() -> None:
 
 def test_the_shipped_configuration_loads(repository: Path) -> None:
     settings = load_settings(DistillationSettings, str(repository / "training/configs/demo_flow_map.yaml"), [])
-    settings.data.validate()
+    assert settings.data.source
     assert (settings.method, settings.evaluation.num_inference_steps) == ("flow_map", 4)
 
 
@@ -169,10 +169,10 @@ def test_the_shipped_configuration_loads(repository: Path) -> None:
     ("overrides", "message"),
     [
         (["method=shortcut"], "method='shortcut' is unknown; it is one of flow_map, progressive"),
-        (["self_condition_scale=-1"], "self_condition_scale=-1.0 must not be negative"),
-        (["num_steps=0"], "num_steps=0 must be at least 1"),
+        (["self_condition_scale=-1"], r"self_condition_scale=-1.0 must lie in \[0, inf\)"),
+        (["num_steps=0"], r"num_steps=0 must lie in \[1, inf\)"),
         (["diagonal_share=1.0"], "diagonal_share=1.0"),
-        (["components=''"], "components='' names no teacher"),
+        (["components="], "components='' names no teacher"),
         (["time_grid=learned"], "this one has none"),
     ],
 )

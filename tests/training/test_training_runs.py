@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from torch import nn
 
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from flops import DevicePeak, PassFlops, RunEstimate
+from launch import check_sharding
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
 from loop import TrainingLoop, learning_rate_at, split_batch
 from randomness import RowRandomness
@@ -156,6 +159,26 @@ def test_folder_of_another_run_is_refused(run_script: Run, tiny_overrides: list[
     assert len(losses(tmp_path / "run")) == 4
 
 
+def test_latest_starts_a_run_and_refuses_one_that_lost_its_checkpoints(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    latest = [*tiny_overrides, "loop.max_steps=1", "evaluation.num_samples=0", "--resume_from_checkpoint", "latest"]
+    run_script("train_joint", *latest)
+    shutil.rmtree(tmp_path / "run/checkpoint-1")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(
+        OSError, match=r"run holds a run that has taken steps, and no checkpoint.*--overwrite_output_d"
+    ):
+        run_script("train_joint", *latest)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    # killed before its first step
+    (tmp_path / "run/metrics.jsonl").unlink()
+    run_script("train_joint", *latest)
+    shutil.rmtree(tmp_path / "run/checkpoint-1")
+    run_script("train_joint", *latest, "--overwrite_output_dir")
+    assert (tmp_path / "run/checkpoint-1").is_dir()
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -169,6 +192,11 @@ def test_folder_of_another_run_is_refused(run_script: Run, tiny_overrides: list[
         ("evaluation.judge=./no-such-judge", "evaluation.judge='./no-such-judge' cannot be loaded"),
         ("evaluation.judge=package:no_such_package/judge.gguf", "not installed"),
         ("loop.device_batch_size=3", "does not divide"),
+        (
+            "evaluation.sampler=TangentDDIMScheduler:eta=2.0",
+            "evaluation.sampler='TangentDDIMScheduler:eta=2.0'.*eta=2",
+        ),
+        ("evaluation.sampler=TangentDDIMScheduler:time_grid=no", "time_grid='no' must be one of"),
     ],
 )
 def test_bad_runs_stop_before_any_work(
@@ -177,6 +205,100 @@ def test_bad_runs_stop_before_any_work(
     with pytest.raises((ValueError, OSError), match=expected):
         run_script("train_joint", *tiny_overrides, override)
     assert not list((tmp_path).glob("run/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "_STEPS=8.*unset it.*loop.device_batch_size"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "_BACKEND=EAGER.*leave that out.*loop.compile=true"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision=bf16.*set the precision in loop.mixed_precision"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision=fp8.*set the precision in loop.mixed_precision"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "parallelism_config.*leave that out"),
+    ],
+)
+def test_launchers_that_change_a_run_behind_its_settings_are_refused(
+    run_script: Run,
+    tiny_overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=remedy):
+        run_script("train_joint", *tiny_overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version=1: set 2"),
+        ({"activation_checkpointing": True}, "loop.gradient_checkpointing=true"),
+    ],
+)
+def test_kinds_of_fsdp_that_change_the_weights_are_refused(changes: dict[str, Any], remedy: str) -> None:
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2} | changes)
+    with pytest.raises(ValueError, match=remedy):
+        check_sharding(plugin)
+    check_sharding(FullyShardedDataParallelPlugin(fsdp_version=2))
+
+
+def test_a_launch_file_leaves_the_precision_to_the_settings(repository: Path) -> None:
+    for file in (repository / "training/accelerate").glob("*.yaml"):
+        assert yaml.safe_load(file.read_text(encoding="utf-8"))["mixed_precision"] == "no"
+
+
+def test_a_sampler_that_takes_more_steps_is_refused_before_any_work(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    settings = ["evaluation.sampler=TangentDPMSolverMultistepScheduler", "evaluation.num_inference_steps=1"]
+    with pytest.raises(ValueError, match="evaluation.num_inference_steps=1: .*solver_order=2"):
+        run_script("train_joint", *tiny_overrides, *settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_pipeline_is_saved_before_what_may_fail(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    # more edges than times are seen in so short a run, so that none are learned
+    settings = ["timestep_sampler.num_bins=1000", "evaluation.sampler=TangentDDIMScheduler:time_grid=learned"]
+    with pytest.raises(ValueError, match="this one has none"):
+        run_script("train_joint", *tiny_overrides, *settings)
+    pipe = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert type(pipe.scheduler) is TangentEulerMaruyamaScheduler
+    # nothing can be written where the final samples should go
+    blocked = tmp_path / "blocked"
+    (blocked / "samples.md").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        run_script("train_joint", *tiny_overrides, f"loop.output_dir={blocked}")
+    assert LDLMPipeline.from_pretrained(blocked / "pipeline")(num_inference_steps=2).texts
+
+
+def test_no_previews_are_sampled_where_none_are_asked_for(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    run_script("train_joint", *tiny_overrides, "evaluation.every=2", "evaluation.num_preview_samples=0")
+    assert not (tmp_path / "run" / "samples-2.md").exists()
+
+
+def test_components_without_a_denoiser_are_refused_before_a_token_decoder_is_trained(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    run_script("train_joint", *tiny_overrides, "stage=autoencoder", "loop.max_steps=1")
+    after = [item for item in tiny_overrides if item.split(".")[0] in ("data", "optimizer", "loop", "evaluation")]
+    layers = "num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48"
+    with pytest.raises(OSError, match="transformer"):
+        run_script(
+            "train_token_decoder",
+            *after,
+            f"components={tmp_path / 'run' / 'pipeline'}",
+            f"token_decoder={{hidden_size: 24, {layers}}}",
+            f"loop.output_dir={tmp_path / 'decoder'}",
+        )
+    assert not (tmp_path / "decoder").exists()
 
 
 @pytest.mark.parametrize(

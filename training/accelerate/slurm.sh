@@ -25,7 +25,8 @@ done
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
-# a job that was queued again goes on from its newest checkpoint; `latest` starts anew where there is none
+# a job that was queued again goes on from its newest checkpoint, and the first one starts the run. One that died after
+# its first steps and before its first checkpoint is an error: give --overwrite_output_dir, too, to start anew then
 srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     exec python training/train_joint.py --resume_from_checkpoint latest --config "$@"
