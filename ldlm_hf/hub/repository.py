@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .remote_code import class_source
+from .safe_loading import weights_patterns
 
 
 # see ldlm_hf/hub/remote_code.py for why these names are a format
@@ -89,6 +92,16 @@ def keep_card(folder: str | os.PathLike, loaded_from: str | os.PathLike | None) 
     """Copies the card of the folder that a pipeline was loaded from, unless the new folder has one."""
     if loaded_from is not None and (Path(loaded_from) / CARD).is_file() and not (Path(folder) / CARD).exists():
         shutil.copyfile(Path(loaded_from) / CARD, Path(folder) / CARD)
+
+
+def superseded_weights(components: Iterable[str], variant: str | None) -> list[str]:
+    """Patterns of the files of a repository that the weights of a pipeline's components take the place of."""
+    patterns = [
+        pattern
+        for weights_name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
+        for pattern in weights_patterns(weights_name, variant)
+    ]
+    return [f"{name}/{pattern}" for name in components for pattern in patterns]
 
 
 def upload_repository(

@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
-from ..hub.repository import keep_card, upload_repository, write_repository_code
+from ..hub.repository import keep_card, superseded_weights, upload_repository, write_repository_code
 from ..hub.safe_loading import check_model_index
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
@@ -181,6 +181,9 @@ class LDLMPipeline(DiffusionPipeline):
         with `trust_remote_code=True` where `ldlm_hf` is not installed: with its code, and with the model card of the
         folder that the pipeline was loaded from, unless it has a card already.
 
+        Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
+        one file or several; those of other variants stay.
+
         Args:
             push_to_hub: upload the folder, as it is then.
             kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
@@ -197,7 +200,8 @@ class LDLMPipeline(DiffusionPipeline):
         keep_card(save_directory, self.config.get("_name_or_path"))
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            upload_repository(save_directory, repo_id, **kwargs)
+            stale = superseded_weights(self.components, variant)
+            upload_repository(save_directory, repo_id, delete_patterns=stale, **kwargs)
 
     def push_to_hub(
         self,
@@ -211,7 +215,8 @@ class LDLMPipeline(DiffusionPipeline):
         max_shard_size: int | str | None = None,
         revision: str | None = None,
     ) -> CommitInfo:
-        """Uploads the pipeline to the Hub, with its code and its model card.
+        """Uploads the pipeline to the Hub, with its code and its model card, in place of weights of the same variant
+        that the repository holds already.
 
         Args:
             repo_id: "organisation/name", or a name in one's own namespace; created if it does not exist.
@@ -237,6 +242,7 @@ class LDLMPipeline(DiffusionPipeline):
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
+                delete_patterns=superseded_weights(self.components, variant),
             )
 
     @property
