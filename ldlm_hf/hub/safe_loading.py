@@ -146,7 +146,7 @@ def has_type(value: Any, hint: Any) -> bool:
 
 
 def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each component is one of the pipeline's own, of the class that its constructor names.
+    """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
 
     Args:
         pipeline_class: class whose constructor's annotations name the classes of components.
@@ -160,23 +160,45 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
             raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
             raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")
-        annotation = str(parameters[name].annotation)
         library, class_name = entry
         if library is None and class_name is None:
             continue
-        if library == COMPONENT_LIBRARY:
-            allowed = class_name != "None" and class_name in re.findall(r"\w+", annotation)
-        elif library == "diffusers":
-            # of its own classes those only that the annotation names
-            allowed = class_name in re.findall(r"\w+", annotation) and is_scheduler(class_name)
-        else:
-            allowed = name == "tokenizer" and library == "transformers" and is_tokenizer(class_name)
-        if not allowed:
+        annotation = str(parameters[name].annotation)
+        if not is_loaded(annotation, library, class_name):
             raise ValueError(
                 f"model_index.json: {name}={reprlib.repr(entry)} is not what {pipeline_class.__name__} loads as its "
                 f"{name}, {annotation}. Load a component of another class yourself, and give all components to the "
                 "constructor."
             )
+
+
+def is_loaded(annotation: str, library: Any, class_name: Any) -> bool:
+    """Whether a class of a library is loaded as a component whose parameter in the constructor is so annotated."""
+    classes = re.findall(r"\w+", annotation)
+    if library == COMPONENT_LIBRARY:
+        return class_name != "None" and class_name in classes
+    if library == "diffusers":
+        # of its own classes those only that the annotation names
+        return class_name in classes and is_scheduler(class_name)
+    return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
+
+
+def check_serialization(safe_serialization: bool, use_flashpack: bool) -> None:
+    """Raises ValueError where weights would be written in a form that is never loaded."""
+    if not safe_serialization or use_flashpack:
+        raise ValueError(
+            f"safe_serialization={safe_serialization}, use_flashpack={use_flashpack}: models of {COMPONENT_LIBRARY} "
+            "are loaded from safetensors only; leave both out."
+        )
+
+
+def check_adapters(name: str, model: nn.Module) -> None:
+    """Raises ValueError for a model that peft has wrapped, or put adapters into."""
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        raise ValueError(
+            f"{name} holds adapters of peft, which do not load with a model: merge them into it (`merge_and_unload()` "
+            "of the PeftModel returns the model), or save them alone by the PeftModel's own `save_pretrained`."
+        )
 
 
 def is_scheduler(class_name: Any) -> bool:
@@ -220,15 +242,23 @@ class SafeLoadingMixin:
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
+        safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
+        use_flashpack: bool = False,
         **kwargs: Any,
     ) -> None:
         """Saves a model into a folder, with the arguments of the base class's `save_pretrained`.
 
         Of a model that the folder holds already, the weights of the same variant go once the new ones are there,
         whether they are one file or several; everything else stays. Until then both take space.
+
+        Raises:
+            ValueError: what `from_pretrained` would refuse: `safe_serialization=False`, `use_flashpack=True`, or a
+                model with adapters of peft.
         """
+        check_serialization(safe_serialization, use_flashpack)
+        check_adapters(type(self).__name__, self)  # type: ignore[arg-type]
         if max_shard_size is not None:
             kwargs["max_shard_size"] = max_shard_size
         folder = Path(save_directory)

@@ -23,8 +23,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
-from ..hub.repository import keep_card, superseded_weights, upload_repository, write_repository_code
-from ..hub.safe_loading import check_model_index
+from ..hub.repository import (
+    check_saveable,
+    keep_card,
+    superseded_weights,
+    upload_repository,
+    write_repository_code,
+)
+from ..hub.safe_loading import check_model_index, check_serialization
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -188,14 +194,14 @@ class LDLMPipeline(DiffusionPipeline):
             push_to_hub: upload the folder, as it is then.
             kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
                 `create_pr` of the upload, as in [`~LDLMPipeline.push_to_hub`].
+
+        Raises:
+            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a component
+                with adapters of peft, or one of another class than those that the constructor names.
         """
-        super().save_pretrained(
-            save_directory,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            use_flashpack=use_flashpack,
-        )
+        check_serialization(safe_serialization, use_flashpack)
+        check_saveable(self)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         write_repository_code(self, save_directory)
         keep_card(save_directory, self.config.get("_name_or_path"))
         if push_to_hub:
@@ -224,7 +230,7 @@ class LDLMPipeline(DiffusionPipeline):
             private: whether a new repository is private; `None` is the organisation's default.
             token: of the Hub; `None` is the stored one.
             create_pr: open a pull request instead of committing.
-            safe_serialization: safetensors instead of pickles.
+            safe_serialization: only `True`, safetensors, since pickles are never loaded.
             variant: part of the weights' file names, such as `"fp16"` for a pipeline in half precision.
             max_shard_size: largest file of weights, such as `"5GB"`.
             revision: branch to commit to; created if it does not exist.

@@ -13,8 +13,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.nn.parallel import DataParallel
 
-from ldlm_hf import LDLMPipeline
+from ldlm_hf import LDLMPipeline, LDLMTransformer1DModel
 from loopback_hub import LoopbackHub
 
 
@@ -142,3 +143,70 @@ def test_a_mix_of_variants_is_refused(make_pipeline, tmp_path: Path, loader: typ
     loader.from_pretrained(tmp_path, variant="fp16")
     with pytest.raises(ValueError, match="variant=ema"):
         loader.from_pretrained(tmp_path, variant="ema")
+
+
+@pytest.mark.parametrize("form", [{"safe_serialization": False}, {"use_flashpack": True}])
+def test_weights_in_forms_that_are_never_loaded_are_not_written(make_pipeline, tmp_path: Path, form: dict[str, bool]):
+    pipe = make_pipeline()
+    for part in (pipe, *(getattr(pipe, component) for component in COMPONENTS)):
+        with pytest.raises(ValueError, match="safetensors only"):
+            part.save_pretrained(tmp_path / "saved", **form)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_pickles_are_not_pushed(make_pipeline, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="safetensors only"):
+        make_pipeline().push_to_hub("org/tiny", safe_serialization=False)
+
+
+TARGETS = {"transformer": ["proj_in", "proj_out"], "token_decoder": ["proj_in"]}
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_adapters_are_refused_until_they_are_merged(make_pipeline, tmp_path: Path, component: str, is_wrapped: bool):
+    """Whether the pipeline holds peft's wrapper, or the model that peft has put its layers into."""
+    peft = pytest.importorskip("peft")
+    pipe = make_pipeline()
+    model = getattr(pipe, component)
+    config = peft.LoraConfig(target_modules=TARGETS[component], init_lora_weights=False)
+    wrapper = peft.get_peft_model(model, config)
+    if is_wrapped:
+        setattr(pipe, component, wrapper)
+    else:
+        with pytest.raises(ValueError, match="adapters of peft"):
+            model.save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match=rf"{component} holds adapters of peft.*merge_and_unload"):
+        pipe.save_pretrained(tmp_path / "pipeline")
+    assert list(tmp_path.iterdir()) == []
+
+    expected = pipe(2, 3, generator=torch.Generator().manual_seed(0)).sequences
+    setattr(pipe, component, wrapper.merge_and_unload())
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = LDLMPipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(loaded(2, 3, generator=torch.Generator().manual_seed(0)).sequences, expected)
+
+
+def test_components_of_classes_that_do_not_load_again_are_refused(make_pipeline, tmp_path: Path):
+    class OwnTransformer(LDLMTransformer1DModel):
+        pass
+
+    pipe = make_pipeline()
+    given = pipe.transformer
+    for other in (DataParallel(given), OwnTransformer.from_config(given.config)):
+        pipe.transformer = other
+        with pytest.raises(ValueError, match=rf"transformer is a {type(other).__name__} .*LDLMTransformer1DModel"):
+            pipe.save_pretrained(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiled_component_is_saved_as_the_model_that_it_is(make_pipeline, tmp_path: Path):
+    pipe = make_pipeline()
+    expected = pipe.transformer.state_dict()
+    pipe.transformer = torch.compile(pipe.transformer)
+    pipe.save_pretrained(tmp_path)
+    loaded = LDLMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.transformer) is LDLMTransformer1DModel
+    torch.testing.assert_close(loaded.transformer.state_dict(), expected, rtol=0, atol=0)
