@@ -66,7 +66,7 @@ class Frame:
 
 
 class SharedPipeline:
-    """A pipeline that several visitors use, one at a time: pipeline and scheduler hold the state of a call.
+    """A pipeline that several visitors use, one at a time: each has the whole machine, and its speed is shown.
 
     Args:
         pipeline: where it lies, there it is used.

@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 import diffusers.pipelines
 import transformers
-from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 
 from .hub.repository import PIPELINE_MODULE
 from .hub.safe_loading import check_tokenizer, read_json
@@ -42,6 +42,10 @@ def require(owner: ModuleType | type, attribute: str) -> Any:
     return value
 
 
+# diffusers' own, which ours call for the pipelines of others
+IDENTIFY_MODEL_VARIANTS = require(pipeline_utils, "_identify_model_variants")
+
+
 def read_index(cls: type[diffusers.DiffusionPipeline], path: str | Path, **archive: Any) -> dict[str, Any]:
     """Reads a `model_index.json`; our pipeline is the installed class, even if the repository carries its code."""
     if any(archive.values()):  # diffusers before 0.42 also reads from DDUF archives
@@ -51,6 +55,17 @@ def read_index(cls: type[diffusers.DiffusionPipeline], path: str | Path, **archi
         index["_class_name"] = "LDLMPipeline"
         check_tokenizer(Path(path).parent / "tokenizer")
     return index
+
+
+def identify_model_variants(folder: str, variant: str | None, config: dict[str, Any]) -> dict[str, str]:
+    """The variant that each component of a pipeline is loaded in: for ours the one that is asked for.
+
+    diffusers would load the plain weights of those that lack it, without a word.
+    """
+    found = IDENTIFY_MODEL_VARIANTS(folder, variant, config)
+    if found and variant is not None and config["_class_name"] == "LDLMPipeline":
+        return {name: variant for name, entry in config.items() if isinstance(entry, (list, tuple))}
+    return found
 
 
 def register(package: ModuleType) -> None:
@@ -63,7 +78,8 @@ def register(package: ModuleType) -> None:
        `scheduler.compatibles` look their names up there.
     4. `DiffusionPipeline._dict_from_json_file`: the installed pipeline wins over code in a repository, as its
        components do.
-    5. The Auto classes of transformers.
+    5. `pipeline_utils._identify_model_variants`: no mix of variants of one of our pipelines is loaded.
+    6. The Auto classes of transformers.
     """
     name = package.__name__
     loadable_classes = require(pipeline_loading_utils, "LOADABLE_CLASSES")
@@ -93,6 +109,7 @@ def register(package: ModuleType) -> None:
         setattr(diffusers, native_class.__name__, native_class)
     require(diffusers.DiffusionPipeline, "_dict_from_json_file")
     diffusers.DiffusionPipeline._dict_from_json_file = classmethod(read_index)
+    pipeline_utils._identify_model_variants = identify_model_variants
 
     from .models.latent_decoder import LDLMLatentDecoder
     from .models.latent_encoder import LDLMLatentEncoder

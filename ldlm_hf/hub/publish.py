@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,13 +28,12 @@ from safetensors.torch import load_file
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .remote_code import PACKAGE
 from .repository import CARD, IGNORED_FILES, upload_repository, write_repository_code
+from .safe_loading import SafeLoadingMixin, find_weights, replace_weights
 
 
 logger = logging.get_logger(__name__)
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# weights of diffusers' and of transformers' models, whole or in shards, without a variant
-WEIGHTS_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
 WEIGHTS_PATTERNS = ["*.safetensors", "*.safetensors.index*.json"]
 
 # what sampling imports of the package's requirements
@@ -139,8 +137,9 @@ def prepare_repository(
     check_sampling(pipeline)
     write_repository_code(pipeline, folder)
     if max_shard_size is not None:
-        for name in pipeline.components:
-            shard_weights(folder / name, max_shard_size)
+        for name, component in pipeline.components.items():
+            if isinstance(component, SafeLoadingMixin):
+                shard_weights(folder / name, component.weights_name(), max_shard_size)
     if variant is not None:
         add_variant(folder, variant, max_shard_size)
 
@@ -177,21 +176,14 @@ def check_sampling(pipeline: LDLMPipeline) -> None:
     pipeline.decode(latents)
 
 
-def shard_weights(folder: Path, max_shard_size: int | str) -> None:
+def shard_weights(folder: Path, weights_name: str, max_shard_size: int | str) -> None:
     """Splits the weights of a component into files of a size; the old files go when the new ones are written."""
-    old = [path for path in folder.glob("*") if WEIGHTS_FILE.fullmatch(path.name)]
-    if not old:
-        return
-    stem = old[0].name.removesuffix(".safetensors").partition("-")[0]
-    state = {key: tensor for path in old for key, tensor in load_file(path).items()}
+    files = [path for path in find_weights(folder, weights_name, None) if path.suffix == ".safetensors"]
+    state = {key: tensor for path in files for key, tensor in load_file(path).items()}
+    pattern = weights_name.replace(".safetensors", "{suffix}.safetensors")
     with tempfile.TemporaryDirectory(dir=folder) as new:
-        save_torch_state_dict(
-            state, new, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
-        )
-        for path in [*old, folder / f"{stem}.safetensors.index.json"]:
-            path.unlink(missing_ok=True)
-        for path in Path(new).iterdir():
-            path.rename(folder / path.name)
+        save_torch_state_dict(state, new, filename_pattern=pattern, max_shard_size=max_shard_size)
+        replace_weights(Path(new), folder, weights_name, None)
 
 
 def add_variant(folder: Path, variant: str, max_shard_size: int | str | None) -> None:
@@ -204,10 +196,9 @@ def add_variant(folder: Path, variant: str, max_shard_size: int | str | None) ->
     with tempfile.TemporaryDirectory(dir=folder.parent) as saved:
         # the configurations name the type of the weights, and have to stay those of the full ones
         pipeline.save_pretrained(saved, variant=variant, max_shard_size=max_shard_size)
-        for stale in folder.glob(f"*/*.{variant}*"):
-            stale.unlink()
-        for path in Path(saved).glob(f"*/*.{variant}*"):
-            path.rename(folder / path.relative_to(saved))
+        for name, component in pipeline.components.items():
+            if isinstance(component, SafeLoadingMixin):
+                replace_weights(Path(saved, name), folder / name, component.weights_name(), variant)
 
 
 def space_files(repo_id: str, revision: str | None = None) -> dict[str, str]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .remote_code import class_source
+from .safe_loading import check_adapters, is_loaded, weights_patterns
 
 
 # see ldlm_hf/hub/remote_code.py for why these names are a format
@@ -41,9 +46,7 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
     def name_classes(index: dict[str, Any]) -> None:
         index.pop("_name_or_path", None)
         for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
-            component = getattr(pipeline, name, None)
-            # torch.compile wraps a module into another
-            component_class = type(getattr(component, "_orig_mod", component))
+            component_class = uncompiled_class(getattr(pipeline, name, None))
             if write_component_code(component_class, folder, name):
                 index[name] = [COMPONENT_MODULE, component_class.__name__]
             elif index[name][0] == COMPONENT_MODULE:
@@ -58,6 +61,31 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
             index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
 
     edit_json(folder / pipeline.config_name, name_classes)
+
+
+def check_saveable(pipeline: DiffusionPipeline) -> None:
+    """Raises ValueError for a component that would not be saved, or not load with the pipeline again."""
+    parameters = inspect.signature(type(pipeline).__init__).parameters
+    for name, component in pipeline.components.items():
+        if component is None:
+            continue
+        if isinstance(component, nn.Module):
+            check_adapters(name, component)
+        component_class = uncompiled_class(component)
+        is_ours = class_source(component_class) is not None
+        library = COMPONENT_MODULE if is_ours else component_class.__module__.partition(".")[0]
+        annotation = str(parameters[name].annotation)
+        if not is_loaded(annotation, library, component_class.__name__):
+            raise ValueError(
+                f"{name} is a {component_class.__name__} of {component_class.__module__}, which "
+                f"{type(pipeline).__name__} does not load as its {name}, {annotation}. Put the model of such a class "
+                f"in its place (of a wrapper, the model inside), or save the component alone and set {name}=None."
+            )
+
+
+def uncompiled_class(component: Any) -> type[Any]:
+    """The class of a component; torch.compile wraps a module into another."""
+    return type(getattr(component, "_orig_mod", component))
 
 
 def write_component_code(component_class: type[Any], folder: Path, name: str) -> bool:
@@ -89,6 +117,16 @@ def keep_card(folder: str | os.PathLike, loaded_from: str | os.PathLike | None) 
     """Copies the card of the folder that a pipeline was loaded from, unless the new folder has one."""
     if loaded_from is not None and (Path(loaded_from) / CARD).is_file() and not (Path(folder) / CARD).exists():
         shutil.copyfile(Path(loaded_from) / CARD, Path(folder) / CARD)
+
+
+def superseded_weights(components: Iterable[str], variant: str | None) -> list[str]:
+    """Patterns of the files of a repository that the weights of a pipeline's components take the place of."""
+    patterns = [
+        pattern
+        for weights_name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
+        for pattern in weights_patterns(weights_name, variant)
+    ]
+    return [f"{name}/{pattern}" for name in components for pattern in patterns]
 
 
 def upload_repository(

@@ -1,4 +1,5 @@
-"""Loading of what others have published, so that a repository can be wrong or hostile without doing harm.
+"""Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
+of what can be loaded so.
 
 By default diffusers and transformers unpickle weights where there are no safetensors, start missing tensors at random
 with a warning, and build whatever size a configuration asks for. Here
@@ -22,6 +23,7 @@ import math
 import os
 import re
 import reprlib
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -157,7 +159,7 @@ def has_type(value: Any, hint: Any) -> bool:
 
 
 def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each component is one of the pipeline's own, of the class that its constructor names.
+    """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
 
     Args:
         pipeline_class: class whose constructor's annotations name the classes of components.
@@ -171,23 +173,45 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
             raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
             raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")
-        annotation = str(parameters[name].annotation)
         library, class_name = entry
         if library is None and class_name is None:
             continue
-        if library == COMPONENT_LIBRARY:
-            allowed = class_name != "None" and class_name in re.findall(r"\w+", annotation)
-        elif library == "diffusers":
-            # of its own classes those only that the annotation names
-            allowed = class_name in re.findall(r"\w+", annotation) and is_scheduler(class_name)
-        else:
-            allowed = name == "tokenizer" and library == "transformers" and is_tokenizer(class_name)
-        if not allowed:
+        annotation = str(parameters[name].annotation)
+        if not is_loaded(annotation, library, class_name):
             raise ValueError(
                 f"model_index.json: {name}={reprlib.repr(entry)} is not what {pipeline_class.__name__} loads as its "
                 f"{name}, {annotation}. Load a component of another class yourself, and give all components to the "
                 "constructor."
             )
+
+
+def is_loaded(annotation: str, library: Any, class_name: Any) -> bool:
+    """Whether a class of a library is loaded as a component whose parameter in the constructor is so annotated."""
+    classes = re.findall(r"\w+", annotation)
+    if library == COMPONENT_LIBRARY:
+        return class_name != "None" and class_name in classes
+    if library == "diffusers":
+        # of its own classes those only that the annotation names
+        return class_name in classes and is_scheduler(class_name)
+    return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
+
+
+def check_serialization(safe_serialization: bool, use_flashpack: bool) -> None:
+    """Raises ValueError where weights would be written in a form that is never loaded."""
+    if not safe_serialization or use_flashpack:
+        raise ValueError(
+            f"safe_serialization={safe_serialization}, use_flashpack={use_flashpack}: models of {COMPONENT_LIBRARY} "
+            "are loaded from safetensors only; leave both out."
+        )
+
+
+def check_adapters(name: str, model: nn.Module) -> None:
+    """Raises ValueError for a model that peft has wrapped, or put adapters into."""
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        raise ValueError(
+            f"{name} holds adapters of peft, which do not load with a model: merge them into it (`merge_and_unload()` "
+            "of the PeftModel returns the model), or save them alone by the PeftModel's own `save_pretrained`."
+        )
 
 
 def is_scheduler(class_name: Any) -> bool:
@@ -218,7 +242,47 @@ def check_tokenizer(folder: Path) -> None:
 
 
 class SafeLoadingMixin:
-    """Makes `from_pretrained` of a model of diffusers or transformers safe; to stand before their base class."""
+    """Makes `from_pretrained` of a model of diffusers or transformers safe, and `save_pretrained` write what it loads;
+    to stand before their base class.
+    """
+
+    @classmethod
+    def weights_name(cls) -> str:
+        """Name of the weights file, if it is one and of no variant."""
+        return SAFETENSORS_WEIGHTS_NAME if issubclass(cls, ModelMixin) else SAFE_WEIGHTS_NAME
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves a model into a folder, with the arguments of the base class's `save_pretrained`.
+
+        Of a model that the folder holds already, the weights of the same variant go once the new ones are there,
+        whether they are one file or several; everything else stays. Until then both take space.
+
+        Raises:
+            ValueError: what `from_pretrained` would refuse: `safe_serialization=False`, `use_flashpack=True`, or a
+                model with adapters of peft.
+        """
+        check_serialization(safe_serialization, use_flashpack)
+        check_adapters(type(self).__name__, self)  # type: ignore[arg-type]
+        if max_shard_size is not None:
+            kwargs["max_shard_size"] = max_shard_size
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # the base class would remove shards of other variants, and not a single file, nor an index
+        with tempfile.TemporaryDirectory(dir=folder) as parent:
+            new = Path(parent, folder.resolve().name)  # by which `push_to_hub` names a repository
+            super().save_pretrained(str(new), is_main_process, variant=variant, **kwargs)  # type: ignore[misc]
+            replace_weights(new, folder, self.weights_name(), variant)
+            for path in new.iterdir():
+                path.replace(folder / path.name)
 
     @classmethod
     def from_pretrained(
@@ -239,8 +303,7 @@ class SafeLoadingMixin:
                 "use_safetensors=False asks for pickled weights, which can run any code; leave it out. Convert such "
                 "weights to safetensors where you can trust them."
             )
-        weights_name = SAFETENSORS_WEIGHTS_NAME if issubclass(cls, ModelMixin) else SAFE_WEIGHTS_NAME
-        variant = kwargs.get("variant")
+        weights_name, variant = cls.weights_name(), kwargs.get("variant")
         folder = resolve_folder(pretrained_model_name_or_path, weights_name, variant, kwargs)
         check_files(cls, folder, weights_name, variant, bool(kwargs.get("ignore_mismatched_sizes")))
 
@@ -256,6 +319,33 @@ class SafeLoadingMixin:
         return (model, info) if wants_info else model
 
 
+def weights_patterns(weights_name: str, variant: str | None) -> tuple[str, str, str]:
+    """Patterns of the names of a variant's weights: in one file, in several, and the index of these."""
+    stem, infix = weights_name.removesuffix(".safetensors"), "" if variant is None else f".{variant}"
+    digits = 5 * "[0-9]"
+    return (
+        f"{stem}{infix}.safetensors",
+        f"{stem}{infix}-{digits}-of-{digits}.safetensors",
+        f"{stem}.safetensors.index{infix}.json",
+    )
+
+
+def find_weights(folder: Path, weights_name: str, variant: str | None) -> list[Path]:
+    """The files of a variant's weights in a folder, and their index."""
+    return [path for pattern in weights_patterns(weights_name, variant) for path in folder.glob(pattern)]
+
+
+def replace_weights(new: Path, folder: Path, weights_name: str, variant: str | None) -> None:
+    """Moves a variant's weights from one folder to another, and removes those that they supersede there.
+
+    In a distributed run not every process has written weights.
+    """
+    moved = [path.replace(folder / path.name) for path in find_weights(new, weights_name, variant)]
+    if moved:
+        for path in set(find_weights(folder, weights_name, variant)) - set(moved):
+            path.unlink()
+
+
 def resolve_folder(
     name_or_path: str | os.PathLike[str], weights_name: str, variant: str | None, kwargs: dict[str, Any]
 ) -> Path:
@@ -269,13 +359,7 @@ def resolve_folder(
     if os.path.exists(name_or_path):
         raise ValueError(f"{name_or_path} is a file; name the folder that holds {CONFIG_FILE} and {weights_name}.")
     options = {key: value for key in HUB_ARGUMENTS if (value := kwargs.pop(key, None)) is not None}
-    stem, infix = weights_name.removesuffix(".safetensors"), "" if variant is None else f".{variant}"
-    names = [
-        CONFIG_FILE,
-        f"{stem}{infix}.safetensors",
-        f"{stem}{infix}-*-of-*.safetensors",
-        f"{stem}.safetensors.index{infix}.json",
-    ]
+    names = [CONFIG_FILE, *weights_patterns(weights_name, variant)]
     patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
     return Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **options), subfolder)
 
@@ -362,8 +446,8 @@ def read_shapes(folder: Path, weights_name: str, variant: str | None) -> dict[st
     forbidden = [path.name for pattern in FORBIDDEN_FILES for path in folder.glob(pattern)]
     if forbidden:
         raise ValueError(f"{folder} holds {forbidden[0]}, which would be loaded instead of {weights_name}; remove it.")
-    stem, infix = weights_name.removesuffix(".safetensors"), "" if variant is None else f".{variant}"
-    whole, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
+    name, _, index_name = weights_patterns(weights_name, variant)
+    whole, index = folder / name, folder / index_name
     if whole.exists() and index.exists():
         raise ValueError(f"{folder} holds both {whole.name} and {index.name}; remove the one that is out of date.")
     if not index.exists():

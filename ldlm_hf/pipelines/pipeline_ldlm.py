@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
-from ..hub.repository import keep_card, upload_repository, write_repository_code
-from ..hub.safe_loading import check_model_index
+from ..hub.repository import (
+    check_saveable,
+    keep_card,
+    superseded_weights,
+    upload_repository,
+    write_repository_code,
+)
+from ..hub.safe_loading import check_model_index, check_serialization
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -38,6 +49,8 @@ from .pipeline_output import LDLMPipelineOutput
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("text", "seq", "latent", "pt")
+# one for all pipelines, since several may share a scheduler, as those do that `from_pipe` makes
+SCHEDULER_LOCK = threading.Lock()
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -52,10 +65,23 @@ EXAMPLE_DOC_STRING = """
 """
 
 
+@dataclass
+class CallState:
+    """What one call of a pipeline has reached; see the pipeline's properties of these names."""
+
+    num_timesteps: int = 0
+    num_function_evaluations: int = 0
+    interrupt: bool = False
+
+
 class LDLMPipeline(DiffusionPipeline):
     r"""
     Pipeline for unconditional text generation with a Latent Diffusion Language Model: denoises latents from pure
     noise, then decodes the clean prediction to tokens once (Section 4.3 of the paper).
+
+    Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
+    one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
+    callback, and elsewhere those of the call that began last, as are the timesteps of `scheduler`.
 
     Args:
         transformer ([`LDLMTransformer1DModel`]): denoiser of the latents.
@@ -107,6 +133,8 @@ class LDLMPipeline(DiffusionPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
+        self._last_call = CallState()
+        self._running_calls: dict[int, CallState] = {}  # by thread
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -159,23 +187,27 @@ class LDLMPipeline(DiffusionPipeline):
         with `trust_remote_code=True` where `ldlm_hf` is not installed: with its code, and with the model card of the
         folder that the pipeline was loaded from, unless it has a card already.
 
+        Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
+        one file or several; those of other variants stay.
+
         Args:
             push_to_hub: upload the folder, as it is then.
             kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
                 `create_pr` of the upload, as in [`~LDLMPipeline.push_to_hub`].
+
+        Raises:
+            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a component
+                with adapters of peft, or one of another class than those that the constructor names.
         """
-        super().save_pretrained(
-            save_directory,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            use_flashpack=use_flashpack,
-        )
+        check_serialization(safe_serialization, use_flashpack)
+        check_saveable(self)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         write_repository_code(self, save_directory)
         keep_card(save_directory, self.config.get("_name_or_path"))
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            upload_repository(save_directory, repo_id, **kwargs)
+            stale = superseded_weights(self.components, variant)
+            upload_repository(save_directory, repo_id, delete_patterns=stale, **kwargs)
 
     def push_to_hub(
         self,
@@ -189,7 +221,8 @@ class LDLMPipeline(DiffusionPipeline):
         max_shard_size: int | str | None = None,
         revision: str | None = None,
     ) -> CommitInfo:
-        """Uploads the pipeline to the Hub, with its code and its model card.
+        """Uploads the pipeline to the Hub, with its code and its model card, in place of weights of the same variant
+        that the repository holds already.
 
         Args:
             repo_id: "organisation/name", or a name in one's own namespace; created if it does not exist.
@@ -197,7 +230,7 @@ class LDLMPipeline(DiffusionPipeline):
             private: whether a new repository is private; `None` is the organisation's default.
             token: of the Hub; `None` is the stored one.
             create_pr: open a pull request instead of committing.
-            safe_serialization: safetensors instead of pickles.
+            safe_serialization: only `True`, safetensors, since pickles are never loaded.
             variant: part of the weights' file names, such as `"fp16"` for a pipeline in half precision.
             max_shard_size: largest file of weights, such as `"5GB"`.
             revision: branch to commit to; created if it does not exist.
@@ -215,22 +248,50 @@ class LDLMPipeline(DiffusionPipeline):
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
+                delete_patterns=superseded_weights(self.components, variant),
             )
+
+    @property
+    def _call_state(self) -> CallState:
+        """Of the call that this thread is in, otherwise of the one that began last."""
+        return self._running_calls.get(threading.get_ident(), self._last_call)
+
+    @contextmanager
+    def _running(self, call: CallState) -> Iterator[None]:
+        """Makes a call the one that this thread is in; a callback may call the pipeline again."""
+        thread = threading.get_ident()
+        outer = self._running_calls.get(thread)
+        self._running_calls[thread] = self._last_call = call
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._running_calls[thread]
+            else:
+                self._running_calls[thread] = outer
 
     @property
     def num_timesteps(self) -> int:
         """Number of denoising steps of the running or last call."""
-        return self._num_timesteps
+        return self._call_state.num_timesteps
 
     @property
     def num_function_evaluations(self) -> int:
         """How often the transformer has seen each sample in the running or last call (NFE)."""
-        return self._num_function_evaluations
+        return self._call_state.num_function_evaluations
 
     @property
     def interrupt(self) -> bool:
         """Whether the remaining steps are skipped; a callback asks for that with `pipeline._interrupt = True`."""
         return self._interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call_state.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._call_state.interrupt = value
 
     def check_inputs(
         self,
@@ -300,6 +361,24 @@ class LDLMPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return noise * self.scheduler.init_noise_sigma
 
+    def prepare_scheduler(
+        self, num_inference_steps: int, timesteps: list[float] | None, device: torch.device
+    ) -> SchedulerMixin:
+        """A copy of the scheduler at the start of a call's grid, for this call's steps alone.
+
+        The pipeline's own scheduler is given the grid too, for those who read its timesteps, but takes no step.
+        """
+        with SCHEDULER_LOCK:
+            if timesteps is None:
+                self.scheduler.set_timesteps(num_inference_steps, device=device)
+            else:
+                self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+            scheduler = copy.deepcopy(self.scheduler)
+        if hasattr(scheduler, "set_begin_index"):
+            # or else the scheduler reads the first time back from the device to look it up
+            scheduler.set_begin_index(0)
+        return scheduler
+
     def prepare_step_arguments(
         self, generator: torch.Generator | list[torch.Generator] | None
     ) -> dict[str, torch.Generator | list[torch.Generator] | None]:
@@ -322,16 +401,16 @@ class LDLMPipeline(DiffusionPipeline):
         alpha, sigma = alpha_sigma(times.cpu(), self.scheduler.config.tangent_d)
         return [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
 
-    def next_times(self) -> torch.Tensor | None:
+    def next_times(self, scheduler: SchedulerMixin) -> torch.Tensor | None:
         """Where each step goes, for a flow map with its scheduler; None for a denoiser of one time."""
-        if not hasattr(self.scheduler, "next_timesteps"):
+        if not hasattr(scheduler, "next_timesteps"):
             return None
         if not self.transformer.config.next_timestep_conditioning:
             raise ValueError(
-                f"{type(self.scheduler).__name__} takes steps of a flow map, which this transformer is not "
+                f"{type(scheduler).__name__} takes steps of a flow map, which this transformer is not "
                 "(next_timestep_conditioning=False). Distil it by training/distill.py, or use another scheduler."
             )
-        return self.scheduler.next_timesteps
+        return scheduler.next_timesteps
 
     def predict_clean_latents(
         self,
@@ -442,19 +521,11 @@ class LDLMPipeline(DiffusionPipeline):
                 f"`timesteps` are times in [0, 1], but {type(self.scheduler).__name__} counts discrete levels; leave "
                 "them out, or use a scheduler of the tangent schedule."
             )
-        self._interrupt = False
         device = self._execution_device
 
         # 2. Prepare timesteps and latents
-        if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        else:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        if hasattr(self.scheduler, "set_begin_index"):
-            # or else the scheduler reads the first time back from the device to look it up
-            self.scheduler.set_begin_index(0)
-        times, next_times = model_times(self.scheduler), self.next_times()
+        scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
+        times, next_times = model_times(scheduler), self.next_times(scheduler)
         step_arguments = self.prepare_step_arguments(generator)
         latents = self.prepare_latents(batch_size, device, generator, latents)
         clean_latents = torch.zeros_like(latents)
@@ -463,23 +534,23 @@ class LDLMPipeline(DiffusionPipeline):
         weights = self.self_condition_weights(times, self_condition_scale, self_condition_decay)
         # the first step has no prediction to be conditioned on
         weights[0] = 1.0
-        self._num_function_evaluations = 0
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        call = CallState(num_timesteps=len(times))
+        with self._running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
             modulations = self.transformer.modulations(times, next_times)
-            for i, (t, modulation) in enumerate(zip(self.scheduler.timesteps, modulations, strict=True)):
-                if self.interrupt:
+            for i, (t, modulation) in enumerate(zip(scheduler.timesteps, modulations, strict=True)):
+                if call.interrupt:
                     continue
                 conditions = {"modulation": modulation}
                 if next_times is not None:
                     conditions["next_timestep"] = next_times[i]
-                model_input = self.scheduler.scale_model_input(latents, t)
+                model_input = scheduler.scale_model_input(latents, t)
                 clean_latents = self.predict_clean_latents(
                     model_input, times[i], clean_latents, weights[i], **conditions
                 )  # (B, N, d_z)
-                self._num_function_evaluations += 1 if weights[i] in (0, 1) else 2
-                latents = self.scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
+                call.num_function_evaluations += 1 if weights[i] in (0, 1) else 2
+                latents = scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "clean_latents": clean_latents}

@@ -144,7 +144,9 @@ def test_variant_and_shards_stand_beside_the_same_configuration(folder: Path):
     pipe = LDLMPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float16)
     assert pipe.transformer.dtype == torch.float16
 
+    (folder / "transformer" / "notes.fp16.txt").write_text("on rounding")
     prepare_repository(folder, variant="fp16", max_shard_size="1GB")
+    assert (folder / "transformer" / "notes.fp16.txt").exists()
     assert {key: tensor.tolist() for key, tensor in weights(folder).items()} == {
         key: tensor.tolist() for key, tensor in before.items()
     }

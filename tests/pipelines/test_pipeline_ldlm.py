@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ldlm_hf import (
     TangentDDIMScheduler,
     TangentDPMSolverMultistepScheduler,
     TangentEulerMaruyamaScheduler,
+    TangentFlowMapScheduler,
     diffusers_config,
 )
 from ldlm_hf.schedulers.discrete import model_times
@@ -479,3 +482,102 @@ def test_no_graph_is_built(pipe: LDLMPipeline):
     output = pipe(num_inference_steps=1, output_type="latent")
     assert not output.latents.requires_grad
     assert isinstance(pipe.transformer, LDLMTransformer1DModel)
+
+
+class InStep:
+    """Takes the steps of several calls in turns, as long as all of them have steps left."""
+
+    def __init__(self, num_calls: int, num_steps: int):
+        self.barrier = threading.Barrier(num_calls, timeout=30)
+        self.num_steps = num_steps
+        self.reached: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, pipeline: LDLMPipeline, step: int, t: torch.Tensor, tensors: dict) -> None:
+        if step < self.num_steps:
+            self.barrier.wait()
+        self.reached[pipeline.num_timesteps] = (step + 1, pipeline.num_function_evaluations)
+
+
+@pytest.mark.parametrize("solver", [*ALL_SCHEDULERS, TangentFlowMapScheduler])
+@pytest.mark.parametrize("own_pipelines", [False, True])
+def test_threads_share_a_pipeline(make_pipeline, randomize, solver: type, own_pipelines: bool):
+    """Two calls whose steps alternate write what each writes alone; so do pipelines that `from_pipe` makes."""
+    transformer = LDLMTransformer1DModel(
+        in_channels=16,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        sample_size=6,
+        next_timestep_conditioning=True,
+    )
+    pipe = make_pipeline(transformer=randomize(transformer))
+    pipe.scheduler.register_to_config(timestep_cdf=[0.0, 0.2, 1.0], time_grid="learned")
+    pipe.scheduler = solver.from_config(
+        diffusers_config(pipe.scheduler) if solver.__module__.startswith("diffusers.") else pipe.scheduler.config
+    )
+    steps = (16, 64)
+    expected = [pipe(3, num_steps, generator=seeded(), output_type="latent").latents for num_steps in steps]
+    turns = InStep(num_calls=2, num_steps=min(steps))
+    pipes = [LDLMPipeline.from_pipe(pipe) for _ in steps] if own_pipelines else [pipe, pipe]
+    for one in pipes:
+        one.set_progress_bar_config(disable=True)
+
+    def call(one: LDLMPipeline, num_steps: int) -> torch.Tensor:
+        return one(3, num_steps, generator=seeded(), output_type="latent", callback_on_step_end=turns).latents
+
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(call, pipes, steps))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert turns.reached == {num_steps: (num_steps, num_steps) for num_steps in steps}
+
+
+def test_a_callback_interrupts_its_own_call_only(pipe: LDLMPipeline):
+    expected = pipe(2, 16, generator=seeded(), output_type="latent").latents
+    turns = InStep(num_calls=2, num_steps=4)
+    taken = []
+
+    def stop(pipeline: LDLMPipeline, step: int, t: torch.Tensor, tensors: dict) -> None:
+        turns(pipeline, step, t, tensors)
+        taken.append(step)
+        pipeline._interrupt = step == 3
+
+    with ThreadPoolExecutor() as threads:
+        stopped = threads.submit(pipe, 2, 64, callback_on_step_end=stop)
+        found = threads.submit(pipe, 2, 16, generator=seeded(), output_type="latent", callback_on_step_end=turns)
+        assert torch.equal(found.result().latents, expected)
+        stopped.result()
+    assert taken == [0, 1, 2, 3]
+
+
+def test_a_call_can_be_interrupted_from_another_thread(pipe: LDLMPipeline):
+    started, interrupted = threading.Event(), threading.Event()
+
+    def wait(pipeline: LDLMPipeline, step: int, t: torch.Tensor, tensors: dict) -> None:
+        started.set()
+        assert interrupted.wait(30)
+
+    with ThreadPoolExecutor() as threads:
+        call = threads.submit(pipe, num_inference_steps=8, callback_on_step_end=wait)
+        assert started.wait(30)
+        assert pipe.num_timesteps == 8
+        pipe._interrupt = True
+        interrupted.set()
+        call.result()
+    assert pipe.num_function_evaluations == 1
+
+
+@pytest.mark.parametrize("solver", ALL_SCHEDULERS)
+def test_the_scheduler_shows_the_grid_of_the_last_call(pipe: LDLMPipeline, solver: type):
+    """While it runs and afterwards, on the object that was given."""
+    scheduler = pipe.scheduler = solver.from_config(
+        diffusers_config(pipe.scheduler) if solver.__module__.startswith("diffusers.") else pipe.scheduler.config
+    )
+    seen: list[torch.Tensor] = []
+    for num_steps in (3, 5):
+        pipe(
+            num_inference_steps=num_steps,
+            callback_on_step_end=lambda pipeline, step, t, _: seen.append(t == pipeline.scheduler.timesteps[step]),
+        )
+        assert len(scheduler.timesteps) == pipe.num_timesteps == num_steps
+    assert len(seen) == 8 and all(seen)
+    assert pipe.scheduler is scheduler
