@@ -309,8 +309,7 @@ CHAINS: list[list[Case]] = [
     ],
     [
         Case(
-            'pipe = LDLMPipeline.from_pretrained("org/tiny", revision="main", variant="fp16", '
-            "dtype=torch.float16)",
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", revision="main", variant="fp16", dtype=torch.float16)',
             "float16",
             **OLAH_MAIN,
         )

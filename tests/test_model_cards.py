@@ -81,9 +81,7 @@ def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
     assert 2.8 < entropy(16) < 3.3
     student = CARDS / "ldlm-demo-flow-map"
     pipe.register_modules(
-        transformer=LDLMTransformer1DModel.from_pretrained(
-            student, subfolder="transformer", dtype=torch.float32
-        ),
+        transformer=LDLMTransformer1DModel.from_pretrained(student, subfolder="transformer", dtype=torch.float32),
         scheduler=TangentFlowMapScheduler.from_pretrained(student, subfolder="scheduler"),
     )
     assert 2.8 < entropy(1) < 3.3

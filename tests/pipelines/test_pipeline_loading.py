@@ -91,9 +91,7 @@ def test_loading_in_other_types(saved: tuple[Path, list]):
     assert pipe(num_inference_steps=2, output_type="latent").latents.dtype == torch.float32
     assert pipe.encode("w5").shape == (1, 6, 16)
 
-    mixed = LDLMPipeline.from_pretrained(
-        saved[0], dtype={"transformer": torch.bfloat16, "default": torch.float32}
-    )
+    mixed = LDLMPipeline.from_pretrained(saved[0], dtype={"transformer": torch.bfloat16, "default": torch.float32})
     assert mixed.transformer.dtype == torch.bfloat16
     assert mixed.latent_decoder.dtype == mixed.token_decoder.dtype == torch.float32
     assert len(sample(mixed)) == 2
