@@ -22,13 +22,14 @@ from ldlm_hf import (
     TangentFlowMapScheduler,
     TokenEntropy,
 )
-from ldlm_hf.hub.model_card import read_run
+from ldlm_hf.hub.model_card import MIN_MAUVE_TEXTS, read_run
 from ldlm_hf.metrics import load_judge
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from model_card import main, source, without_path, write_results
+from sampling import sample_generator
 from settings import DataSettings, EvaluationSettings, LoopSettings, ModelSettings, RunSettings, to_yaml
 
 
@@ -53,6 +54,10 @@ def test_card_is_valid_and_belongs_to_a_configuration(name: str) -> None:
     # a model was either trained, and there are results, or the card says that it was not
     assert (card.data.eval_results is None) == ("has been trained.**" in card.text) == (not pictures)
     assert not re.search(r"[\s\"'`(](/|~/|[A-Z]:\\)\w", card.text), "a path of the machine"
+    scored = re.search(r"^\| samples \| ([\d,]+) \|", card.text, re.MULTILINE)
+    if scored is not None and int(scored[1].replace(",", "")) < MIN_MAUVE_TEXTS:
+        assert "mauve" not in {result.metric_type for result in card.data.eval_results}
+        assert "| MAUVE |" not in card.text and "MAUVE is left out: " in card.text
 
 
 def test_cards_of_untrained_models_are_those_of_their_configurations(tmp_path: Path) -> None:
@@ -132,12 +137,11 @@ def test_results_hold_every_text_with_scores_of_its_own(
     # the metrics' own answers, text by text
     torch.manual_seed(0)
     output = [
-        pipeline(batch_size=size, num_inference_steps=2, generator=generator)
-        for generator in [torch.Generator().manual_seed(3)]
-        for size in (16, 4)
+        pipeline(num_inference_steps=2, generator=sample_generator(3, index, torch.device("cpu")))
+        for index in range(20)
     ]
-    texts = output[0].texts + output[1].texts
-    sequences = torch.cat([part.sequences for part in output])
+    texts = [text for one in output for text in one.texts]
+    sequences = torch.cat([one.sequences for one in output])
     judge = load_judge(str(judge_folder))
     assert [sample.text for sample in results.samples] == texts
     for sample, ids in zip(results.samples, sequences.tolist(), strict=True):
@@ -160,7 +164,8 @@ def test_results_hold_every_text_with_scores_of_its_own(
     assert results.parameters["transformer"] == sum(weight.numel() for weight in pipeline.transformer.parameters())
 
     card = ModelCard.load(tmp_path / "run" / "pipeline" / "README.md")
-    assert {result.metric_type for result in card.data.eval_results} == {"entropy", "diversity", "perplexity", "mauve"}
+    assert {result.metric_type for result in card.data.eval_results} == {"entropy", "diversity", "perplexity"}
+    assert "MAUVE is left out: it was measured on 20 texts" in card.text
     assert "4 steps of 2 sequences of 8 tokens (64 tokens), seed 3" in card.text
     assert (tmp_path / "run" / "pipeline" / "training_curves.png").is_file()
 

@@ -209,13 +209,14 @@ class DistillationTask(Task):
         assert isinstance(snapshot, DistillationObjective)
         evaluation, count = self.settings.evaluation, len(self.held_out)
         on_diagonal = systematic_sample(count, self.settings.diagonal_share, 0.5)
-        times, targets = self.times_and_targets(RowRandomness(0, 0, range(count), count).uniforms(2), on_diagonal)
-        generator = torch.Generator(self.device).manual_seed(0)
+        randomness = RowRandomness(0, 0, range(count), count)
+        times, targets = self.times_and_targets(randomness.uniforms(2), on_diagonal)
+        generators = randomness.generators(self.device)
         total = 0.0
         for first in range(0, count, evaluation.batch_size):
             rows = slice(first, first + evaluation.batch_size)
             some = self.held_out[rows].to(self.device)
-            losses = snapshot(some, times[rows].to(self.device), targets[rows], generator)
+            losses = snapshot(some, times[rows].to(self.device), targets[rows], generators[rows])
             total += float(losses.total) * len(some)
         results = {"distillation_loss": total / count} | self.distances_to_teacher(snapshot)
         texts: list[str] = []

@@ -6,6 +6,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ldlm_hf import JointObjective, LDLMPipeline, NGramDiversity, TokenEntropy
+from randomness import RowRandomness
+from sampling import sample_latents
 from settings import EvaluationSettings
 
 
@@ -41,19 +43,27 @@ def reconstruction(
 def diffusion_loss_at(
     objective: JointObjective, sequences: torch.Tensor, times: torch.Tensor, batch_size: int, device: torch.device
 ) -> list[float]:
-    """Held-out diffusion loss at each of `times` (in [0, 1], of shape (G,)), the same noise each time it is called.
+    """Held-out diffusion loss at each of `times` (in [0, 1], of shape (G,)), with the same noise for a sequence at
+    each call, in batches of any size.
 
     The sequences are dealt out to the times in turn, so there must be at least as many of them; with fewer, the times
     behind the last one are left out.
     """
     totals = torch.zeros(len(times), dtype=torch.float64)
     counts = torch.zeros(len(times), dtype=torch.float64)
-    generator = torch.Generator(device).manual_seed(0)
     places = torch.arange(len(sequences)) % len(times)
-    for input_ids, some_places in zip(sequences.split(batch_size), places.split(batch_size), strict=True):
+    for first in range(0, len(sequences), batch_size):
+        some_places, input_ids = (one[first : first + batch_size] for one in (places, sequences))
+        randomness = RowRandomness(0, 0, range(first, first + len(input_ids)), len(sequences))
+        self_conditioned = randomness.uniform() < objective.settings.self_conditioning_probability
         hidden_states = objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states
         latents = objective.latent_encoder(hidden_states, return_dict=True).latents.float()
-        losses = objective.diffusion_losses(latents, times[some_places].float().to(device), generator)
+        losses = objective.diffusion_losses(
+            latents,
+            times[some_places].float().to(device),
+            randomness.generators(device),
+            self_conditioned.tolist(),
+        )
         totals.index_add_(0, some_places, losses.double().cpu())
         counts.index_add_(0, some_places, torch.ones(len(some_places), dtype=torch.float64))
     return (totals / counts)[counts > 0].tolist()
@@ -62,18 +72,11 @@ def diffusion_loss_at(
 def sample(
     pipeline: LDLMPipeline, settings: EvaluationSettings, count: int, seed: int
 ) -> tuple[torch.Tensor, list[str]]:
-    """`count` samples of a pipeline: token ids (count, L) and texts."""
-    generator = torch.Generator(pipeline.device).manual_seed(seed)
-    sequences, texts = [], []
-    for first in range(0, count, settings.batch_size):
-        output = pipeline(
-            batch_size=min(settings.batch_size, count - first),
-            num_inference_steps=settings.num_inference_steps,
-            generator=generator,
-        )
-        sequences.append(output.sequences.cpu())
-        texts += output.texts
-    return torch.cat(sequences), texts
+    """`count` samples of a pipeline, those that `evaluate.py` makes of this seed: token ids (count, L) and texts."""
+    batches = torch.arange(count).split(settings.batch_size)
+    latents = (sample_latents(pipeline, settings.num_inference_steps, seed, batch.tolist()) for batch in batches)
+    sequences = torch.cat([pipeline.decode_to_sequences(some).cpu() for some in latents])
+    return sequences, pipeline.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
 
 def score(sequences: torch.Tensor) -> dict[str, float]:

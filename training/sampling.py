@@ -1,4 +1,4 @@
-"""What an evaluation makes with a pipeline: samples, and texts on lines between the latents of real ones.
+"""What is made with a pipeline to evaluate it: samples, and texts on lines between the latents of real ones.
 
 Every sample has randomness of its own, so that sample i of a seed is the same in any batch and on any process, and the
 same for every number of steps. What is made is kept batch by batch; what is there already is not made again.
@@ -135,13 +135,7 @@ class SampleSet:
             batch_size: what was asked for; the last batch is smaller.
         """
         start = time.perf_counter()
-        latents = pipeline(
-            batch_size=len(indices),
-            num_inference_steps=self.steps,
-            generator=[sample_generator(self.seed, index, pipeline.device) for index in indices],
-            output_type="latent",
-            **dict(self.subject.sampler.arguments),
-        ).latents
+        latents = sample_latents(pipeline, self.steps, self.seed, indices, **dict(self.subject.sampler.arguments))
         # a device may still be at work: copying waits for it
         sequences = pipeline.decode_to_sequences(latents).cpu()
         seconds = time.perf_counter() - start
@@ -153,6 +147,19 @@ class SampleSet:
             "nfe": torch.full((len(indices),), pipeline.num_function_evaluations),
         }
         self.rows.save(indices, values)
+
+
+def sample_latents(
+    pipeline: LDLMPipeline, steps: int, seed: int, indices: list[int], **arguments: Any
+) -> torch.Tensor:
+    """Clean latents (n, N, d_z) of n samples of a seed, each of which is the same in any batch."""
+    return pipeline(
+        batch_size=len(indices),
+        num_inference_steps=steps,
+        generator=[sample_generator(seed, index, pipeline.device) for index in indices],
+        output_type="latent",
+        **arguments,
+    ).latents
 
 
 def sample_generator(seed: int, index: int, device: torch.device) -> torch.Generator:

@@ -25,6 +25,8 @@ from huggingface_hub.utils import validate_repo_id
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
+# texts of a set from which on a card gives its MAUVE: of fewer, their number decides more than the model
+MIN_MAUVE_TEXTS = 500
 # samples that a card shows
 NUM_SAMPLES = 8
 # columns of a line of a sample
@@ -224,8 +226,9 @@ METRICS = {
         "mauve",
         3,
         True,
-        "MAUVE (0 to 1, higher is closer) compares a set with {mauve_texts} other held-out texts in the features of "
-        "the same judge ({mauve_buckets} clusters, seed {mauve_seed}).",
+        "MAUVE (0 to 1, higher is closer) compares a set (of the samples {num_samples} texts of one seed, {seed}) "
+        "with {mauve_texts} other held-out texts in the features of the same judge ({mauve_buckets} clusters, seed "
+        "{mauve_seed}).",
     ),
 }
 
@@ -284,6 +287,8 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
         ImportError: there is a log to draw, and no matplotlib.
     """
     folder = Path(folder)
+    scores = {name: published(getattr(run.results, name)) for name in ("sample_scores", "real_scores")}
+    run = replace(run, results=replace(run.results, **scores))
     if run.results.model_id is not None:
         validate_repo_id(run.results.model_id)
     folder.mkdir(parents=True, exist_ok=True)
@@ -301,7 +306,7 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
         model_id=run.results.model_id or "path/to/this/folder",
         num_inference_steps=run.settings["evaluation"]["num_inference_steps"],
         results_table=results_table(run.results),
-        notes=notes(run.results),
+        notes=notes(run),
         facts=facts(run),
         parameters=run.results.parameters,
         changed_settings=yaml.safe_dump(run.results.changed_settings, allow_unicode=True).strip(),
@@ -313,6 +318,11 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
     )
     card.save(folder / "README.md")
     return card
+
+
+def published(scores: TextScores | None) -> TextScores | None:
+    """What a card says of a set's scores: without the MAUVE of too few texts."""
+    return scores if scores is None or scores.num_texts >= MIN_MAUVE_TEXTS else replace(scores, mauve=None)
 
 
 def card_data(run: Run) -> ModelCardData:
@@ -388,8 +398,9 @@ def results_table(results: RunResults) -> str:
     return "\n".join(lines)
 
 
-def notes(results: RunResults) -> list[str]:
+def notes(run: Run) -> list[str]:
     """Lines below the table: what its numbers depend on, what is missing, and the held-out evaluation."""
+    results = run.results
     judge, mauve = results.judge or {}, results.mauve or {}
     measured = measured_metrics(results.sample_scores, results.real_scores)
     conditions = {
@@ -400,9 +411,18 @@ def notes(results: RunResults) -> list[str]:
         "mauve_texts": mauve.get("num_texts"),
         "mauve_buckets": mauve.get("num_buckets"),
         "mauve_seed": mauve.get("seed"),
+        "num_samples": results.sample_scores and results.sample_scores.num_texts,
+        "seed": run.settings["loop"]["seed"],
     }
     lines = [metric.meaning.format(**conditions) for metric in measured.values()]
-    missing = [metric.title for name, metric in METRICS.items() if name not in measured]
+    if mauve and "mauve" not in measured:
+        lines.append(
+            f"MAUVE is left out: it was measured on {conditions['num_samples']} texts of one seed, and cards give it "
+            f"from {MIN_MAUVE_TEXTS} texts on, below which their number decides more than the model."
+        )
+    missing = [
+        metric.title for name, metric in METRICS.items() if name not in measured and not (name == "mauve" and mauve)
+    ]
     if missing:
         lines.append(f"Not measured: {', '.join(missing)}.")
     if (

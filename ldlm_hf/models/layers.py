@@ -73,6 +73,33 @@ def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return torch.cat(attended).view(batch_size, num_heads, length, width)
 
 
+@functools.cache
+def transposed_weights_are_faster() -> bool:
+    """Whether products in bfloat16 are faster on this CPU with a weight that lies in memory as (in, out).
+
+    They are with AMX, whose products read a matrix of that layout as it lies and else arrange the weight anew at each
+    call: 4.2 ms instead of 9.6 for 1,024 rows and 768 -> 3,072 (Intel Xeon, one thread). Without AMX it is slower.
+    """
+    return torch.cpu._is_amx_tile_supported()
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weight lies in memory as the processor multiplies it fastest.
+
+    Where that is transposed, the first call without gradients lays it out so: its shape, (out, in), and its values
+    stay, only its strides change.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        at_inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        # a plain one: what quantises or shards weights has its own layout
+        if at_inference and type(weight) is nn.Parameter and weight.dtype == torch.bfloat16:
+            if weight.device.type == "cpu" and weight.is_contiguous() and transposed_weights_are_faster():
+                weight.data = weight.data.t().contiguous().t()
+        return super().forward(hidden_states)
+
+
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm with a learned scale, its type given by the input, so that autocast has no say in it."""
 
@@ -97,10 +124,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_backend: AttentionBackendName | None = None
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+        self.to_qkv = Linear(hidden_size, 3 * hidden_size, bias=bias)
         self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.to_out = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_out = Linear(hidden_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = (split_heads(part, self.num_heads) for part in self.to_qkv(hidden_states).chunk(3, dim=-1))
@@ -120,11 +147,11 @@ class PerceiverAttention(nn.Module):
         self.norm_latents = RMSNorm(hidden_size)
         self.norm_context = RMSNorm(hidden_size)
         # one matrix for everything that reads the latents: queries, keys and values
-        self.latents_to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.context_to_kv = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.latents_to_qkv = Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.context_to_kv = Linear(hidden_size, 2 * hidden_size, bias=False)
         self.norm_q = RMSNorm(head_dim)
         self.norm_k = RMSNorm(head_dim)
-        self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_out = Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, latents: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         query, latent_key, latent_value = self.latents_to_qkv(self.norm_latents(latents)).chunk(3, dim=-1)
@@ -140,8 +167,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.linear_in = nn.Linear(hidden_size, intermediate_size)
-        self.linear_out = nn.Linear(intermediate_size, hidden_size)
+        self.linear_in = Linear(hidden_size, intermediate_size)
+        self.linear_out = Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_out(F.gelu(self.linear_in(hidden_states)))
@@ -152,8 +179,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.linear_in = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.linear_out = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.linear_in = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.linear_out = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.linear_in(hidden_states).chunk(2, dim=-1)
@@ -282,7 +309,7 @@ class AdaLayerNormModulation(nn.Module):
     def __init__(self, hidden_size: int, num_parts: int):
         super().__init__()
         self.num_parts = num_parts
-        self.linear = nn.Linear(hidden_size, num_parts * hidden_size)
+        self.linear = Linear(hidden_size, num_parts * hidden_size)
 
     def forward(self, time_embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.linear(F.silu(time_embedding))[:, None].chunk(self.num_parts, dim=-1)

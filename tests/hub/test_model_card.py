@@ -58,9 +58,9 @@ RESULTS = RunResults(
     held_out={"reconstruction_mse": 0.25, "diffusion_loss": 0.125},
     num_held_out=64,
     judge={"name": "org/judge", "max_length": 1024, "add_bos": False},
-    mauve={"num_texts": 30, "num_buckets": 3, "max_length": 1024, "seed": 25},
-    sample_scores=TextScores(30, 1.5, 0.75, 321.0625, 0.5),
-    real_scores=TextScores(30, 1.75, 0.875, 123.5, 0.96875),
+    mauve={"num_texts": 500, "num_buckets": 3, "max_length": 1024, "seed": 25},
+    sample_scores=TextScores(500, 1.5, 0.75, 321.0625, 0.5),
+    real_scores=TextScores(500, 1.75, 0.875, 123.5, 0.96875),
     samples=[Sample(f"text number {number}", 100.0 + number, 1.0 + number / 100) for number in range(30)],
 )
 
@@ -109,8 +109,8 @@ def test_results_are_read_as_they_were_saved(tmp_path: Path) -> None:
 def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "small")
     text = write_card(read_run(run), run / "pipeline").text
-    assert "| samples | 30 | 1.500 | 0.750 | 321.1 | 0.500 |" in text
-    assert "| held-out real texts | 30 | 1.750 | 0.875 | 123.5 | 0.969 |" in text
+    assert "| samples | 500 | 1.500 | 0.750 | 321.1 | 0.500 |" in text
+    assert "| held-out real texts | 500 | 1.750 | 0.875 | 123.5 | 0.969 |" in text
     assert f"highest value here is {math.log(8):.3f}" in text
     assert "judge `org/judge`" in text
     assert "Not measured" not in text
@@ -130,6 +130,23 @@ def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
     assert "\n\n\n" not in text
 
 
+def test_the_mauve_of_few_texts_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    few = {
+        "sample_scores": TextScores(499, 1.5, 0.75, 321.0, 0.5),
+        "real_scores": TextScores(499, 1.75, 0.875, 99.0, 0.9),
+    }
+    run = make_run(tmp_path / "few", replace(RESULTS, **few))
+    card = write_card(read_run(run), run / "pipeline")
+    assert "mauve" not in {result.metric_type for result in card.data.eval_results}
+    assert "| MAUVE |" not in card.text and "| samples | 499 | 1.500 | 0.750 | 321.0 |" in card.text
+    assert "MAUVE is left out: it was measured on 499 texts of one seed" in card.text
+    assert "Not measured" not in card.text
+    # the run keeps what it has measured
+    assert read_run(run).results.sample_scores.mauve == 0.5
+    card = write_card(read_run(make_run(tmp_path / "many")), tmp_path / "card")
+    assert "of the samples 500 texts of one seed, 7" in card.text
+
+
 def test_metadata_survives_the_round_trip_through_the_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "small", replace(RESULTS, license="mit", language="en", model_id="org/small"))
     write_card(read_run(run), run / "pipeline")
@@ -146,7 +163,7 @@ def test_metadata_survives_the_round_trip_through_the_file(tmp_path: Path) -> No
             "org/corpus",
             "plain",
         )
-        assert "30 texts of 8 tokens, 32 steps, seed 7" in result.metric_name
+        assert "500 texts of 8 tokens, 32 steps, seed 7" in result.metric_name
         assert ("judge org/judge" in result.metric_name) == (result.metric_type in ("perplexity", "mauve"))
     assert ModelCardData(**yaml.safe_load(data.to_yaml())).to_dict() == data.to_dict()
     assert str(ModelCard(str(card))) == str(card)
@@ -186,7 +203,7 @@ def test_what_was_not_measured_is_left_out_and_named(tmp_path: Path) -> None:
         RESULTS,
         judge=None,
         mauve=None,
-        sample_scores=TextScores(30, 1.5, 0.75),
+        sample_scores=TextScores(500, 1.5, 0.75),
         real_scores=TextScores(10, 1.75, 0.875),
         samples=[Sample("w", None, 0.5)],
     )

@@ -164,9 +164,12 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """What torch says of the processor; attention computes the same on each."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param != "no bfloat16")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param == "AMX")
-    layers.products_beat_fused_attention.cache_clear()
+    choices = (layers.products_beat_fused_attention, layers.transposed_weights_are_faster)
+    for choice in choices:
+        choice.cache_clear()
     yield request.param
-    layers.products_beat_fused_attention.cache_clear()
+    for choice in choices:
+        choice.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -197,6 +200,39 @@ def test_compiled_attention_is_the_fused_one(processor: str):
     assert F.scaled_dot_product_attention in functions
     assert torch.bmm not in functions
     assert layers.products_beat_fused_attention.cache_info().misses == 0
+
+
+def test_a_weight_lies_transposed_at_inference_where_that_is_faster(processor: str, make_components, tmp_path):
+    model = make_components()["latent_decoder"].bfloat16()
+    latents = torch.randn(2, 6, 16).bfloat16()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model(latents).hidden_states.sum().backward()
+    linear = model.mapper.layers[0].feed_forward.linear_in
+    assert linear.weight.is_contiguous(), "training leaves it as it is"
+    with torch.no_grad():
+        expected = F.linear(latents.new_ones(3, 24), linear.weight, linear.bias)
+        model(latents)
+        torch.testing.assert_close(linear(latents.new_ones(3, 24)), expected)
+    assert linear.weight.is_contiguous() == (processor != "AMX")
+    assert linear.weight.t().is_contiguous() == (processor == "AMX")
+    # values, shapes, gradients, saved files and moves are those of any linear layer
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    model(latents).hidden_states.sum().backward()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
+    assert model.float().mapper.layers[0].feed_forward.linear_in.weight.dtype == torch.float32
+
+
+def test_a_denoiser_with_transposed_weights_is_saved(processor: str, make_components, tmp_path):
+    model = make_components()["transformer"].bfloat16()
+    with torch.no_grad():
+        expected = model(torch.randn(2, 6, 16).bfloat16(), torch.tensor(0.5)).sample
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert expected.isfinite().all()
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
 
 
 @pytest.mark.parametrize("scores_at_once", [1, 150, 10**6])

@@ -18,12 +18,14 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from evaluation import sample
 from flops import DevicePeak, PassFlops, RunEstimate
 from launch import check_sharding
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
 from loop import TrainingLoop, learning_rate_at, split_batch
 from randomness import RowRandomness
-from settings import LoopSettings, OptimizerSettings, RunSettings, load_settings
+from sampling import sample_latents
+from settings import EvaluationSettings, LoopSettings, OptimizerSettings, RunSettings, load_settings
 from task import Evaluation, StepLosses, Task
 
 
@@ -275,6 +277,27 @@ def test_the_pipeline_is_saved_before_what_may_fail(
     with pytest.raises(IsADirectoryError):
         run_script("train_joint", *tiny_overrides, f"loop.output_dir={blocked}")
     assert LDLMPipeline.from_pretrained(blocked / "pipeline")(num_inference_steps=2).texts
+
+
+def test_samples_of_a_run_are_those_of_an_evaluation_in_any_batches(make_pipeline: Callable) -> None:
+    pipe = make_pipeline()
+    whole, texts = sample(pipe, EvaluationSettings(batch_size=5, num_inference_steps=3), 5, seed=2)
+    split = sample(pipe, EvaluationSettings(batch_size=2, num_inference_steps=3), 5, seed=2)
+    assert torch.equal(whole, split[0]) and texts == split[1]
+    assert len({tuple(row) for row in whole.tolist()}) == 5
+    # as evaluate.py makes sample 4 of seed 2
+    assert torch.equal(pipe.decode_to_sequences(sample_latents(pipe, 3, 2, [4])), whole[4:])
+
+
+def test_held_out_numbers_are_the_same_in_any_batches(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    results = []
+    for size in (16, 3):
+        folder = tmp_path / f"batches-of-{size}"
+        run_script("train_joint", *tiny_overrides, f"evaluation.batch_size={size}", f"loop.output_dir={folder}")
+        results.append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["held_out"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_no_previews_are_sampled_where_none_are_asked_for(
