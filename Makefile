@@ -53,11 +53,13 @@ cuda-wheels: install
 	    --dest checks/wheels \
 	    diffusers datasets dill multiprocess xxhash evaluate omegaconf importlib-metadata zipp
 
-# the cards of model_cards/, from the demo's run and from the configurations that nobody has trained
+# the cards of model_cards/, from the demo's run and from the configurations that nobody has trained, and the code
+# that lies beside weights there
 cards: install
 	$(BIN)/python -m ldlm_hf.hub.model_card runs/demo --output model_cards/demo --language en
 	PYTHONPATH=. $(BIN)/python training/model_card.py training/configs/openwebtext_1024.yaml \
 	    training/configs/openwebtext_128.yaml training/configs/lm1b_128.yaml
+	PYTHONPATH=. $(BIN)/python training/write_code.py model_cards/ldlm-demo model_cards/ldlm-demo-flow-map
 
 clean:
 	rm -rf $(VENV) runs

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from model_card import main, source, without_path, write_results
 from sampling import sample_generator
 from settings import DataSettings, EvaluationSettings, LoopSettings, ModelSettings, RunSettings, to_yaml
+from write_code import write_code
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -68,6 +72,45 @@ def test_cards_of_untrained_models_are_those_of_their_configurations(tmp_path: P
     for name in untrained:
         written = (CARDS / name / "README.md").read_text(encoding="utf-8")
         assert (tmp_path / name / "README.md").read_text(encoding="utf-8") == written, f"run: {command}"
+
+
+@pytest.mark.parametrize("name", ["ldlm-demo", "ldlm-demo-flow-map"])
+def test_saved_models_carry_the_code_that_the_package_generates(name: str, tmp_path: Path) -> None:
+    def files(folder: Path, kind: str) -> dict[Path, str]:
+        return {file.relative_to(folder): file.read_text(encoding="utf-8") for file in folder.rglob(f"*.{kind}")}
+
+    ignored = shutil.ignore_patterns("*.py", "*.safetensors", "few-steps")
+    shutil.copytree(CARDS / name, tmp_path / name, ignore=ignored)
+    write_code(tmp_path / name)
+    found = files(CARDS / name, "py")
+    assert found == files(tmp_path / name, "py"), f"run: python training/write_code.py model_cards/{name}"
+    assert {file.parent.name for file in found} >= {"transformer", "scheduler"}
+    for file, text in files(tmp_path / name, "json").items():
+        assert (CARDS / name / file).read_text(encoding="utf-8") == text
+
+
+WITHOUT_IMPORT = """
+import sys
+from diffusers import DiffusionPipeline
+
+try:
+    DiffusionPipeline.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error)
+else:
+    raise AssertionError("loaded by nobody's code")
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert "ldlm_hf" not in sys.modules
+print(len(pipe(batch_size=2, num_inference_steps=2, output_type="seq").sequences))
+"""
+
+
+def test_the_trained_model_loads_where_the_package_is_not_imported(tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_IMPORT, str(CARDS / "ldlm-demo")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2"
 
 
 def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:

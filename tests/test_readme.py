@@ -14,10 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 def test_the_sampling_lines_give_texts_without_a_warning() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("
-## Sample
-")[2].partition("
-### ")[0]
+    section = readme.partition("\n## Sample\n")[2].partition("\n### ")[0]
     code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
     command = [sys.executable, "-W", "default", "-c", code]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}

@@ -2,9 +2,9 @@
 
     python training/export_pipeline.py RUN/pipeline FOLDER [--dtype bfloat16] [--transformer_only]
 
-The frozen token encoder is left out, which only `encode` needs, and so is the generated code, which
-`python -m ldlm_hf.hub.publish FOLDER OWNER/NAME` writes again. A distilled student differs from its teacher in
+The frozen token encoder is left out, which only `encode` needs. A distilled student differs from its teacher in
 denoiser and scheduler alone: with `--transformer_only` these two are written, and take the place of the teacher's.
+`python training/write_code.py FOLDER` brings the code that lies beside the weights up to date.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ldlm_hf import LDLMPipeline
-from ldlm_hf.hub.repository import edit_json
+from ldlm_hf.hub.repository import write_component_code
 
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,16 +32,12 @@ def export_pipeline(source: str, folder: Path, dtype: torch.dtype, transformer_o
         raise FileExistsError(f"{folder} is not empty: name a new folder, or delete what it holds.")
     pipeline = LDLMPipeline.from_pretrained(source, token_encoder=None, dtype=dtype)
     if transformer_only:
-        pipeline.transformer.save_pretrained(folder / "transformer")
-        pipeline.scheduler.save_pretrained(folder / "scheduler")
-        # where it was loaded from, on this machine
-        edit_json(
-            folder / "transformer" / pipeline.transformer.config_name, lambda config: config.pop("_name_or_path", None)
-        )
-        return
-    pipeline.save_pretrained(folder)
-    for file in folder.rglob("*.py"):
-        file.unlink()
+        for name in ("transformer", "scheduler"):
+            component = getattr(pipeline, name)
+            component.save_pretrained(folder / name)
+            write_component_code(type(component), folder, name)
+    else:
+        pipeline.save_pretrained(folder)
 
 
 def main() -> None:

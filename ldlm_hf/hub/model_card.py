@@ -287,8 +287,9 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
         ImportError: there is a log to draw, and no matplotlib.
     """
     folder = Path(folder)
-    scores = {name: published(getattr(run.results, name)) for name in ("sample_scores", "real_scores")}
-    run = replace(run, results=replace(run.results, **scores))
+    results = run.results
+    scores, real_scores = published(results.sample_scores), published(results.real_scores)
+    run = replace(run, results=replace(results, sample_scores=scores, real_scores=real_scores))
     if run.results.model_id is not None:
         validate_repo_id(run.results.model_id)
     folder.mkdir(parents=True, exist_ok=True)

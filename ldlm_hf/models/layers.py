@@ -91,13 +91,15 @@ class Linear(nn.Linear):
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        at_inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        # a plain one: what quantises or shards weights has its own layout
-        if at_inference and type(weight) is nn.Parameter and weight.dtype == torch.bfloat16:
-            if weight.device.type == "cpu" and weight.is_contiguous() and transposed_weights_are_faster():
-                weight.data = weight.data.t().contiguous().t()
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._may_lie_transposed():
+            self.weight.data = self.weight.data.t().contiguous().t()
         return super().forward(hidden_states)
+
+    def _may_lie_transposed(self) -> bool:
+        weight = self.weight
+        # a plain one: what quantises or shards weights has a layout of its own
+        in_bfloat16 = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
+        return in_bfloat16 and weight.is_contiguous() and weight.is_cpu and transposed_weights_are_faster()
 
 
 class RMSNorm(nn.RMSNorm):

@@ -83,13 +83,17 @@ class LDLMPipeline(DiffusionPipeline):
     one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
     callback, and elsewhere those of the call that began last, as are the timesteps of `scheduler`.
 
+    Any component may be `None`: what needs it then raises a ValueError that names it, and everything else works. So a
+    pipeline without `transformer` and `scheduler` encodes and decodes.
+
     Args:
-        transformer ([`LDLMTransformer1DModel`]): denoiser of the latents.
+        transformer ([`LDLMTransformer1DModel`], *optional*): denoiser of the latents.
         latent_decoder ([`LDLMLatentDecoder`], *optional*):
             Latents → hidden states. `None` where the token decoder reads latents (App. B.2).
-        token_decoder ([`LDLMTokenDecoder`]): hidden states (or latents) → logits.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): tokenizer of the token decoder's vocabulary.
-        scheduler ([`TangentScheduler`]):
+        token_decoder ([`LDLMTokenDecoder`], *optional*): hidden states (or latents) → logits.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the token decoder's vocabulary.
+        scheduler ([`TangentScheduler`], *optional*):
             The noise process, and how it is reversed: any scheduler of the tangent schedule, or one of diffusers' own
             that [`diffusers_config`] has put on it.
         token_encoder ([`LDLMTokenEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
@@ -100,17 +104,25 @@ class LDLMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "token_encoder->latent_encoder->transformer->latent_decoder->token_decoder"
-    _optional_components = ["latent_decoder", "token_encoder", "latent_encoder"]
+    _optional_components = [
+        "transformer",
+        "latent_decoder",
+        "token_decoder",
+        "tokenizer",
+        "scheduler",
+        "token_encoder",
+        "latent_encoder",
+    ]
     _callback_tensor_inputs = ["latents", "clean_latents"]
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
     max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
     def __init__(
         self,
-        transformer: LDLMTransformer1DModel,
+        transformer: LDLMTransformer1DModel | None,
         latent_decoder: LDLMLatentDecoder | None,
-        token_decoder: LDLMTokenDecoder,
-        tokenizer: PreTrainedTokenizerBase,
+        token_decoder: LDLMTokenDecoder | None,
+        tokenizer: PreTrainedTokenizerBase | None,
         scheduler: TangentEulerMaruyamaScheduler
         | TangentDDIMScheduler
         | TangentDPMSolverMultistepScheduler
@@ -118,7 +130,8 @@ class LDLMPipeline(DiffusionPipeline):
         | TangentFlowMapScheduler
         | DDIMScheduler
         | DPMSolverMultistepScheduler
-        | UniPCMultistepScheduler,
+        | UniPCMultistepScheduler
+        | None,
         token_encoder: LDLMTokenEncoder | None = None,
         latent_encoder: LDLMLatentEncoder | None = None,
     ):
@@ -143,34 +156,53 @@ class LDLMPipeline(DiffusionPipeline):
 
     def check_components(self) -> None:
         """Raises ValueError where tokenizer, decoders and denoiser do not fit each other."""
+        if self.token_decoder is None:
+            return
         vocab_size = self.token_decoder.config.vocab_size
         # vocabularies of models are often padded to a round number, so the tokenizer may have somewhat fewer tokens
-        if not vocab_size - self.max_vocab_padding <= len(self.tokenizer) <= vocab_size:
+        if self.tokenizer is not None and not vocab_size - self.max_vocab_padding <= len(self.tokenizer) <= vocab_size:
             raise ValueError(
                 f"The tokenizer has {len(self.tokenizer)} tokens, but the token decoder's vocab_size is {vocab_size}; "
                 "use the tokenizer that the token decoder was trained with."
             )
-        channels = self.transformer.config.in_channels
         read_size = self.token_decoder.config.token_hidden_size
-        if self.latent_decoder is None:
-            decoded_size = read_size
-        else:
-            decoded_size = self.latent_decoder.config.latent_size
-            if self.latent_decoder.config.token_hidden_size != read_size:
-                raise ValueError(
-                    f"The latent decoder's token_hidden_size={self.latent_decoder.config.token_hidden_size} differs "
-                    f"from the token decoder's, {read_size}; a token decoder that reads latents goes with "
-                    "latent_decoder=None."
-                )
-            if self.latent_decoder.config.num_latents != self.transformer.config.sample_size:
-                raise ValueError(
-                    f"The latent decoder's num_latents={self.latent_decoder.config.num_latents} differs from the "
-                    f"transformer's sample_size={self.transformer.config.sample_size}."
-                )
+        if self.latent_decoder is not None and self.latent_decoder.config.token_hidden_size != read_size:
+            raise ValueError(
+                f"The latent decoder's token_hidden_size={self.latent_decoder.config.token_hidden_size} differs "
+                f"from the token decoder's, {read_size}; a token decoder that reads latents goes with "
+                "latent_decoder=None."
+            )
+        if self.transformer is None:
+            return
+        num_latents, decoded_size = self.decoded_shape
+        if num_latents not in (None, self.transformer.config.sample_size):
+            raise ValueError(
+                f"The latent decoder's num_latents={num_latents} differs from the transformer's "
+                f"sample_size={self.transformer.config.sample_size}."
+            )
+        channels = self.transformer.config.in_channels
         if decoded_size != channels:
             raise ValueError(
                 f"The transformer's in_channels={channels} differs from the {decoded_size} that the decoder reads "
                 "(latent decoder latent_size, or token decoder token_hidden_size without a latent decoder)."
+            )
+
+    @property
+    def decoded_shape(self) -> tuple[int | None, int]:
+        """Number N and width d_z of the latents that the decoders take; a token decoder that reads latents itself takes
+        any number of them.
+        """
+        if self.latent_decoder is None:
+            return None, self.token_decoder.config.token_hidden_size
+        return self.latent_decoder.config.num_latents, self.latent_decoder.config.latent_size
+
+    def require_components(self, caller: str, *names: str) -> None:
+        """Raises ValueError, naming them, where components are missing that a method needs."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"{caller} needs the components {', '.join(names)}; this pipeline lacks {' and '.join(missing)}. Pass "
+                "what is missing to from_pretrained or to the constructor."
             )
 
     def save_pretrained(
@@ -504,7 +536,9 @@ class LDLMPipeline(DiffusionPipeline):
         elif callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["latents"]
 
-        # 1. Check inputs
+        # 1. Check components and inputs
+        decoders = {"latent": [], "text": ["token_decoder", "tokenizer"]}.get(output_type, ["token_decoder"])
+        self.require_components("generation", "transformer", "scheduler", *decoders)
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -576,6 +610,7 @@ class LDLMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
         """Maps clean latents (B, N, d_z) to their most likely token ids (B, L); for use in callbacks, too."""
+        self.require_components("decoding", "token_decoder")
         # a large batch in parts: the decoders' layers would need more memory for all of it than the denoiser's do
         parts = latents.split(max(1, self.max_decoded_positions // latents.shape[1]))
         return torch.cat([self._decode_part_to_sequences(part) for part in parts])
@@ -603,9 +638,10 @@ class LDLMPipeline(DiffusionPipeline):
             texts: a text, or a list of them.
 
         Raises:
-            ValueError: a pipeline without encoders, no text, or a text longer than the model's sequence length.
+            ValueError: a pipeline without encoders or tokenizer, no text, or a text longer than the model's sequence
+                length.
         """
-        self._require_encoders()
+        self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("`texts` must hold at least one text.")
@@ -618,7 +654,7 @@ class LDLMPipeline(DiffusionPipeline):
         Raises:
             ValueError: a pipeline without encoders, or token ids of another shape.
         """
-        self._require_encoders()
+        self.require_components("encode_sequences", "token_encoder", "latent_encoder")
         length = self.latent_encoder.config.sequence_length
         if sequences.ndim != 2 or sequences.shape[1] != length:
             raise ValueError(
@@ -634,13 +670,6 @@ class LDLMPipeline(DiffusionPipeline):
     def missing_encoders(self) -> list[str]:
         """Which of the optional components that [`~LDLMPipeline.encode`] needs are not there."""
         return [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
-
-    def _require_encoders(self) -> None:
-        if self.missing_encoders:
-            raise ValueError(
-                f"encode needs the optional components token_encoder and latent_encoder; this pipeline lacks "
-                f"{' and '.join(self.missing_encoders)}. Pass them to from_pretrained or to the constructor."
-            )
 
     def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:
         """Token ids (B, L), each text filled up with the end-of-text token."""
@@ -665,13 +694,16 @@ class LDLMPipeline(DiffusionPipeline):
         """Maps clean latents (B, N, d_z) to texts; the inverse of [`~LDLMPipeline.encode`] as far as it was learned.
 
         Raises:
-            ValueError: latents whose shape is not the model's.
+            ValueError: latents whose shape is not the model's, or a pipeline without token decoder or tokenizer.
         """
-        expected = (self.transformer.config.sample_size, self.transformer.config.in_channels)
-        if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
+        self.require_components("decode", "token_decoder", "tokenizer")
+        num_latents, latent_size = self.decoded_shape
+        if num_latents is None and self.transformer is not None:
+            num_latents = self.transformer.config.sample_size
+        if latents.ndim != 3 or latents.shape[2] != latent_size or num_latents not in (None, latents.shape[1]):
             raise ValueError(
                 f"`latents` of shape {tuple(latents.shape)} must have the shape (batch_size, num_latents, "
-                f"latent_size) = (batch_size, {expected[0]}, {expected[1]})."
+                f"latent_size) = (batch_size, {num_latents or 'num_latents'}, {latent_size})."
             )
         texts = self._to_texts(self.decode_to_sequences(latents.to(self._execution_device)))
         self.maybe_free_model_hooks()

@@ -77,6 +77,46 @@ def test_loading_without_the_encoders(saved: tuple[Path, list]):
     assert sample(LDLMPipeline.from_pretrained(path.parent / "again")) == expected
 
 
+@pytest.mark.parametrize("pipeline_class", [LDLMPipeline, DiffusionPipeline])
+def test_a_pipeline_without_its_denoiser_encodes_and_decodes(saved: tuple[Path, list], pipeline_class, tmp_path: Path):
+    whole = LDLMPipeline.from_pretrained(saved[0])
+    pipe = pipeline_class.from_pretrained(saved[0], transformer=None, scheduler=None)
+    latents = whole.encode(["w5 w6", "w7"])
+    assert torch.equal(pipe.encode(["w5 w6", "w7"]), latents)
+    assert pipe.decode(latents) == whole.decode(latents)
+    with pytest.raises(ValueError, match=r"\(batch_size, 6, 16\)"):
+        pipe.decode(torch.zeros(1, 7, 16))
+    pipe.save_pretrained(tmp_path / "again")
+    again = LDLMPipeline.from_pretrained(tmp_path / "again")
+    assert again.transformer is None
+    assert again.decode(latents) == whole.decode(latents)
+
+
+@pytest.mark.parametrize("pipeline_class", [LDLMPipeline, DiffusionPipeline])
+@pytest.mark.parametrize(
+    ("missing", "calls"),
+    [
+        ("transformer", ["text", "seq", "latent"]),
+        ("scheduler", ["text", "seq", "latent"]),
+        ("token_decoder", ["text", "seq", "decode"]),
+        ("tokenizer", ["text", "decode", "encode"]),
+    ],
+)
+def test_what_needs_a_missing_component_names_it(saved: tuple[Path, list], pipeline_class, missing: str, calls: list):
+    pipe = pipeline_class.from_pretrained(saved[0], **{missing: None})
+    pipe.set_progress_bar_config(disable=True)
+    uses = {
+        kind: lambda kind=kind: pipe(num_inference_steps=2, output_type=kind) for kind in ("text", "seq", "latent")
+    }
+    uses |= {"decode": lambda: pipe.decode(torch.zeros(1, 6, 16)), "encode": lambda: pipe.encode("w5")}
+    for name, use in uses.items():
+        if name in calls:
+            with pytest.raises(ValueError, match=f"this pipeline lacks {missing}"):
+                use()
+        else:
+            use()
+
+
 def test_loading_with_a_component_of_ones_own(saved: tuple[Path, list]):
     scheduler = TangentEulerMaruyamaScheduler(tangent_d=9.0)
     pipe = LDLMPipeline.from_pretrained(saved[0], scheduler=scheduler)

@@ -37,7 +37,7 @@ def latents(pipeline: LDLMPipeline) -> torch.Tensor:
 def test_an_exported_pipeline_samples_without_its_token_encoder(saved: Path, tmp_path: Path) -> None:
     done = export(saved, tmp_path / "small")
     assert done.returncode == 0, done.stderr
-    assert not list((tmp_path / "small").rglob("*.py"))
+    assert (tmp_path / "small" / "pipeline_ldlm.py").read_text() == (saved / "pipeline_ldlm.py").read_text()
     files = list((tmp_path / "small").rglob("*.safetensors"))
     assert {file.parent.name for file in files} == {"transformer", "latent_decoder", "latent_encoder", "token_decoder"}
     for file in files:
@@ -53,6 +53,8 @@ def test_denoiser_and_scheduler_alone_take_the_place_of_others(saved: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert {file.name for file in (tmp_path / "student").iterdir()} == {"transformer", "scheduler"}
     assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "student").rglob("*.json"))
+    for name in ("transformer/ldlm_hf.py", "scheduler/ldlm_hf.py"):
+        assert (tmp_path / "student" / name).read_text() == (saved / name).read_text()
     student = LDLMPipeline.from_pretrained(
         saved,
         transformer=LDLMTransformer1DModel.from_pretrained(tmp_path / "student", subfolder="transformer"),
