@@ -38,6 +38,10 @@ from pathlib import Path
 from typing import Any
 
 
+if __name__ == "cuda":
+    # torch looks for NVIDIA's package of this name, and has found the folder of a check that it runs in
+    raise ImportError("checks/cuda.py is not the package `cuda`")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 # instead of this script's folder, where torch would find this file when it imports NVIDIA's package `cuda`
 sys.path[0] = str(REPOSITORY / "training")

@@ -70,3 +70,11 @@ def test_a_part_that_raises_leaves_its_error_in_the_report(cuda_check: ModuleTyp
     part = cuda_check.run_check(check, cuda_check.Scale(torch.device("cpu"), "tiny", 16, (), 1, 1))
     report = cuda_check.section("Models", part, 1.0)
     assert "FAILED" in report and "misaligned address" in report
+
+
+def test_other_checks_find_no_package_cuda_in_their_folder() -> None:
+    code = "import torch\ntry:\n    import cuda.bindings\nexcept ImportError as error:\n    print('no package', error)"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no package")

@@ -189,7 +189,7 @@ class LDLMPipeline(DiffusionPipeline):
 
     @property
     def decoded_shape(self) -> tuple[int | None, int]:
-        """Number N and width d_z of the latents that the decoders take; a token decoder that reads latents itself takes
+        """Number N and width d_z of the latents that the decoders take; a token decoder that reads latents takes
         any number of them.
         """
         if self.latent_decoder is None:

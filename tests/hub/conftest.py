@@ -13,16 +13,9 @@ from typing import Any
 import pytest
 
 
-CHECKS = str(Path(__file__).parents[2] / "checks")
-sys.path.insert(0, CHECKS)
+sys.path.insert(0, str(Path(__file__).parents[2] / "checks"))
 
-import hostile_repositories  # noqa: E402, F401
-import hub_round_trip  # noqa: E402, F401
-from loopback_hub import LoopbackHub  # noqa: E402
-
-
-# a process that is started from here would take checks/cuda.py for NVIDIA's package `cuda`
-sys.path.remove(CHECKS)
+from loopback_hub import LoopbackHub
 
 
 @pytest.fixture

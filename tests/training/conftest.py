@@ -12,15 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 TRAINING = Path(__file__).parents[2] / "training"
-CHECKS = TRAINING.parent / "checks"
-sys.path[:0] = [str(TRAINING), str(CHECKS)]
-
-import loopback_hub  # noqa: E402, F401
-import soak  # noqa: E402, F401
-
-
-# a process that is started from here would take checks/cuda.py for NVIDIA's package `cuda`
-sys.path.remove(str(CHECKS))
+sys.path[:0] = [str(TRAINING), str(TRAINING.parent / "checks")]
 
 
 @pytest.fixture(scope="session")
