@@ -95,8 +95,8 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def text_digest(dataset: Dataset[dict[str, torch.Tensor]]) -> str:
-    """Digest of 64 sequences, spread evenly over a data set. They are pieces of one stream of tokens, so what is put in
-    or taken out anywhere shifts all that come after it.
+    """Digest of 64 sequences, spread evenly over a data set. They are pieces of one stream of tokens, so what is put
+    in or taken out shifts all that come after it.
     """
     digest = hashlib.sha256()
     for index in torch.linspace(0, len(dataset) - 1, 64, dtype=torch.float64).long().tolist():  # type: ignore[arg-type]
