@@ -111,9 +111,6 @@ class TrainingLoop:
             seed=self.loop.seed,
             num_workers=self.loop.dataloader_workers,
         )
-        if accelerator.is_main_process:
-            claim_output_dir(settings, delete_other_run=overwrite and checkpoint is None)
-        accelerator.wait_for_everyone()
         self.metrics_log = MetricsLog(self.output_dir / METRICS)
 
         # a copy for evaluation, made before the module is sharded or wrapped
@@ -128,6 +125,10 @@ class TrainingLoop:
         accelerator.register_load_state_pre_hook(self.load_trained_weights)
         if checkpoint is not None:
             self.load_checkpoint(checkpoint)
+        # last, so that a folder is left as it was where its checkpoint is refused
+        if accelerator.is_main_process:
+            claim_output_dir(settings, delete_other_run=overwrite and checkpoint is None)
+        accelerator.wait_for_everyone()
 
     def run(self, save: Callable[[nn.Module], None]) -> Evaluation | None:
         """Trains to the last step and returns the final evaluation; None if the run was asked to stop before.
@@ -270,9 +271,10 @@ class TrainingLoop:
         if self.nonfinite_in_a_row >= self.loop.max_nonfinite_steps:
             raise RuntimeError(
                 f"{self.nonfinite_in_a_row} steps in a row were not finite (loop.max_nonfinite_steps="
-                f"{self.loop.max_nonfinite_steps}); the weights are those of the last finite step. Resume from a "
-                "checkpoint before the first of them with a lower optimizer.learning_rate or objective.decoder_noise, "
-                "a longer optimizer.lr_warmup_steps, or loop.mixed_precision=no."
+                f"{self.loop.max_nonfinite_steps}); the weights are those of the last finite step. Go on from a "
+                f"checkpoint before the first of them as a new run (--resume_from_checkpoint {self.output_dir}/"
+                "checkpoint-N loop.output_dir=ANOTHER), with a lower optimizer.learning_rate or "
+                "objective.decoder_noise, a longer optimizer.lr_warmup_steps, or loop.mixed_precision=no."
             )
 
     def start_logs(self) -> None:
@@ -427,6 +429,9 @@ class TrainingLoop:
         self.batches.load_state_dict(rank_state["data"])
         self.task.load_state_dict(rank_state["task"])
         self.accelerator.load_state(str(checkpoint))
+        for group in self.optimizer.param_groups:
+            # a checkpoint brings those of its own run, which a new one may have gone on from with others
+            group.update(adamw_arguments(self.settings.optimizer))
         self.load_averaged_weights(load_file(checkpoint / self.averaged_weights_name(rank)))
         self.ema.optimization_step = state["ema_step"]
         self.step = state["step"]
@@ -499,11 +504,18 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opt
     return torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=settings.initial_learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
         fused=True,
+        **adamw_arguments(settings),
     )
+
+
+def adamw_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    """What AdamW keeps beside the learning rate, which every step sets."""
+    return {
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
 
 
 def learning_rate_at(step: int, settings: OptimizerSettings, max_steps: int) -> float:

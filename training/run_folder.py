@@ -14,13 +14,20 @@ from settings import differences, to_yaml
 METRICS = "metrics.jsonl"
 # where a run ends, and how
 END_OF_RUN = ("loop.max_steps", "optimizer.lr_decay_steps")
-# settings that a resumed run may change, since they do not touch the steps that were taken
+# settings that a resumed run may change: they decide neither which tokens a step sees nor, but for rounding, what it
+# makes of them
 RESUMABLE_CHANGES = (
+    "data.cache_dir",
+    "data.max_validation_documents",
+    "data.num_proc",
+    "data.validation_split",
     "evaluation.",
     "loop.checkpointing_steps",
     "loop.checkpoints_total_limit",
+    "loop.compile",
     "loop.dataloader_workers",
     "loop.device_batch_size",
+    "loop.gradient_checkpointing",
     "loop.logging_steps",
     "loop.max_nonfinite_steps",
     "loop.output_dir",
@@ -28,6 +35,8 @@ RESUMABLE_CHANGES = (
     "loop.trackers",
     *END_OF_RUN,
 )
+# text may have moved: a position in text at random access knows which text it is of, and one in a stream does not
+MOVABLE = "data.source"
 
 
 def check_output_dir(settings: Any, resume_from_checkpoint: str | None, overwrite: bool) -> Path | None:
@@ -55,6 +64,8 @@ def check_output_dir(settings: Any, resume_from_checkpoint: str | None, overwrit
         return checkpoint
     changed = differences(settings, saved.read_text(encoding="utf-8"))
     changed = [key for key in changed if not key.startswith(RESUMABLE_CHANGES)]
+    if checkpoint is not None and not settings.data.streaming and MOVABLE in changed:
+        changed.remove(MOVABLE)
     if resume_from_checkpoint is None:
         raise ValueError(
             f"loop.output_dir={str(output_dir)!r} holds another run"
@@ -65,7 +76,13 @@ def check_output_dir(settings: Any, resume_from_checkpoint: str | None, overwrit
     if changed:
         raise ValueError(
             f"loop.output_dir={str(output_dir)!r} holds a run whose settings differ in {', '.join(changed)}; resume "
-            "with the settings that are saved there as settings.yaml."
+            "with the settings that are saved there as settings.yaml"
+            + (
+                f", or take other ones from its state on as a new run: --resume_from_checkpoint {checkpoint} "
+                "loop.output_dir=ANOTHER."
+                if checkpoint is not None
+                else "."
+            )
         )
     return checkpoint
 

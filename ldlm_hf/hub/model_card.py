@@ -287,9 +287,8 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
         ImportError: there is a log to draw, and no matplotlib.
     """
     folder = Path(folder)
-    results = run.results
-    scores, real_scores = published(results.sample_scores), published(results.real_scores)
-    run = replace(run, results=replace(results, sample_scores=scores, real_scores=real_scores))
+    samples, real = (published(scores) for scores in (run.results.sample_scores, run.results.real_scores))
+    run = replace(run, results=replace(run.results, sample_scores=samples, real_scores=real))
     if run.results.model_id is not None:
         validate_repo_id(run.results.model_id)
     folder.mkdir(parents=True, exist_ok=True)

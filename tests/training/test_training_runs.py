@@ -24,6 +24,7 @@ from launch import check_sharding
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
 from loop import TrainingLoop, learning_rate_at, split_batch
 from randomness import RowRandomness
+from run_folder import check_output_dir
 from sampling import sample_latents
 from settings import EvaluationSettings, LoopSettings, OptimizerSettings, RunSettings, load_settings
 from task import Evaluation, StepLosses, Task
@@ -159,6 +160,54 @@ def test_folder_of_another_run_is_refused(run_script: Run, tiny_overrides: list[
         run_script("train_joint", *tiny_overrides, "loop.max_steps=1")
     run_script("train_joint", *tiny_overrides, "objective.decoder_noise=0.7", "--overwrite_output_dir")
     assert len(losses(tmp_path / "run")) == 4
+
+
+@pytest.fixture
+def stopped(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> list[str]:
+    """Settings of a run that was stopped after two steps of four, and of one that was not, as `tmp_path/whole`."""
+    settings = [*tiny_overrides, "evaluation.num_samples=0", "loop.checkpointing_steps=2"]
+    run_script("train_joint", *settings, f"loop.output_dir={tmp_path / 'whole'}")
+    run_script("train_joint", *settings, "loop.max_steps=2")
+    return [*settings, "--resume_from_checkpoint", "latest"]
+
+
+def test_a_run_goes_on_with_what_changes_no_token(run_script: Run, stopped: list[str], tmp_path: Path) -> None:
+    shutil.copy(tmp_path / "corpus.txt", tmp_path / "moved.txt")
+    changes = [f"data.source={tmp_path / 'moved.txt'}", "data.num_proc=2", f"data.cache_dir={tmp_path / 'other'}"]
+    changes += ["loop.gradient_checkpointing=true", "data.max_validation_documents=5", "loop.logging_steps=1"]
+    run_script("train_joint", *stopped, *changes)
+    for found, expected in zip(losses(tmp_path / "run").values(), losses(tmp_path / "whole").values(), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_compiled_blocks_are_no_other_run(stopped: list[str], tmp_path: Path) -> None:
+    settings = load_settings(RunSettings, None, [*stopped[:-2], "loop.compile=true"])
+    assert check_output_dir(settings, "latest", overwrite=False) == tmp_path / "run/checkpoint-2"
+
+
+def test_another_text_is_refused_and_the_folder_left_as_it_was(
+    run_script: Run, stopped: list[str], tmp_path: Path
+) -> None:
+    saved = (tmp_path / "run/settings.yaml").read_text(encoding="utf-8")
+    # as many tokens
+    lines = (tmp_path / "corpus.txt").read_text(encoding="utf-8").split("\n")
+    words = lines[0].split()
+    lines[0] = " ".join([*words[1:], words[0]])
+    (tmp_path / "other.txt").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"another order of sequences: text_digest=.*Resume with the same text"):
+        run_script("train_joint", *stopped, f"data.source={tmp_path / 'other.txt'}")
+    assert (tmp_path / "run/settings.yaml").read_text(encoding="utf-8") == saved
+
+
+def test_a_new_run_goes_on_with_other_settings(run_script: Run, stopped: list[str], tmp_path: Path) -> None:
+    changes = ["optimizer.learning_rate=0.01", "optimizer.weight_decay=0.5", "optimizer.beta1=0.5"]
+    with pytest.raises(ValueError, match=r"differ in .*--resume_from_checkpoint .*checkpoint-2 loop.output_dir=ANOTH"):
+        run_script("train_joint", *stopped, *changes)
+    other = [f"loop.output_dir={tmp_path / 'other'}", "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")]
+    run_script("train_joint", *stopped, *changes, *other)
+    assert list(losses(tmp_path / "other")) == [3, 4]
+    state = torch.load(tmp_path / "other/checkpoint-4/optimizer.bin", weights_only=True)["param_groups"][0]
+    assert (state["weight_decay"], state["betas"]) == (0.5, (0.5, 0.98))
 
 
 def test_latest_starts_a_run_and_refuses_one_that_lost_its_checkpoints(
