@@ -1,6 +1,6 @@
 """Writes the code that lies beside a saved pipeline's weights as this version of the package generates it.
 
-    python training/write_code.py FOLDER [FOLDER ...]
+python training/write_code.py FOLDER [FOLDER ...]
 """
 
 from __future__ import annotations
