@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .pipelines.pipeline_ldlm import LDLMPipeline
+from .whole_numbers import whole_number
 
 
 try:
@@ -90,8 +91,10 @@ class SharedPipeline:
                 out of range.
         """
         for name, value, minimum in (("seed", seed, 0), ("decode_every", decode_every, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**63:
+            number = whole_number(value)
+            if number is None or not minimum <= number < 2**63:
                 raise ValueError(f"`{name}` must be an integer from {minimum} to 2**63 - 1, got {value!r}.")
+        seed, decode_every = int(seed), int(decode_every)
         frames: queue.SimpleQueue[Frame | Exception] = queue.SimpleQueue()
 
         def sample() -> None:
@@ -164,11 +167,12 @@ class SharedPipeline:
         Raises:
             ValueError: a pipeline without encoders, an empty or over-long text, or fewer than two points.
         """
-        if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
+        number = whole_number(num_points)
+        if number is None or number < 2:
             raise ValueError(f"`num_points` must be an integer of at least 2, got {num_points!r}.")
         with self._lock:
             start, end = self._encode("first", first), self._encode("second", second)
-            weights = torch.linspace(0, 1, num_points, device=start.device)[:, None, None]
+            weights = torch.linspace(0, 1, number, device=start.device)[:, None, None]
             return self.pipeline.decode_to_sequences(torch.lerp(start, end, weights)).cpu()
 
     def _encode(self, name: str, text: str) -> torch.Tensor:
@@ -260,7 +264,7 @@ def _generation_tab(shared: SharedPipeline) -> None:
         previous = None
         try:
             for frame in shared.generate(batch_size, num_inference_steps, seed, decode_every, stop):
-                labels = [f"Text {number}" for number in range(1, batch_size + 1)]
+                labels = [f"Text {number}" for number in range(1, len(frame.sequences) + 1)]
                 before = itertools.repeat(None) if previous is None else previous
                 yield [
                     describe(frame, previous),
@@ -307,7 +311,7 @@ def _interpolation_tab(shared: SharedPipeline) -> None:
             sequences = shared.interpolate(first, second, num_points)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        labels = [f"{100 * point / (num_points - 1):.0f}% of the way" for point in range(num_points)]
+        labels = [f"{100 * point / (num_points - 1):.0f}% of the way" for point in range(len(sequences))]
         return _fill_boxes(shared.pipeline, labels, sequences, torch.cat([sequences[:1], sequences[:-1]]), MAX_POINTS)
 
     gr.Markdown(ABOUT_INTERPOLATION)

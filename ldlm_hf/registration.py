@@ -18,7 +18,7 @@ import transformers
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 
 from .hub.repository import PIPELINE_MODULE
-from .hub.safe_loading import check_tokenizer, read_json
+from .hub.safe_loading import MAX_JSON_BYTES, check_tokenizer, read_json
 
 
 # the base classes of components, with the methods that save and load them
@@ -28,6 +28,7 @@ BASE_CLASSES: dict[str, Any] = {
     "PreTrainedModel": transformers.PreTrainedModel,
 }
 SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
+PIPELINE = "LDLMPipeline"
 
 
 def require(owner: ModuleType | type, attribute: str) -> Any:
@@ -47,14 +48,33 @@ IDENTIFY_MODEL_VARIANTS = require(pipeline_utils, "_identify_model_variants")
 
 
 def read_index(cls: type[diffusers.DiffusionPipeline], path: str | Path, **archive: Any) -> dict[str, Any]:
-    """Reads a `model_index.json`; our pipeline is the installed class, even if the repository carries its code."""
+    """Reads a `model_index.json`: those of other pipelines as diffusers does, ours within bounds. Our pipeline is the
+    installed class, even if the repository carries its code.
+    """
+    read = super(diffusers.DiffusionPipeline, cls)._dict_from_json_file
     if any(archive.values()):  # diffusers before 0.42 also reads from DDUF archives
-        return super(diffusers.DiffusionPipeline, cls)._dict_from_json_file(path, **archive)
+        return read(path, **archive)
+    # what is as long as none of ours is not read whole to see that it names ours
+    if cls.__name__ != PIPELINE and not begins_with_name(path):
+        index = read(path)
+        if not is_ours(index):
+            return index
     index = read_json(path)
-    if index.get("_class_name") in ("LDLMPipeline", [PIPELINE_MODULE, "LDLMPipeline"]):
-        index["_class_name"] = "LDLMPipeline"
+    if is_ours(index):
+        index["_class_name"] = PIPELINE
         check_tokenizer(Path(path).parent / "tokenizer")
     return index
+
+
+def begins_with_name(path: str | Path) -> bool:
+    """Whether the name of our pipeline stands in as much of a file as an index of ours may have."""
+    with open(path, "rb") as file:
+        return f'"{PIPELINE}"'.encode() in file.read(MAX_JSON_BYTES)
+
+
+def is_ours(index: Any) -> bool:
+    """Whether an index is one of our pipeline."""
+    return isinstance(index, dict) and index.get("_class_name") in (PIPELINE, [PIPELINE_MODULE, PIPELINE])
 
 
 def identify_model_variants(folder: str, variant: str | None, config: dict[str, Any]) -> dict[str, str]:
@@ -63,7 +83,7 @@ def identify_model_variants(folder: str, variant: str | None, config: dict[str, 
     diffusers would load the plain weights of those that lack it, without a word.
     """
     found = IDENTIFY_MODEL_VARIANTS(folder, variant, config)
-    if found and variant is not None and config["_class_name"] == "LDLMPipeline":
+    if found and variant is not None and config["_class_name"] == PIPELINE:
         return {name: variant for name, entry in config.items() if isinstance(entry, (list, tuple))}
     return found
 

@@ -211,6 +211,13 @@ def test_generation_refuses_bad_values(make_pipeline: Callable[..., LDLMPipeline
         generate(make_pipeline(), *arguments)
 
 
+def test_forms_may_give_whole_numbers_as_floats(make_pipeline: Callable[..., LDLMPipeline]):
+    pipeline = make_pipeline()
+    expected = plain_output(pipeline, 2, 4, seed=3).sequences
+    assert torch.equal(generate(pipeline, 2.0, 4.0, 3.0, 2.0)[-1].sequences, expected)
+    assert len(SharedPipeline(pipeline).interpolate("w2", "w3", 3.0)) == 3
+
+
 @pytest.mark.parametrize(
     ("first", "second", "num_points", "message"),
     [

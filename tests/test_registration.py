@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -33,6 +34,38 @@ def test_auto_classes_know_the_models(name: str):
     config = transformers.AutoConfig.for_model(config_class.model_type)
     assert type(config) is config_class
     assert transformers.AutoModel._model_mapping[config_class] is model_class
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """The folder of a pipeline of diffusers' own, that the package has nothing to do with."""
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("loader", [diffusers.DDPMPipeline, diffusers.DiffusionPipeline])
+def test_indices_of_other_pipelines_are_read_by_diffusers(foreign: Path, loader: type[diffusers.DiffusionPipeline]):
+    index = foreign / "model_index.json"
+    text = index.read_text()
+    index.write_text(text + " " * 2**21)
+    assert type(loader.from_pretrained(foreign)) is diffusers.DDPMPipeline
+    index.write_text(text[: len(text) // 2])
+    for cls in (loader, diffusers.StableDiffusionPipeline):
+        with pytest.raises(OSError, match="is not a valid JSON file"):
+            cls.from_pretrained(foreign)
+
+
+def test_a_variant_of_which_other_pipelines_have_a_part_is_loaded_by_diffusers(foreign: Path):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(foreign)
+    (foreign / "scheduler" / "notes.fp16.txt").write_text("")
+    assert type(diffusers.DiffusionPipeline.from_pretrained(foreign, variant="fp16")) is type(pipe)
 
 
 def test_registering_twice_changes_nothing():

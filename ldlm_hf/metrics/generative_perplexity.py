@@ -82,12 +82,12 @@ class GenerativePerplexity(TextInputs, evaluate.Metric):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> dict[str, Any]:
-        check_positive_int("batch_size", batch_size)
+        batch_size = check_positive_int("batch_size", batch_size)
         if bos_token_id is not None and not add_bos:
             raise ValueError(f"`bos_token_id` is {bos_token_id}, but `add_bos` is False: set it, or leave the id out.")
         judge = as_judge(judge, device, dtype)
         if max_length is not None:
-            judge.check_max_length(max_length)
+            max_length = judge.check_max_length(max_length)
             if max_length < 2:
                 raise ValueError(
                     f"`max_length` is {max_length}, but the first token is not scored: it must be 2 or more."

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from ldlm_hf.whole_numbers import whole_number
 
-def check_positive_int(name: str, value: Any) -> None:
-    """Raises a `ValueError` that names the argument, unless it is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+
+def check_positive_int(name: str, value: Any) -> int:
+    """Returns a whole number of at least 1 as an int; a `ValueError` that names the argument for all else."""
+    number = whole_number(value)
+    if number is None or number < 1:
         raise ValueError(f"`{name}` is {value!r}, but it must be an integer of at least 1.")
+    return number
 
 
 def check_texts(name: str, texts: Any) -> None:

@@ -55,14 +55,17 @@ class Judge:
         """The longest sequence, in tokens, that the model has positions for; `None` if it has no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def check_max_length(self, max_length: int) -> None:
-        """Raises a `ValueError` if sequences of `max_length` tokens do not fit into the judge's context."""
-        check_positive_int("max_length", max_length)
+    def check_max_length(self, max_length: Any) -> int:
+        """Returns `max_length` as an int; a `ValueError` if sequences of so many tokens do not fit into the judge's
+        context.
+        """
+        max_length = check_positive_int("max_length", max_length)
         if self.context_length is not None and max_length > self.context_length:
             raise ValueError(
                 f"`max_length` is {max_length}, but the judge {self.name!r} reads at most {self.context_length} "
                 "tokens: lower it, or leave it out to use the judge's context."
             )
+        return max_length
 
     def encode(self, texts: list[str], max_length: int | None) -> list[list[int]]:
         """The first `max_length` tokens of each text by the judge's tokenizer, without any special token added."""

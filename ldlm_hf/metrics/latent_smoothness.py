@@ -66,7 +66,7 @@ class LatentSmoothness(TextInputs, evaluate.Metric):
         device: Any = None,
         dtype: Any = None,
     ) -> dict[str, Any]:
-        check_positive_int("batch_size", batch_size)
+        batch_size = check_positive_int("batch_size", batch_size)
         places = sorted(set(positions))
         num_pairs = check_positions(positions, places)
         judge = as_judge(judge, device, dtype)

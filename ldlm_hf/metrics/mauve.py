@@ -11,6 +11,7 @@ import torch
 
 from ldlm_hf.metrics.inputs import TextInputs, check_positive_int
 from ldlm_hf.metrics.judge import Judge, as_judge, at_last_token
+from ldlm_hf.whole_numbers import whole_number
 
 
 # mauve-text reads this many tokens of a text.
@@ -101,7 +102,7 @@ class Mauve(TextInputs, evaluate.Metric):
         result = compute_mauve(
             p_features=features,
             q_features=reference_features,
-            num_buckets=num_buckets,
+            num_buckets="auto" if num_buckets == "auto" else int(num_buckets),
             mauve_scaling_factor=mauve_scaling_factor,
             kmeans_explained_var=kmeans_explained_var,
             kmeans_num_redo=kmeans_num_redo,
@@ -140,7 +141,7 @@ def text_features(
     Raises:
         ValueError: a text is blank, or an argument is out of range.
     """
-    check_positive_int("batch_size", batch_size)
+    batch_size = check_positive_int("batch_size", batch_size)
     judge = as_judge(judge)
     sequences = judge.encode(texts, _text_length(judge, max_length))
     for index, sequence in enumerate(sequences):
@@ -174,13 +175,13 @@ def _check_features(features: Any, texts: list[str], judge: Judge, name: str) ->
 def _text_length(judge: Judge, max_length: int | None) -> int:
     if max_length is None:
         return min(MAX_TEXT_LENGTH, judge.context_length or MAX_TEXT_LENGTH)
-    judge.check_max_length(max_length)
-    return max_length
+    return judge.check_max_length(max_length)
 
 
 def _check_num_buckets(num_buckets: int | str, num_texts: int, num_blank: int) -> None:
     """Two clusters are the fewest that tell two sets apart, and `"auto"` takes ten texts of each set for a cluster."""
-    if num_buckets != "auto" and (not isinstance(num_buckets, int) or num_buckets < 2):
+    number = whole_number(num_buckets)
+    if num_buckets != "auto" and (number is None or number < 2):
         raise ValueError(f"`num_buckets` is {num_buckets!r}, but it must be an integer of at least 2, or 'auto'.")
     needed = 20 if num_buckets == "auto" else int(num_buckets)
     if num_texts < needed:

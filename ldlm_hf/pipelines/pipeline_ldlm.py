@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import os
+import reprlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolver
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 from ..schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
 from ..schedulers.tangent import alpha_sigma
+from ..whole_numbers import whole_number
 from .pipeline_output import LDLMPipelineOutput
 
 
@@ -189,8 +191,8 @@ class LDLMPipeline(DiffusionPipeline):
 
     @property
     def decoded_shape(self) -> tuple[int | None, int]:
-        """Number N and width d_z of the latents that the decoders take; a token decoder that reads latents takes
-        any number of them.
+        """Number N and width d_z of the latents that are decoded; a token decoder that reads latents itself takes any
+        number of them.
         """
         if self.latent_decoder is None:
             return None, self.token_decoder.config.token_hidden_size
@@ -337,8 +339,14 @@ class LDLMPipeline(DiffusionPipeline):
         self_condition_decay: float = 0.0,
     ) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that `__call__` cannot work with."""
+        if isinstance(batch_size, (str, list, tuple)):
+            raise ValueError(
+                f"`batch_size`={reprlib.repr(batch_size)}: generation takes no text, it is unconditional; the first "
+                "argument is the number of texts to write, such as pipe(4). `encode` and `decode` take and give texts."
+            )
         for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            whole = whole_number(value)
+            if whole is None or whole < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         for name, number in (
             ("self_condition_scale", 1.0 if self_condition_scale is None else self_condition_scale),
@@ -549,6 +557,7 @@ class LDLMPipeline(DiffusionPipeline):
             self_condition_scale,
             self_condition_decay,
         )
+        batch_size, num_inference_steps = int(batch_size), int(num_inference_steps)
         check_schedule(self.scheduler)
         if timesteps is not None and is_discrete(self.scheduler):
             raise ValueError(

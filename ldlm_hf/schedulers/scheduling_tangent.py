@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..hub.safe_loading import read_json
+from ..whole_numbers import whole_number
 from .tangent import alpha_sigma, learned_time_grid, log_snr_time_grid, uniform_time_grid
 
 
@@ -231,11 +232,12 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give exactly one of num_inference_steps and timesteps.")
         if timesteps is None:
-            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            num_steps = whole_number(num_inference_steps)
+            if num_steps is None:
                 raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer.")
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1.")
-            grid = self.make_time_grid(num_inference_steps)
+            if num_steps < 1:
+                raise ValueError(f"num_inference_steps={num_steps} must be at least 1.")
+            grid = self.make_time_grid(num_steps)
         else:
             t_min = torch.tensor([self.config.t_min], dtype=torch.float64)
             grid = torch.cat([torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten(), t_min])

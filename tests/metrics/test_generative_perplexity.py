@@ -37,7 +37,7 @@ def expected_perplexity(losses: list[tuple[float, int]]) -> float:
     return math.exp(sum(loss for loss, _ in losses) / sum(count for _, count in losses))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 2.0])
 def test_equals_the_models_own_loss_unbatched(judge, batch_size):
     result = GenerativePerplexity().compute(predictions=TEXTS, judge=judge, batch_size=batch_size)
     losses = [own_loss(judge, text) for text in TEXTS]
@@ -143,7 +143,7 @@ def test_a_judge_in_a_folder_is_loaded(judge, tmp_path):
         ([3], {}, r"`predictions\[0\]` is 3"),
         (["", "cat"], {}, "None of the 2 `predictions`"),
         (TEXTS, {"batch_size": 0}, "`batch_size` is 0"),
-        (TEXTS, {"batch_size": 2.0}, "`batch_size` is 2.0"),
+        (TEXTS, {"batch_size": 2.5}, "`batch_size` is 2.5"),
         (TEXTS, {"max_length": 17}, "`max_length` is 17.*at most 16"),
         (TEXTS, {"max_length": 1}, "`max_length` is 1"),
         (TEXTS, {"bos_token_id": 0}, "`bos_token_id` is 0, but `add_bos` is False"),

@@ -247,6 +247,25 @@ def test_bad_arguments_are_refused_before_any_step(pipe: LDLMPipeline, arguments
     assert not calls
 
 
+WHOLE = [np.int64, np.float32, float, torch.tensor]
+
+
+@pytest.mark.parametrize("number", WHOLE)
+def test_whole_numbers_of_other_types(pipe: LDLMPipeline, number: Callable[[int], Any]):
+    expected = pipe(2, 3, generator=seeded(), output_type="latent").latents
+    noise = torch.randn(2, 6, 16, generator=seeded())
+    assert torch.equal(pipe(number(2), number(3), generator=seeded(), output_type="latent").latents, expected)
+    assert pipe(number(2), number(3), latents=noise, generator=[seeded(), seeded()]).sequences.shape == (2, 8)
+    pipe.scheduler = DDIMScheduler.from_config(diffusers_config(pipe.scheduler))
+    assert pipe(number(2), number(3)).sequences.shape == (2, 8)
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", ["Once upon", "a time"]])
+def test_a_prompt_is_answered_by_what_the_pipeline_takes(pipe: LDLMPipeline, prompt: str | list[str]):
+    with pytest.raises(ValueError, match=r"Once upon.*unconditional.*number of texts"):
+        pipe(prompt)
+
+
 def test_encode_and_decode(pipe: LDLMPipeline):
     latents = pipe.encode(["w2 w3 w4 w5 w6 w7 w8 w9", "w5 w6"])
     assert latents.shape == (2, 6, 16)

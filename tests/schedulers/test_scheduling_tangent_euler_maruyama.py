@@ -93,6 +93,13 @@ def test_explicit_timesteps_end_at_t_min():
         torch.testing.assert_close(*steps)
 
 
+@pytest.mark.parametrize("number", [np.int64(4), np.float32(4), 4.0, torch.tensor(4)])
+def test_whole_numbers_of_other_types(number: object):
+    scheduler = TangentEulerMaruyamaScheduler()
+    scheduler.set_timesteps(number)
+    assert len(scheduler) == 4
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
