@@ -7,6 +7,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import numbers
+import operator
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,12 +86,14 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
             yield from nested_settings(value, name, depth + 1)
 
 
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]) -> None:
-    """Raises ValueError where a value has not the type that the constructor declares, or is no finite number.
+def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
+    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
+    outside of its range.
 
     Args:
         constructor: an `__init__` with annotated parameters.
-        settings: its arguments by name, as `locals()` gives them at its beginning.
+        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
     """
     if "num_labels" in settings.get("kwargs", {}):
         raise ValueError("num_labels: no model of this package has labels; leave it out.")
@@ -97,6 +101,17 @@ def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]
         if name in settings and not has_type(settings[name], hint):
             expected = getattr(hint, "__name__", str(hint))
             raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
+    for name, interval in ranges.items():
+        if settings[name] is not None and not lies_in(settings[name], interval):
+            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
+
+
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval, whose round brackets leave its end out."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (value > low or (interval[0] == "[" and value == low)) and (
+        value < high or (interval[-1] == "]" and value == high)
+    )
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -111,6 +126,22 @@ def has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, int) and float in types:
         return True
     return isinstance(value, tuple(get_origin(one) or one for one in types))
+
+
+# from ldlm_hf/whole_numbers.py:
+#
+# Whole numbers of whatever type.
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        return int(float(value)) if is_whole else None
 
 
 # from ldlm_hf/schedulers/tangent.py:
@@ -364,11 +395,15 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`): clean latents z.
             noise (`torch.Tensor` of the same shape): standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`): times in [0, 1].
+            timesteps (`torch.Tensor` of shape `(batch_size,)`):
+                Times in [0, 1]. One value, of shape `(1,)` or `()`, holds for the whole batch.
+
+        Raises:
+            ValueError: neither one time nor one for each sample.
         """
-        if timesteps.shape != original_samples.shape[:1]:
+        if timesteps.shape not in ((), (1,), original_samples.shape[:1]):
             raise ValueError(
-                f"timesteps of shape {tuple(timesteps.shape)} must hold one time in [0, 1] for each of the "
+                f"timesteps of shape {tuple(timesteps.shape)} must hold one time in [0, 1], or one for each of the "
                 f"{original_samples.shape[0]} samples."
             )
         coefficient_shape = (-1,) + (1,) * (original_samples.ndim - 1)
@@ -397,11 +432,12 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give exactly one of num_inference_steps and timesteps.")
         if timesteps is None:
-            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            num_steps = whole_number(num_inference_steps)
+            if num_steps is None:
                 raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer.")
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1.")
-            grid = self.make_time_grid(num_inference_steps)
+            if num_steps < 1:
+                raise ValueError(f"num_inference_steps={num_steps} must be at least 1.")
+            grid = self.make_time_grid(num_steps)
         else:
             t_min = torch.tensor([self.config.t_min], dtype=torch.float64)
             grid = torch.cat([torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten(), t_min])

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput, SAFETENSORS_WEIGHTS_NAME
@@ -135,12 +137,14 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
             yield from nested_settings(value, name, depth + 1)
 
 
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]) -> None:
-    """Raises ValueError where a value has not the type that the constructor declares, or is no finite number.
+def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
+    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
+    outside of its range.
 
     Args:
         constructor: an `__init__` with annotated parameters.
-        settings: its arguments by name, as `locals()` gives them at its beginning.
+        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
     """
     if "num_labels" in settings.get("kwargs", {}):
         raise ValueError("num_labels: no model of this package has labels; leave it out.")
@@ -148,6 +152,17 @@ def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]
         if name in settings and not has_type(settings[name], hint):
             expected = getattr(hint, "__name__", str(hint))
             raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
+    for name, interval in ranges.items():
+        if settings[name] is not None and not lies_in(settings[name], interval):
+            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
+
+
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval, whose round brackets leave its end out."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (value > low or (interval[0] == "[" and value == low)) and (
+        value < high or (interval[-1] == "]" and value == high)
+    )
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -443,9 +458,9 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
 #
 # The building blocks of the four trainable models: attention, feed-forward, adaptive norms and the two layer stacks.
 #
-# Plain modules on `torch.nn.functional.scaled_dot_product_attention`, nothing else. The paper gives sizes
-# and parameter counts (App. C), from which the layouts follow. B batch, L tokens, N latents, D width, C context
-# length, H heads.
+# Plain modules on `torch.nn.functional.scaled_dot_product_attention`, or on another kernel of the user's choice. The
+# paper gives sizes and parameter counts (App. C), from which the layouts follow. B batch, L tokens, N latents, D width,
+# C context length, H heads.
 
 
 def split_heads(hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -458,22 +473,41 @@ def split_heads(hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
 SCORES_AT_ONCE = 2**20
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D)."""
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: AttentionBackendName | None = None
+) -> torch.Tensor:
+    """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D).
+
+    `backend` is one of diffusers'; None stands for torch's fused attention, or what is faster than that.
+    """
+    if backend is not None:
+        # diffusers' dispatcher has the heads behind the tokens
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
     on_cpu_in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if on_cpu_in_bfloat16 and not torch.compiler.is_compiling():
+    if on_cpu_in_bfloat16 and not torch.compiler.is_compiling() and products_beat_fused_attention():
         attended = attend_by_products(query, key, value)
     else:
         attended = F.scaled_dot_product_attention(query, key, value)
     return attended.transpose(1, 2).flatten(2)
 
 
+@functools.cache
+def products_beat_fused_attention() -> bool:
+    """Whether plain products in bfloat16 are faster on this CPU than torch's fused attention (torch 2.13).
+
+    They are with AVX512-BF16 alone, where they are not emulated and the fused kernel's are. With AMX the fused kernel
+    uses the matrix unit and takes about half of their time (L = 1,024), and without bfloat16 instructions (AVX2) a
+    tenth, as the emulated products of that kernel are the faster ones. It is asked of the processor and not measured,
+    so that a run that is resumed computes what it would have computed.
+    """
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
 def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The same attention as plain products, for a few heads at a time: (B, H, L, D/H).
 
-    The fused kernel for the CPU (torch 2.13) emulates its bfloat16 products in float32 where the processor has no
-    matrix unit, and is slower there than these, which are not emulated. Scores are rounded to bfloat16; with
-    gradients, all of them are kept for the backward pass.
+    Scores are rounded to bfloat16; with gradients, all of them are kept for the backward pass.
     """
     batch_size, num_heads, length, width = query.shape
     group = max(1, SCORES_AT_ONCE // (length * key.shape[2]))
@@ -483,6 +517,35 @@ def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
         for q, k, v in zip(*(h.split(group) for h in heads), strict=True)
     ]
     return torch.cat(attended).view(batch_size, num_heads, length, width)
+
+
+@functools.cache
+def transposed_weights_are_faster() -> bool:
+    """Whether products in bfloat16 are faster on this CPU with a weight that lies in memory as (in, out).
+
+    They are with AMX, whose products read a matrix of that layout as it lies and else arrange the weight anew at each
+    call: 4.2 ms instead of 9.6 for 1,024 rows and 768 -> 3,072 (Intel Xeon, one thread). Without AMX it is slower.
+    """
+    return torch.cpu._is_amx_tile_supported()
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weight lies in memory as the processor multiplies it fastest.
+
+    Where that is transposed, the first call without gradients lays it out so: its shape, (out, in), and its values
+    stay, only its strides change.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._may_lie_transposed():
+            self.weight.data = self.weight.data.t().contiguous().t()
+        return super().forward(hidden_states)
+
+    def _may_lie_transposed(self) -> bool:
+        weight = self.weight
+        # a plain one: what quantises or shards weights has a layout of its own
+        in_bfloat16 = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
+        return in_bfloat16 and weight.is_contiguous() and weight.is_cpu and transposed_weights_are_faster()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -508,14 +571,15 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, bias: bool, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+        self.attention_backend: AttentionBackendName | None = None
+        self.to_qkv = Linear(hidden_size, 3 * hidden_size, bias=bias)
         self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.to_out = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_out = Linear(hidden_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         query, key, value = (split_heads(part, self.num_heads) for part in self.to_qkv(hidden_states).chunk(3, dim=-1))
-        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value))
+        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value, self.attention_backend))
 
 
 class PerceiverAttention(nn.Module):
@@ -531,11 +595,11 @@ class PerceiverAttention(nn.Module):
         self.norm_latents = RMSNorm(hidden_size)
         self.norm_context = RMSNorm(hidden_size)
         # one matrix for everything that reads the latents: queries, keys and values
-        self.latents_to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.context_to_kv = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.latents_to_qkv = Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.context_to_kv = Linear(hidden_size, 2 * hidden_size, bias=False)
         self.norm_q = RMSNorm(head_dim)
         self.norm_k = RMSNorm(head_dim)
-        self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_out = Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, latents: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         query, latent_key, latent_value = self.latents_to_qkv(self.norm_latents(latents)).chunk(3, dim=-1)
@@ -551,8 +615,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.linear_in = nn.Linear(hidden_size, intermediate_size)
-        self.linear_out = nn.Linear(intermediate_size, hidden_size)
+        self.linear_in = Linear(hidden_size, intermediate_size)
+        self.linear_out = Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_out(F.gelu(self.linear_in(hidden_states)))
@@ -665,7 +729,7 @@ class SequenceMapper(nn.Module):
             output = latents.to(context.dtype).expand(hidden_states.shape[0], -1, -1)  # (B, N, D)
         for layer in self.layers:
             if checkpoint_function is not None and torch.is_grad_enabled():
-                output = checkpoint_function(layer, output, *arguments)
+                output = checkpoint_layer(checkpoint_function, layer, output, *arguments)
             else:
                 output = layer(output, *arguments)
         return output
@@ -680,7 +744,7 @@ class AdaLayerNormModulation(nn.Module):
     def __init__(self, hidden_size: int, num_parts: int):
         super().__init__()
         self.num_parts = num_parts
-        self.linear = nn.Linear(hidden_size, num_parts * hidden_size)
+        self.linear = Linear(hidden_size, num_parts * hidden_size)
 
     def forward(self, time_embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.linear(F.silu(time_embedding))[:, None].chunk(self.num_parts, dim=-1)
@@ -718,6 +782,19 @@ class DiffusionTransformerBlock(nn.Module):
         hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
         fed_forward = self.feed_forward(modulate(hidden_states, shift_ff, scale_ff))
         return torch.addcmul(hidden_states, gate_ff, fed_forward)
+
+
+def checkpoint_layer(
+    checkpoint_function: Callable[..., Any], layer: nn.Module, hidden_states: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
+    """Runs a layer so that its activations are computed again in the backward pass.
+
+    `checkpoint_function` may be reentrant, and then gives a layer's parameters a gradient only where one of its inputs
+    needs one: here the hidden states always do.
+    """
+    if not hidden_states.requires_grad:
+        hidden_states = hidden_states.detach().requires_grad_()
+    return checkpoint_function(layer, hidden_states, *arguments)
 
 
 def initialize_layer(module: nn.Module, initializer_range: float) -> None:
@@ -800,7 +877,17 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self_conditioning: bool = True,
         next_timestep_conditioning: bool = False,
     ):
-        check_settings(LDLMTransformer1DModel.__init__, locals())
+        check_settings(
+            LDLMTransformer1DModel.__init__,
+            locals(),
+            in_channels="[1, inf)",
+            num_layers="[1, inf)",
+            num_attention_heads="[1, inf)",
+            attention_head_dim="[1, inf)",
+            sample_size="[1, inf)",
+            mlp_ratio="(0, inf)",
+            frequency_embedding_size="[1, inf)",
+        )
         super().__init__()
         width = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(2 * in_channels, width)
@@ -826,6 +913,21 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         nn.init.zeros_(self.proj_out.weight)
         if self.next_time_embedder is not None:
             nn.init.zeros_(self.next_time_embedder.linear_2.weight)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As in [`~diffusers.ModelMixin.set_attention_backend`], which looks for diffusers' own attention layers."""
+        super().set_attention_backend(backend)
+        self._set_attention_backend(AttentionBackendName(backend.lower()))
+
+    def reset_attention_backend(self) -> None:
+        """Goes back to torch's fused attention, or what is faster than that."""
+        super().reset_attention_backend()
+        self._set_attention_backend(None)
+
+    def _set_attention_backend(self, backend: AttentionBackendName | None) -> None:
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.attention_backend = backend
 
     def forward(
         self,
@@ -869,7 +971,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         hidden_states = self.proj_in(torch.cat([hidden_states, self_condition], dim=-1)) + self.positions  # (B, N, D)
         for block, of_block in zip(self.blocks, of_blocks, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, time_embedding, of_block)
+                hidden_states = checkpoint_layer(
+                    self._gradient_checkpointing_func, block, hidden_states, time_embedding, of_block
+                )
             else:
                 hidden_states = block(hidden_states, time_embedding, of_block)
         hidden_states = modulate(hidden_states, shift, scale)
