@@ -151,14 +151,14 @@ CHAINS: list[list[Case]] = [
     ],
     [
         Case(
-            'pipe = LDLMPipeline.from_pretrained("org/tiny", variant="fp16", torch_dtype=torch.float16)',
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", variant="fp16", dtype=torch.float16)',
             "float16",
             not_fetched=FULL_WEIGHTS,
         )
     ],
     [
         Case(
-            'pipe = DiffusionPipeline.from_pretrained("org/tiny", variant="fp16", torch_dtype=torch.float16, '
+            'pipe = DiffusionPipeline.from_pretrained("org/tiny", variant="fp16", dtype=torch.float16, '
             "trust_remote_code=True)",
             "float16",
             not_fetched=FULL_WEIGHTS,
@@ -173,18 +173,18 @@ CHAINS: list[list[Case]] = [
             **ABSENT,
         )
     ],
-    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny", torch_dtype=torch.bfloat16)', "bfloat16")],
+    [Case('pipe = LDLMPipeline.from_pretrained("org/tiny", dtype=torch.bfloat16)', "bfloat16")],
     [
         Case(
             'pipe = LDLMPipeline.from_pretrained("org/tiny", '
-            'torch_dtype={"transformer": torch.bfloat16, "default": torch.float32})',
+            'dtype={"transformer": torch.bfloat16, "default": torch.float32})',
             "mixed",
         )
     ],
     [
         Case(
             'pipe = DiffusionPipeline.from_pretrained("org/tiny", '
-            'torch_dtype={"transformer": torch.bfloat16, "default": torch.float32}, trust_remote_code=True)',
+            'dtype={"transformer": torch.bfloat16, "default": torch.float32}, trust_remote_code=True)',
             "mixed",
             **ABSENT,
         )
@@ -309,8 +309,7 @@ CHAINS: list[list[Case]] = [
     ],
     [
         Case(
-            'pipe = LDLMPipeline.from_pretrained("org/tiny", revision="main", variant="fp16", '
-            "torch_dtype=torch.float16)",
+            'pipe = LDLMPipeline.from_pretrained("org/tiny", revision="main", variant="fp16", dtype=torch.float16)',
             "float16",
             **OLAH_MAIN,
         )
@@ -428,7 +427,7 @@ def publish() -> dict[str, Any]:
     published["mixed"] = sample(pipe)
     # what must stay in float32 does so when a type is asked for at loading only
     for name in ("bfloat16", "float16"):
-        pipe = ldlm_hf.LDLMPipeline.from_pretrained("./tiny", torch_dtype=getattr(torch, name))
+        pipe = ldlm_hf.LDLMPipeline.from_pretrained("./tiny", dtype=getattr(torch, name))
         published[name] = sample(pipe)
     pipe.push_to_hub("org/tiny", variant="fp16")
     return published | {"first_commit": commit}

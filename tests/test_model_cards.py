@@ -108,10 +108,21 @@ def test_the_trained_model_loads_where_the_package_is_not_imported(tmp_path: Pat
     assert done.stdout.splitlines()[-1] == "2"
 
 
+def test_the_readme_samples_without_a_warning(tmp_path: Path) -> None:
+    """Its own lines, as they stand there; what is warned of by a log counts too."""
+    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Sample")[1].split("### From the Hub")[0]
+    snippets = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(snippets) == 2
+    command = [sys.executable, "-W", "error", "-c", "\n".join(snippets)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("deprecat|warning|ignored", done.stderr, re.IGNORECASE), done.stderr
+
+
 def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
     files = list((CARDS / "ldlm-demo").rglob("*.safetensors"))
     assert 0 < sum(file.stat().st_size for file in files) < 40e6
-    pipe = LDLMPipeline.from_pretrained(CARDS / "ldlm-demo", torch_dtype=torch.float32)
+    pipe = LDLMPipeline.from_pretrained(CARDS / "ldlm-demo", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def entropy(num_steps: int) -> float:
@@ -124,9 +135,7 @@ def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
     assert 2.8 < entropy(16) < 3.3
     student = CARDS / "ldlm-demo-flow-map"
     pipe.register_modules(
-        transformer=LDLMTransformer1DModel.from_pretrained(
-            student, subfolder="transformer", torch_dtype=torch.float32
-        ),
+        transformer=LDLMTransformer1DModel.from_pretrained(student, subfolder="transformer", dtype=torch.float32),
         scheduler=TangentFlowMapScheduler.from_pretrained(student, subfolder="scheduler"),
     )
     assert 2.8 < entropy(1) < 3.3

@@ -30,7 +30,7 @@ def export_pipeline(source: str, folder: Path, dtype: torch.dtype, transformer_o
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder, or delete what it holds.")
-    pipeline = LDLMPipeline.from_pretrained(source, token_encoder=None, torch_dtype=dtype)
+    pipeline = LDLMPipeline.from_pretrained(source, token_encoder=None, dtype=dtype)
     if transformer_only:
         for name in ("transformer", "scheduler"):
             component = getattr(pipeline, name)

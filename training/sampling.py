@@ -92,7 +92,7 @@ def load_pipeline(source: str, dtype: str) -> LDLMPipeline:
         OSError: it cannot be loaded.
     """
     try:
-        pipeline = LDLMPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+        pipeline = LDLMPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise OSError(
             f"--pipeline {source!r} cannot be loaded: {error} Name the folder of a pipeline (RUN/pipeline), or its "

@@ -188,7 +188,7 @@ def shard_weights(folder: Path, weights_name: str, max_shard_size: int | str) ->
 
 def add_variant(folder: Path, variant: str, max_shard_size: int | str | None) -> None:
     """Saves the weights of a pipeline a second time, in half precision; ValueError if one overflows."""
-    pipeline = LDLMPipeline.from_pretrained(folder, torch_dtype=VARIANTS[variant])
+    pipeline = LDLMPipeline.from_pretrained(folder, dtype=VARIANTS[variant])
     for name, component in pipeline.components.items():
         for key, tensor in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
             if not tensor.isfinite().all():

@@ -8,6 +8,8 @@ import copy
 import inspect
 import json
 import math
+import numbers
+import operator
 import os
 import re
 import reprlib
@@ -401,6 +403,22 @@ def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
     return scheduler.timesteps
 
 
+# from ldlm_hf/whole_numbers.py:
+#
+# Whole numbers of whatever type.
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        return int(float(value)) if is_whole else None
+
+
 # from ldlm_hf/pipelines/pipeline_output.py:
 #
 # What [`LDLMPipeline`] returns.
@@ -566,8 +584,8 @@ class LDLMPipeline(DiffusionPipeline):
 
     @property
     def decoded_shape(self) -> tuple[int | None, int]:
-        """Number N and width d_z of the latents that the decoders take; a token decoder that reads latents itself takes
-        any number of them.
+        """Number N and width d_z of the latents that are decoded; a token decoder that reads latents itself takes any
+        number of them.
         """
         if self.latent_decoder is None:
             return None, self.token_decoder.config.token_hidden_size
@@ -714,8 +732,14 @@ class LDLMPipeline(DiffusionPipeline):
         self_condition_decay: float = 0.0,
     ) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that `__call__` cannot work with."""
+        if isinstance(batch_size, (str, list, tuple)):
+            raise ValueError(
+                f"`batch_size`={reprlib.repr(batch_size)}: generation takes no text, it is unconditional; the first "
+                "argument is the number of texts to write, such as pipe(4). `encode` and `decode` take and give texts."
+            )
         for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            whole = whole_number(value)
+            if whole is None or whole < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         for name, number in (
             ("self_condition_scale", 1.0 if self_condition_scale is None else self_condition_scale),
@@ -926,6 +950,7 @@ class LDLMPipeline(DiffusionPipeline):
             self_condition_scale,
             self_condition_decay,
         )
+        batch_size, num_inference_steps = int(batch_size), int(num_inference_steps)
         check_schedule(self.scheduler)
         if timesteps is not None and is_discrete(self.scheduler):
             raise ValueError(

@@ -141,7 +141,7 @@ def test_variant_and_shards_stand_beside_the_same_configuration(folder: Path):
         names = {path.name for path in (folder / component).iterdir()}
         assert not names & {"model.safetensors", "diffusion_pytorch_model.safetensors"}
         assert sum(name.endswith((".index.json", ".index.fp16.json")) for name in names) == 2
-    pipe = LDLMPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16)
+    pipe = LDLMPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float16)
     assert pipe.transformer.dtype == torch.float16
 
     (folder / "transformer" / "notes.fp16.txt").write_text("on rounding")

@@ -73,9 +73,9 @@ except ValueError as error:
     result["refused_input"] = str(error)
 
 for name, arguments in {
-    "dtype": {"torch_dtype": torch.bfloat16},
-    "dtypes": {"torch_dtype": {"transformer": torch.float16, "default": torch.float32}},
-    "variant": {"variant": "fp16", "torch_dtype": torch.float16},
+    "dtype": {"dtype": torch.bfloat16},
+    "dtypes": {"dtype": {"transformer": torch.float16, "default": torch.float32}},
+    "variant": {"variant": "fp16", "dtype": torch.float16},
     "sharded": {},
     "device_map": {"device_map": "cpu"},
     "without encoders": {"token_encoder": None, "latent_encoder": None},
@@ -173,7 +173,7 @@ class Repositories:
         self.encoded = pipe.encode(TEXTS).tolist()
         self.decoded = pipe.decode(torch.tensor(self.latents))
         pipe.save_pretrained(self.variants, max_shard_size="10KB")
-        half = LDLMPipeline.from_pretrained(self.whole, torch_dtype=torch.float16)
+        half = LDLMPipeline.from_pretrained(self.whole, dtype=torch.float16)
         half.save_pretrained(folder / "half", variant="fp16")
         for path in (folder / "half").glob("*/*.fp16*"):
             shutil.copy(path, self.variants / path.parent.name)

@@ -117,9 +117,9 @@ def test_sharded_weights(honest: Path, tmp_path: Path):
 
 
 def test_variants(honest: Path, tmp_path: Path):
-    pipe = LDLMPipeline.from_pretrained(honest, torch_dtype=torch.float16)
+    pipe = LDLMPipeline.from_pretrained(honest, dtype=torch.float16)
     pipe.save_pretrained(tmp_path, variant="fp16")
-    loaded = LDLMPipeline.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    loaded = LDLMPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     assert_equal(loaded.transformer, pipe.transformer)
     assert_equal(loaded.latent_decoder, pipe.latent_decoder)
     with pytest.raises(OSError, match=r"holds no model\.safetensors"):

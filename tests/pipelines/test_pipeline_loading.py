@@ -124,16 +124,14 @@ def test_loading_with_a_component_of_ones_own(saved: tuple[Path, list]):
 
 
 def test_loading_in_other_types(saved: tuple[Path, list]):
-    pipe = LDLMPipeline.from_pretrained(saved[0], torch_dtype=torch.bfloat16)
+    pipe = LDLMPipeline.from_pretrained(saved[0], dtype=torch.bfloat16)
     for name in ("transformer", "latent_decoder", "token_decoder", "latent_encoder", "token_encoder"):
         assert getattr(pipe, name).dtype == torch.bfloat16, name
     assert pipe.token_encoder.mean.dtype == torch.float32
     assert pipe(num_inference_steps=2, output_type="latent").latents.dtype == torch.float32
     assert pipe.encode("w5").shape == (1, 6, 16)
 
-    mixed = LDLMPipeline.from_pretrained(
-        saved[0], torch_dtype={"transformer": torch.bfloat16, "default": torch.float32}
-    )
+    mixed = LDLMPipeline.from_pretrained(saved[0], dtype={"transformer": torch.bfloat16, "default": torch.float32})
     assert mixed.transformer.dtype == torch.bfloat16
     assert mixed.latent_decoder.dtype == mixed.token_decoder.dtype == torch.float32
     assert len(sample(mixed)) == 2
@@ -141,11 +139,11 @@ def test_loading_in_other_types(saved: tuple[Path, list]):
 
 def test_a_variant_saved_later_does_not_change_the_type_of_the_full_weights(saved: tuple[Path, list]):
     path, expected = saved
-    LDLMPipeline.from_pretrained(path, torch_dtype=torch.float16).save_pretrained(path, variant="fp16")
+    LDLMPipeline.from_pretrained(path, dtype=torch.float16).save_pretrained(path, variant="fp16")
     full = LDLMPipeline.from_pretrained(path)
     assert full.latent_decoder.dtype == full.token_decoder.dtype == torch.float32
     assert sample(full) == expected
-    half = LDLMPipeline.from_pretrained(path, variant="fp16", torch_dtype=torch.float16)
+    half = LDLMPipeline.from_pretrained(path, variant="fp16", dtype=torch.float16)
     assert half.token_decoder.dtype == half.transformer.dtype == torch.float16
 
 
@@ -184,7 +182,7 @@ print(json.dumps({
     "small": sample(ldlm_hf.LDLMPipeline.from_pretrained(small)),
     "small, by diffusers": sample(DiffusionPipeline.from_pretrained(small)),
     "left out": sample(ldlm_hf.LDLMPipeline.from_pretrained(whole, token_encoder=None, latent_encoder=None)),
-    "half": len(sample(DiffusionPipeline.from_pretrained(whole, torch_dtype=torch.bfloat16))),
+    "half": len(sample(DiffusionPipeline.from_pretrained(whole, dtype=torch.bfloat16))),
 }))
 """
 

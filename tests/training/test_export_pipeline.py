@@ -42,7 +42,7 @@ def test_an_exported_pipeline_samples_without_its_token_encoder(saved: Path, tmp
     assert {file.parent.name for file in files} == {"transformer", "latent_decoder", "latent_encoder", "token_decoder"}
     for file in files:
         assert {weight.dtype for weight in load_file(file).values()} == {torch.float16}, file
-    small = LDLMPipeline.from_pretrained(tmp_path / "small", torch_dtype=torch.float32)
+    small = LDLMPipeline.from_pretrained(tmp_path / "small", dtype=torch.float32)
     assert small.missing_encoders == ["token_encoder"]
     torch.testing.assert_close(latents(small), latents(LDLMPipeline.from_pretrained(saved)), rtol=0.01, atol=0.01)
     assert all(isinstance(text, str) for text in small(batch_size=2, num_inference_steps=2).texts)

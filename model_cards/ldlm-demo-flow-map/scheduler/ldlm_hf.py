@@ -7,6 +7,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import numbers
+import operator
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,6 +113,22 @@ def has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, int) and float in types:
         return True
     return isinstance(value, tuple(get_origin(one) or one for one in types))
+
+
+# from ldlm_hf/whole_numbers.py:
+#
+# Whole numbers of whatever type.
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        return int(float(value)) if is_whole else None
 
 
 # from ldlm_hf/schedulers/tangent.py:
@@ -397,11 +415,12 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give exactly one of num_inference_steps and timesteps.")
         if timesteps is None:
-            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            num_steps = whole_number(num_inference_steps)
+            if num_steps is None:
                 raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer.")
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1.")
-            grid = self.make_time_grid(num_inference_steps)
+            if num_steps < 1:
+                raise ValueError(f"num_inference_steps={num_steps} must be at least 1.")
+            grid = self.make_time_grid(num_steps)
         else:
             t_min = torch.tensor([self.config.t_min], dtype=torch.float64)
             grid = torch.cat([torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten(), t_min])
