@@ -113,6 +113,17 @@ def test_the_trained_model_loads_where_the_package_is_not_imported(tmp_path: Pat
     assert done.stdout.splitlines()[-1] == "2"
 
 
+def test_the_readme_samples_without_a_warning(tmp_path: Path) -> None:
+    """Its own lines, as they stand there; what is warned of by a log counts too."""
+    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Sample")[1].split("### From the Hub")[0]
+    snippets = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(snippets) == 2
+    command = [sys.executable, "-W", "error", "-c", "\n".join(snippets)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("deprecat|warning|ignored", done.stderr, re.IGNORECASE), done.stderr
+
+
 def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
     files = list((CARDS / "ldlm-demo").rglob("*.safetensors"))
     assert 0 < sum(file.stat().st_size for file in files) < 40e6
