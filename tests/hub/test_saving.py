@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -167,7 +168,6 @@ TARGETS = {"transformer": ["proj_in", "proj_out"], "token_decoder": ["proj_in"]}
 @pytest.mark.parametrize("is_wrapped", [True, False])
 def test_adapters_are_refused_until_they_are_merged(make_pipeline, tmp_path: Path, component: str, is_wrapped: bool):
     """Whether the pipeline holds peft's wrapper, or the model that peft has put its layers into."""
-    peft = pytest.importorskip("peft")
     pipe = make_pipeline()
     model = getattr(pipe, component)
     config = peft.LoraConfig(target_modules=TARGETS[component], init_lora_weights=False)
