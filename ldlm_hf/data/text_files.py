@@ -116,7 +116,7 @@ def _read_json(lines: io.TextIOWrapper, name: str) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number}: {error}") from error
+                raise ValueError(f"{name}, line {number}: {error.msg}") from error
 
 
 def _read_columns(path: Path, kind: str, text_column: str) -> Iterator[pyarrow.Table]:
