@@ -59,7 +59,7 @@ def build_text_files(splits: Mapping[str, Sequence[Path]], text_column: str, cac
     data_files = DataFilesDict(
         {
             split: DataFilesList(
-                [str(file.resolve()) for file in files],
+                [str(file.absolute()) for file in files],
                 [(str(status.st_mtime_ns), str(status.st_size)) for status in map(os.stat, files)],
             )
             for split, files in splits.items()

@@ -81,7 +81,7 @@ def read_tables(file: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
         return
     # a line ends with any of \n, \r\n and \r; what a quoted field of CSV holds stays as it is
     newline = "" if kind == "csv" else None
-    with open_unpacked(path) as unpacked, io.TextIOWrapper(unpacked, encoding="utf-8", newline=newline) as lines:
+    with open_unpacked(path) as unpacked, io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline=newline) as lines:
         values = _read_values(lines, kind, path.name, text_column)
         while batch := list(islice(values, ROWS_AT_ONCE)):
             yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})

@@ -305,3 +305,23 @@ def test_a_damaged_zst_file_is_named(tmp_path: Path, words_of: Callable[..., lis
     (tmp_path / "c.txt.zst").write_bytes((tmp_path / "c.txt.zst").read_bytes()[:20_000])
     with pytest.raises(OSError, match="c.txt.zst"):
         words_of(tmp_path / "c.txt.zst", streaming=False)
+
+
+@both
+def test_a_link_has_the_ending_of_its_own_name(
+    streaming: bool, tmp_path: Path, words_of: Callable[..., list[str]]
+) -> None:
+    (tmp_path / "blob-1f3a").write_text("w1\nw2\n")
+    (tmp_path / "corpus.txt").symlink_to(tmp_path / "blob-1f3a")
+    assert words_of(tmp_path / "corpus.txt", streaming) == ["w1", "w2"]
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "content"), [("c.txt", "w1\n"), ("c.jsonl", '{"text": "w1"}\n'), ("c.csv", "text,id\nw1,2\n")]
+)
+def test_a_byte_order_mark_is_no_text(
+    name: str, content: str, streaming: bool, tmp_path: Path, words_of: Callable[..., list[str]]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert words_of(tmp_path / name, streaming) == ["w1"]
