@@ -171,6 +171,7 @@ class TrainingLoop:
                 if last or stopped or self.step % self.loop.checkpointing_steps == 0:
                     self.save_checkpoint(required=stopped)
                 if evaluate_every and self.step % evaluate_every == 0 and not (last or stopped):
+                    self.update_snapshot()
                     self.evaluate()
                 since += time.perf_counter() - pause
         progress.close()
@@ -328,8 +329,7 @@ class TrainingLoop:
         self.ema.restore(self.local_parameters())
 
     def evaluate(self) -> Evaluation:
-        """Evaluates the averaged weights on the main process; the others wait."""
-        self.update_snapshot()
+        """Evaluates the snapshot on the main process; the others wait."""
         result = Evaluation({})
         if self.snapshot is not None:
             with torch.no_grad(), self.accelerator.autocast():

@@ -18,7 +18,7 @@ import pyarrow
 
 from .settings import DataSettings
 from .text_builder import build_text_files
-from .text_files import ENDINGS, TEXT_KINDS, CorpusError, kind_of, open_unpacked
+from .text_files import ENDINGS, TEXT_KINDS, CorpusError, is_compressed, kind_of, open_unpacked
 
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def holds_utf8_text(path: Path) -> bool:
 
     Raises:
         ValueError: it is not UTF-8; the message has the offset of the first wrong byte, in the unpacked text.
-        OSError: a `.gz` that cannot be unpacked.
+        OSError: a compressed file that cannot be unpacked.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
@@ -268,12 +268,12 @@ def holds_utf8_text(path: Path) -> bool:
                     return found
     except UnicodeDecodeError as error:
         offset = position - pending + error.start
-        unpacked = " of the unpacked text" if path.suffix.lower() in (".gz", ".zst") else ""
+        unpacked = " of the unpacked text" if is_compressed(path) else ""
         raise CorpusError(
             f"source: {path} is not UTF-8: byte {offset}{unpacked} is 0x{error.object[error.start]:02x} "
             f"({error.reason}). Convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`."
         ) from error
     except (EOFError, zlib.error, OSError) as error:
-        if path.suffix.lower() not in (".gz", ".zst"):
+        if not is_compressed(path):
             raise
         raise OSError(f"source: {path} cannot be unpacked ({error}): the file is damaged, fetch it again.") from error

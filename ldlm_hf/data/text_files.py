@@ -18,9 +18,9 @@ import pyarrow.parquet
 
 # rows of a table (ours)
 ROWS_AT_ONCE = 1000
-KINDS = ("txt", "jsonl", "json", "csv", "parquet", "arrow")
 TEXT_KINDS = ("txt", "jsonl", "json", "csv")
-COMPRESSIONS = ("gz", "zst")
+KINDS = (*TEXT_KINDS, "parquet", "arrow")
+COMPRESSIONS = (".gz", ".zst")
 TEXT_TYPES = (
     pyarrow.types.is_string,
     pyarrow.types.is_large_string,
@@ -37,9 +37,14 @@ class CorpusError(ValueError):
 def kind_of(path: Path) -> str | None:
     """The kind of a file by its ending in any case, of a compressed one by the ending before; None if unknown."""
     *_, inner, last = ["", *path.name.lower().split(".")]
-    if last in COMPRESSIONS:
+    if is_compressed(path):
         return inner if inner in TEXT_KINDS else None
     return last if last in KINDS else None
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file's ending says that it has to be unpacked."""
+    return path.suffix.lower() in COMPRESSIONS
 
 
 def open_unpacked(path: Path) -> IO[bytes]:

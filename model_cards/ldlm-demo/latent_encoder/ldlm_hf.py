@@ -495,9 +495,8 @@ def products_beat_fused_attention() -> bool:
     """Whether plain products in bfloat16 are faster on this CPU than torch's fused attention (torch 2.13).
 
     They are with AVX512-BF16 alone, where they are not emulated and the fused kernel's are. With AMX the fused kernel
-    uses the matrix unit and takes about half of their time (L = 1,024), and without bfloat16 instructions (AVX2) a
-    tenth, as the emulated products of that kernel are the faster ones. It is asked of the processor and not measured,
-    so that a run that is resumed computes what it would have computed.
+    uses the matrix unit, and without bfloat16 instructions (AVX2) its emulated products are the faster ones. It is
+    asked of the processor and not measured, so that a run that is resumed computes what it would have computed.
     """
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
@@ -521,8 +520,8 @@ def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 def transposed_weights_are_faster() -> bool:
     """Whether products in bfloat16 are faster on this CPU with a weight that lies in memory as (in, out).
 
-    They are with AMX, whose products read a matrix of that layout as it lies and else arrange the weight anew at each
-    call: 4.2 ms instead of 9.6 for 1,024 rows and 768 -> 3,072 (Intel Xeon, one thread). Without AMX it is slower.
+    They are with AMX, where a product with a weight of the other layout takes about twice as long. Without AMX the
+    transposed one is slower.
     """
     return torch.cpu._is_amx_tile_supported()
 
