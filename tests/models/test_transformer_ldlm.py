@@ -38,6 +38,14 @@ def test_one_time_for_the_batch_equals_the_same_time_for_each(randomize):
         torch.testing.assert_close(transformer(latents, timestep).sample, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_times_may_lie_on_another_device():
+    """The meta device stands for a GPU."""
+    transformer = make_transformer(next_timestep_conditioning=True).to("meta")
+    times = torch.tensor([0.3, 0.8])
+    sample = transformer(torch.empty(2, 5, 8, device="meta"), times, next_timestep=times / 2).sample
+    assert sample.device.type == "meta"
+
+
 def test_no_self_condition_means_zeros(randomize):
     transformer = randomize(make_transformer())
     latents, timesteps = torch.randn(3, 5, 8), torch.rand(3)

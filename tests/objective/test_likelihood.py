@@ -462,6 +462,20 @@ def draw_terms(make_components: Callable, random_tokens: Callable) -> Callable:
     return draw
 
 
+@pytest.mark.parametrize("end_time", [0.0, 0.5])
+def test_times_are_drawn_on_the_cpu_wherever_the_models_are(
+    make_components: Callable, random_tokens: Callable, end_time: float
+):
+    """The meta device stands for a GPU."""
+    components = make_components()
+    components = {name: part.to("meta") if hasattr(part, "to") else part for name, part in components.items()}
+    settings = LikelihoodSettings(encoder_noise=0.2, decoder_noise=0.3, hidden_noise=0.8, end_time=end_time)
+    bound = LikelihoodBound(**components, settings=settings)
+    input_ids = random_tokens(2).to("meta")
+    terms = bound.draw(input_ids, *bound.encode(input_ids), torch.tensor([0.6, 0.9]).double(), torch.ones(2))
+    assert terms.total.device.type == "meta"
+
+
 def test_terms_of_a_tiny_model_add_up_to_equation_23(draw_terms: Callable):
     bound, terms, (hidden_states, latents) = draw_terms()
     assert latents.shape == (4, 6, 16)

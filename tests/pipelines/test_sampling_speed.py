@@ -6,12 +6,14 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.hooks import apply_group_offloading
 from tokenizers import Tokenizer, models
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
@@ -263,6 +265,30 @@ def test_offloaded_blocks_compute_their_modulation_in_their_own_turn(pipe: LDLMP
     assert list(pipe.transformer.modulations(torch.rand(3))) == [None, None, None]
     found = pipe(2, STEPS, generator=seeded(), output_type="latent").latents
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_weights_that_lie_on_a_disk_are_read_before_they_are_used(
+    pipe: LDLMPipeline, tmp_path: Path, offload_type: str
+):
+    """What is not read is NaN here, where uninitialised memory is filled."""
+    ids = torch.arange(8)[None]
+    expected = pipe(2, STEPS, generator=seeded(), output_type="seq").sequences, pipe.encode_sequences(ids)
+    device = torch.device("cpu")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module):
+                settings = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+                apply_group_offloading(
+                    model, device, device, offload_type, offload_to_disk_path=str(tmp_path / name), **settings
+                )
+        for _ in range(2):
+            sequences = pipe(2, STEPS, generator=seeded(), output_type="seq").sequences
+            assert torch.equal(sequences, expected[0])
+            torch.testing.assert_close(pipe.encode_sequences(ids), expected[1])
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_offloaded_models_are_fetched_before_their_methods_run(pipe: LDLMPipeline):
