@@ -51,7 +51,7 @@ cuda-wheels: install
 	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version $(CUDA_PYTHON) --implementation cp \
 	    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 	    --dest checks/wheels \
-	    diffusers datasets dill multiprocess xxhash evaluate omegaconf importlib-metadata zipp
+	    diffusers datasets dill multiprocess xxhash evaluate mauve-text omegaconf importlib-metadata zipp
 
 # the cards of model_cards/, from the demo's run and from the configurations that nobody has trained, and the code
 # that lies beside weights there

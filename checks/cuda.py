@@ -2,7 +2,7 @@
 
     python checks/cuda.py                       # everything, at the paper's geometry
     python checks/cuda.py --device cpu --tiny   # the same code with tiny models, to develop it without a GPU
-    python checks/cuda.py --only models resume  # some of it
+    python checks/cuda.py --only models peers   # some of it
 
 It prints as it goes and writes `checks/cuda.md` after each part, so that a run that is cut short keeps what it had. No
 model and no text is downloaded: weights are random, and the text is the corpus in `training/data/`. For a machine
@@ -398,7 +398,7 @@ def check_sampling(scale: Scale) -> Part:
     part = Part(
         "Four steps from the same noise by each scheduler, in float32, against the CPU (as above; "
         f"{FLOAT32_TOLERANCE:.0e}); and four more with noise drawn on the device, of which from the second on none "
-        "may wait for the device (`torch.cuda.set_sync_debug_mode`).",
+        "of ours may wait for the device (`torch.cuda.set_sync_debug_mode`); where one of diffusers' does is named.",
         ["scheduler", "latents", "tokens that differ", "steps wait for the device"],
     )
     on_cpu = build_pipeline(scale, scale.length)
@@ -426,8 +426,9 @@ def check_sampling(scale: Scale) -> Part:
                 generator=torch.Generator(scale.device).manual_seed(0),
             )
         except RuntimeError as problem:
-            waits = str(problem).splitlines()[0]
-            part.problems.append(f"{name}: {waits}")
+            place = traceback.extract_tb(problem.__traceback__)[-1]
+            waits = f"{Path(place.filename).name}, line {place.lineno}"
+            part.require("diffusers" in Path(place.filename).parts, f"{name}: {traceback.format_exc()}")
         differing = int((tokens != expected).sum())
         part.rows.append([name, f"{error:.1e}", f"{differing} of {tokens.numel()}", waits if scale.on_cuda else "–"])
         part.require(error <= FLOAT32_TOLERANCE, f"{name}: latents differ by {error:.1e}")
@@ -555,7 +556,7 @@ def check_training(scale: Scale) -> Part:
                         values = loop.train_step()
                     except RuntimeError as problem:
                         waits = str(problem).splitlines()[0]
-                        part.problems.append(f"{name}: {waits}\n{traceback.format_exc()}")
+                        part.problems.append(f"{name}: {traceback.format_exc()}")
                         break
                 loop.step += 1
             loss = float(values["loss"])
@@ -576,7 +577,9 @@ def prepare_run(folder: Path) -> list[str]:
     words.train([str(corpus)], trainers.WordLevelTrainer(vocab_size=2000, special_tokens=["<unk>", "<eos>"]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=4, n_head=2, eos_token_id=1)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=4, n_head=2, bos_token_id=1, eos_token_id=1
+    )
     GPT2LMHeadModel(config).save_pretrained(backbone)
     tokenizer.save_pretrained(backbone)
     layers = "{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 128}"
@@ -598,8 +601,9 @@ def prepare_run(folder: Path) -> list[str]:
         "loop.trackers=[]",
         "evaluation.every=0",
         "evaluation.num_sequences=16",
-        "evaluation.num_samples=0",
-        "evaluation.judge=null",
+        "evaluation.num_samples=16",
+        "evaluation.num_inference_steps=4",
+        f"evaluation.judge={backbone}",
     ]
 
 
@@ -611,13 +615,13 @@ def logged_losses(run: Path) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records if "loss" in record}
 
 
-def start_training(scale: Scale, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def start_script(scale: Scale, script: str, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     if not scale.on_cuda:
         environment["ACCELERATE_USE_CPU"] = "true"
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "training/train_joint.py", *arguments],
+            [sys.executable, f"training/{script}.py", *arguments],
             cwd=REPOSITORY,
             env=environment,
             stdout=output,
@@ -625,34 +629,65 @@ def start_training(scale: Scale, arguments: Sequence[str], log: Path) -> subproc
         )
 
 
-def check_resume(scale: Scale) -> Part:
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for a script.
+
+    Raises:
+        RuntimeError: it ended with an error, whose text this has.
+    """
+    if process.wait(timeout=240):
+        raise RuntimeError(f"a command ended with an error: {log.read_text(encoding='utf-8')[-3000:]}")
+
+
+def later_commands(run: Path, common: Sequence[str]) -> dict[str, list[str]]:
+    """What the other scripts are called with after a run of `train_joint.py` with the settings `common`."""
+    data = [setting for setting in common if setting.startswith("data.")]
+    shared = [*data, *(setting for setting in common if setting.startswith(("loop.", "evaluation.")))]
+    pipeline, results = run / "pipeline", run.parent
+    trained = [f"components={pipeline}", *shared, "loop.max_steps=8"]
+    evaluated = ["--num_samples", "16", "--seeds", "1", "--steps", "4", "--judge", str(results / "backbone"), *data]
+    layers = "{hidden_size: 64, num_attention_heads: 2, intermediate_size: 128}"
+    return {
+        "evaluate": ["--pipeline", str(pipeline), "--output_dir", str(results / "scores"), "--no_mauve", *evaluated],
+        "likelihood": ["--pipeline", str(pipeline), "--num_sequences", "16", "--times_per_sequence", "4"],
+        "distill": [*trained, f"loop.output_dir={results / 'distilled'}"],
+        "train_token_decoder": [*trained, f"loop.output_dir={results / 'decoder'}", f"token_decoder={layers}"],
+    }
+
+
+def check_commands(scale: Scale) -> Part:
     part = Part(
-        "`train_joint.py` (bfloat16) killed by SIGKILL in the middle and resumed from its last checkpoint, against a "
-        "run without a stop: largest relative difference of loss and gradient norm over all steps; 0 is bit for bit.",
+        "`train_joint.py` (bfloat16; samples that a judge scores) killed by SIGKILL in the middle and resumed from "
+        "its last checkpoint, against a run without a stop: largest relative difference of loss and gradient norm "
+        "over all steps; 0 is bit for bit. Then `evaluate.py`, `likelihood.py`, `distill.py` and "
+        "`train_token_decoder.py` with its pipeline, side by side, each of which has to end without an error.",
         ["steps", "killed after step", "steps done again", "largest difference"],
     )
     steps = scale.training_steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        whole, killed, log = folder / "whole", folder / "killed", folder / "log.txt"
+        whole, killed, log = folder / "whole", folder / "killed", folder / "train_joint.txt"
         common = [*prepare_run(folder), f"loop.max_steps={steps}", f"loop.checkpointing_steps={steps // 4}"]
-
-        def finish(process: subprocess.Popen[bytes]) -> None:
-            if process.wait(timeout=240):
-                raise RuntimeError("training ended with an error:\n" + log.read_text(encoding="utf-8")[-3000:])
-
-        finish(start_training(scale, [*common, f"loop.output_dir={whole}"], log))
-        process = start_training(scale, [*common, f"loop.output_dir={killed}"], log)
+        finish(start_script(scale, "train_joint", [*common, f"loop.output_dir={whole}"], log), log)
+        process = start_script(scale, "train_joint", [*common, f"loop.output_dir={killed}"], log)
         while process.poll() is None and max(logged_losses(killed), default=0) <= steps // 2:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
         last = max(logged_losses(killed))
         checkpoints = [int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoint-*")]
-        finish(
-            start_training(scale, [*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"], log)
-        )
+        resumed = [*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"]
+        finish(start_script(scale, "train_joint", resumed, log), log)
         expected, found = logged_losses(whole), logged_losses(killed)
+        started = {
+            folder / f"{script}.txt": start_script(scale, script, arguments, folder / f"{script}.txt")
+            for script, arguments in later_commands(whole, common).items()
+        }
+        for log, process in started.items():
+            try:
+                finish(process, log)
+            except RuntimeError as problem:
+                part.problems.append(f"{log.stem}: {problem}")
     part.require(list(found) == list(range(1, steps + 1)), f"the resumed run logged the steps {list(found)}")
     differences = [abs(a - b) / abs(a) for step in expected for a, b in zip(expected[step], found[step], strict=True)]
     part.rows.append([str(steps), str(last), str(last - max(checkpoints)), f"{max(differences):.1e}"])
@@ -780,7 +815,7 @@ CHECKS: dict[str, tuple[str, Callable[[Scale], Part]]] = {
     "training": ("Training steps", check_training),
     "offload": ("Offloading", check_offload),
     "compile": ("Compiled blocks", check_compile),
-    "resume": ("Killed and resumed", check_resume),
+    "commands": ("Commands", check_commands),
     "sampling_speed": ("Speed of sampling", check_sampling_speed),
     "peers": ("Speed beside other samplers", check_peers),
     "training_speed": ("Speed of training", check_training_speed),
