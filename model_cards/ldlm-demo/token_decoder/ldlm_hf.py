@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -914,9 +913,12 @@ class LDLMTokenDecoderOutput(ModelOutput):
     """
     Attributes:
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): unnormalised scores.
+        token_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the most likely tokens, where those
+            were asked for instead.
     """
 
     logits: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
 
 
 class LDLMTokenDecoder(LDLMPreTrainedModel):
@@ -965,21 +967,23 @@ class LDLMTokenDecoder(LDLMPreTrainedModel):
         self.head = new_embeddings
 
     @can_return_tuple
-    def forward(self, hidden_states: torch.Tensor) -> LDLMTokenDecoderOutput:
+    def forward(self, hidden_states: torch.Tensor, most_likely: bool = False) -> LDLMTokenDecoderOutput:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, token_hidden_size)`):
                 Reconstructed hidden states, or latents for a decoder that was trained on those.
+            most_likely: whether to return `token_ids` alone, as [`~LDLMTokenDecoder.most_likely_tokens`] does.
             return_dict: whether to return an [`LDLMTokenDecoderOutput`] instead of a tuple; as the configuration has
                 it by default.
 
         Raises:
             ValueError: the input is not `token_hidden_size` wide.
         """
-        logits = self.head(self._run_layers(hidden_states))  # (B, L, V)
-        return LDLMTokenDecoderOutput(logits=logits)
+        hidden_states = self._run_layers(hidden_states)  # (B, L, D)
+        if most_likely:
+            return LDLMTokenDecoderOutput(token_ids=self._most_likely_words(hidden_states))
+        return LDLMTokenDecoderOutput(logits=self.head(hidden_states))
 
-    @apply_forward_hook
     @torch.no_grad()
     def most_likely_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The token ids (B, L), int64, of the largest logits, without ever holding all logits (B, L, V).
@@ -994,7 +998,11 @@ class LDLMTokenDecoder(LDLMPreTrainedModel):
         Raises:
             ValueError: the input is not `token_hidden_size` wide.
         """
-        hidden_states = self._run_layers(hidden_states)  # (B, L, D)
+        # by way of `forward`, which is where offloading, wrappers and adapters have their hooks
+        return self(hidden_states, most_likely=True, return_dict=True).token_ids
+
+    def _most_likely_words(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the vocabulary head reads, (B, L, D) → token ids (B, L)."""
         projections = self._vocabulary_projections()
         parts = [
             most_likely_words(positions, projections)
@@ -1004,7 +1012,8 @@ class LDLMTokenDecoder(LDLMPreTrainedModel):
 
     def _vocabulary_projections(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """Functions (R, D) → (R, some words), which together are the head."""
-        if type(self.head) is nn.Linear and not hasattr(self.head, "_hf_hook"):
+        hooked = hasattr(self.head, "_hf_hook") or hasattr(self.head, "_diffusers_hook")
+        if type(self.head) is nn.Linear and not hooked:
             return [partial(F.linear, weight=weight) for weight in self.head.weight.split(self._words_at_once)]
         # an adapter, a quantised head or an offloaded one knows itself what to do, for all words at once
         return [self.head]

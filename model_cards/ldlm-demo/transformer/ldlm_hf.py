@@ -941,8 +941,8 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sample_size, in_channels)`): noisy latents z_t.
             timestep (`torch.Tensor` of shape `(batch_size,)`):
-                Time in [0, 1]: 0 is clean, 1 is noise. One value, of shape `(1,)` or `()`, holds for the whole batch
-                and its modulation is computed once.
+                Time in [0, 1]: 0 is clean, 1 is noise; on any device. One value, of shape `(1,)` or `()`, holds for
+                the whole batch and its modulation is computed once.
             self_condition (`torch.Tensor` of shape `(batch_size, sample_size, in_channels)`, *optional*):
                 An earlier prediction of the clean latents; `None` stands for zeros.
             return_dict (`bool`, defaults to `True`):
@@ -960,7 +960,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         time_embedding: torch.Tensor | None = None  # (R, D), R = B or 1
         of_blocks: list[torch.Tensor | None] = [None] * len(self.blocks)
         if modulation is None:
-            time_embedding = self._embed_times(timestep, next_timestep, hidden_states.dtype)
+            time_embedding = self._embed_times(timestep, next_timestep, hidden_states.device, hidden_states.dtype)
             shift, scale = self.modulation_out(time_embedding)
         else:
             *of_blocks, shift, scale = modulation.split([6] * len(self.blocks) + [1, 1], dim=1)
@@ -980,9 +980,13 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         return LDLMTransformer1DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_times(
-        self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None, dtype: torch.dtype
+        self,
+        timesteps: torch.Tensor,
+        next_timesteps: torch.Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Embeddings (R, D) of R times, which may have any shape, or of both ends of steps.
+        """Embeddings (R, D) of R times, of any shape and on any device, or of both ends of steps.
 
         Of two ends e(s) + f(t) - f(s), which is e(s) for t = s.
 
@@ -990,7 +994,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             ValueError: second times for a model that knows one only, or not as many as first ones.
         """
         # the embedder may be cast to half precision; the sinusoids are not
-        frequencies = self.time_proj(timesteps.reshape(-1).float()).to(dtype)
+        frequencies = self.time_proj(timesteps.reshape(-1).float()).to(device, dtype)
         embedding = self.time_embedder(frequencies)
         if next_timesteps is None:
             return embedding
@@ -1004,7 +1008,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
                 f"next_timestep of shape {tuple(next_timesteps.shape)} must have the shape of timestep, "
                 f"{tuple(timesteps.shape)}."
             )
-        next_frequencies = self.time_proj(next_timesteps.reshape(-1).float()).to(dtype)
+        next_frequencies = self.time_proj(next_timesteps.reshape(-1).float()).to(device, dtype)
         return embedding + self.next_time_embedder(next_frequencies) - self.next_time_embedder(frequencies)
 
     def modulations(
@@ -1034,7 +1038,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     @apply_forward_hook
     def _modulate_times(self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None) -> torch.Tensor:
         """Modulations (S, 6 num_layers + 2, D) of S times, or of the two ends of S steps."""
-        time_embedding = self._embed_times(timesteps, next_timesteps, self.dtype)
+        time_embedding = self._embed_times(timesteps, next_timesteps, timesteps.device, self.dtype)
         layers = [*(block.get_submodule("modulation") for block in self.blocks), self.modulation_out]
         return torch.cat([part for layer in layers for part in layer(time_embedding)], dim=1)
 
