@@ -15,6 +15,7 @@ from typing import cast
 import datasets
 import huggingface_hub
 import pyarrow
+import yaml
 
 from .settings import DataSettings
 from .text_builder import build_text_files
@@ -102,7 +103,7 @@ def find_splits(settings: DataSettings, split: str) -> dict[str, list[Path]]:
 
     A file or a pattern is the split `train`. A folder has splits where all of its files name one, by their own name or
     their folder's (`train.txt`, `validation/part-3.parquet`), or where its README.md declares some, as a data set of
-    the Hub does; else it is the split `train`, too. Splits that the settings do not ask for are logged.
+    the Hub does; else it is the split `train`, too. Splits that the settings do not ask for are logged and left out.
     """
     root = Path(settings.source).expanduser()
     if not root.is_dir():
@@ -117,16 +118,22 @@ def find_splits(settings: DataSettings, split: str) -> dict[str, list[Path]]:
         named = [_split_named_by(file.relative_to(root)) for file in files]
         for file, name in zip(files, named, strict=True):
             splits.setdefault("train" if name is None or None in named else name, []).append(file)
-    asked = {str(name).partition("[")[0] for name in (settings.train_split, settings.validation_split)}
+    slices = "+".join(name for name in (settings.train_split, settings.validation_split) if name).split("+")
+    asked = {name.partition("[")[0].strip() for name in slices}
     if split == settings.train_split:  # said once
         for name in sorted(splits.keys() - asked):
             logger.warning("source=%r: the split %r is not read: %s", settings.source, name, _names(splits[name]))
-    return splits
+    # all of them where one is missing, for the error that names those there are
+    return {name: files for name, files in splits.items() if name in asked or not asked <= splits.keys()}
 
 
 def _is_hub_clone(root: Path, settings: DataSettings) -> bool:
     card = root / "README.md"
-    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+    try:
+        metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+    except (yaml.YAMLError, ValueError) as error:
+        logger.warning("%s declares no splits: its metadata cannot be read (%s)", card, error)
+        metadata = None
     has_script = (root / f"{root.name}.py").is_file()  # datasets says that it runs none
     return settings.config_name is not None or has_script or "configs" in (metadata or {})
 
@@ -178,6 +185,8 @@ def _explain(error: BaseException) -> str:
 def _remedy(error: BaseException) -> str:
     if "scripts are no longer supported" in str(error):
         return "Name an id that serves plain files, or try revision=refs/convert/parquet (ids: `ldlm_hf.data` docs)."
+    if "corresponds to no data" in str(error):
+        return "The files of this split hold no row."
     if "split" in str(error).lower():
         return "Set train_split and validation_split to splits it has; a stream takes no slices."
     return "Check that the files are what their ending says and that config_name is one of the dataset's."

@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,6 +18,9 @@ import pyarrow.parquet
 
 # rows of a table (ours)
 ROWS_AT_ONCE = 1000
+# characters of a field of CSV; Python's own limit, 131,072, is shorter than a book
+MAX_FIELD_SIZE = 2**31 - 1
+ARROW_FILE = b"ARROW1"
 TEXT_KINDS = ("txt", "jsonl", "json", "csv")
 KINDS = (*TEXT_KINDS, "parquet", "arrow")
 COMPRESSIONS = (".gz", ".zst")
@@ -97,16 +100,23 @@ def _read_values(lines: io.TextIOWrapper, kind: str | None, name: str, text_colu
         require_text_column(text_column, ["text"])
         yield from (line.rstrip("\n") for line in lines)
         return
-    rows: Iterable[Any] = csv.DictReader(lines) if kind == "csv" else _read_json(lines, name)
-    for number, row in enumerate(rows):
+    rows = iter(_read_csv(lines) if kind == "csv" else _read_json(lines, name))
+    first = list(islice(rows, ROWS_AT_ONCE))  # an object may lack what others have
+    if columns := {key for row in first if isinstance(row, dict) for key in row if key is not None}:
+        require_text_column(text_column, columns)
+    for number, row in enumerate(chain(first, rows)):
         if not isinstance(row, dict):
             raise CorpusError(f"row {number} of {name} is {row!r:.80} in place of an object with {text_column!r}.")
-        if number == 0:
-            require_text_column(text_column, row)
         value = row.get(text_column)
         if value is not None:
             require_text(text_column, value, f"row {number} of {name}")
         yield value
+
+
+def _read_csv(lines: Iterable[str]) -> Iterator[dict[str | None, Any]]:
+    """The rows by the names in the first line that is not blank; what a row has too many of has the name None."""
+    csv.field_size_limit(MAX_FIELD_SIZE)
+    yield from csv.DictReader(dropwhile(str.isspace, lines))
 
 
 def _read_json(lines: io.TextIOWrapper, name: str) -> Iterator[Any]:
@@ -130,10 +140,16 @@ def _read_columns(path: Path, kind: str, text_column: str) -> Iterator[pyarrow.T
             parquet = pyarrow.parquet.ParquetFile(file)
             schema = parquet.schema_arrow
             batches = parquet.iter_batches(ROWS_AT_ONCE, columns=[text_column])
-        else:  # as `datasets` writes its files
-            stream = pyarrow.ipc.open_stream(file)
-            schema = stream.schema
-            batches = (batch.select([text_column]) for batch in stream)
+        else:  # a stream, as `datasets` writes its files, or the file format of Arrow (Feather)
+            is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+            file.seek(0)
+            if is_file:
+                reader = pyarrow.ipc.open_file(file)
+                batches = (reader.get_batch(i).select([text_column]) for i in range(reader.num_record_batches))
+            else:
+                reader = pyarrow.ipc.open_stream(file)
+                batches = (batch.select([text_column]) for batch in reader)
+            schema = reader.schema
         require_text_column(text_column, schema.names)
         text_type = schema.field(text_column).type
         values = text_type.value_type if pyarrow.types.is_dictionary(text_type) else text_type

@@ -173,11 +173,13 @@ class LDLMTokenDecoder(LDLMPreTrainedModel):
 
     def _vocabulary_projections(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """Functions (R, D) → (R, some words), which together are the head."""
-        hooked = hasattr(self.head, "_hf_hook") or hasattr(self.head, "_diffusers_hook")
-        if type(self.head) is nn.Linear and not hooked:
-            return [partial(F.linear, weight=weight) for weight in self.head.weight.split(self._words_at_once)]
+        head = self.head
+        # accelerate's and diffusers' hooks replace the `forward` of a module
+        hooked = "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks
+        if type(head) is nn.Linear and head.bias is None and not hooked:
+            return [partial(F.linear, weight=weight) for weight in head.weight.split(self._words_at_once)]
         # an adapter, a quantised head or an offloaded one knows itself what to do, for all words at once
-        return [self.head]
+        return [head]
 
     def _run_layers(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the vocabulary head reads, (B, L, D)."""

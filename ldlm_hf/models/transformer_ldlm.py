@@ -132,23 +132,23 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: torch.Tensor | float,
         self_condition: torch.Tensor | None = None,
         return_dict: bool = True,
-        next_timestep: torch.Tensor | None = None,
+        next_timestep: torch.Tensor | float | None = None,
         modulation: torch.Tensor | None = None,
     ) -> LDLMTransformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sample_size, in_channels)`): noisy latents z_t.
-            timestep (`torch.Tensor` of shape `(batch_size,)`):
-                Time in [0, 1]: 0 is clean, 1 is noise; on any device. One value, of shape `(1,)` or `()`, holds for
-                the whole batch and its modulation is computed once.
+            timestep (`float` or `torch.Tensor` of shape `(batch_size,)`):
+                Time in [0, 1]: 0 is clean, 1 is noise; on any device. One value, a number or of shape `(1,)` or
+                `()`, holds for the whole batch and its modulation is computed once.
             self_condition (`torch.Tensor` of shape `(batch_size, sample_size, in_channels)`, *optional*):
                 An earlier prediction of the clean latents; `None` stands for zeros.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`LDLMTransformer1DModelOutput`] instead of a tuple.
-            next_timestep (`torch.Tensor` of the shape of `timestep`, *optional*):
+            next_timestep (as `timestep`, *optional*):
                 Time that the step goes to, for a model with `next_timestep_conditioning`; `None` stands for
                 `timestep` itself, where the prediction is that of the clean latents at one time.
             modulation (`torch.Tensor` of shape `(1, 6 * num_layers + 2, width)`, *optional*):
@@ -157,11 +157,14 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         Raises:
             ValueError: shapes that do not fit the model or each other.
         """
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        if next_timestep is not None:
+            next_timestep = torch.as_tensor(next_timestep, device=hidden_states.device)
         self._check_shapes(hidden_states, timestep, self_condition, modulation)
         time_embedding: torch.Tensor | None = None  # (R, D), R = B or 1
         of_blocks: list[torch.Tensor | None] = [None] * len(self.blocks)
         if modulation is None:
-            time_embedding = self._embed_times(timestep, next_timestep, hidden_states.device, hidden_states.dtype)
+            time_embedding = self._embed_times(timestep, next_timestep, hidden_states.dtype)
             shift, scale = self.modulation_out(time_embedding)
         else:
             *of_blocks, shift, scale = modulation.split([6] * len(self.blocks) + [1, 1], dim=1)
@@ -181,13 +184,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         return LDLMTransformer1DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_times(
-        self,
-        timesteps: torch.Tensor,
-        next_timesteps: torch.Tensor | None,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Embeddings (R, D) of R times, of any shape and on any device, or of both ends of steps.
+        """Embeddings (R, D) of R times, which may have any shape, or of both ends of steps.
 
         Of two ends e(s) + f(t) - f(s), which is e(s) for t = s.
 
@@ -195,7 +194,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             ValueError: second times for a model that knows one only, or not as many as first ones.
         """
         # the embedder may be cast to half precision; the sinusoids are not
-        frequencies = self.time_proj(timesteps.reshape(-1).float()).to(device, dtype)
+        frequencies = self.time_proj(timesteps.reshape(-1).float()).to(dtype)
         embedding = self.time_embedder(frequencies)
         if next_timesteps is None:
             return embedding
@@ -209,7 +208,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
                 f"next_timestep of shape {tuple(next_timesteps.shape)} must have the shape of timestep, "
                 f"{tuple(timesteps.shape)}."
             )
-        next_frequencies = self.time_proj(next_timesteps.reshape(-1).float()).to(device, dtype)
+        next_frequencies = self.time_proj(next_timesteps.reshape(-1).float()).to(dtype)
         return embedding + self.next_time_embedder(next_frequencies) - self.next_time_embedder(frequencies)
 
     def modulations(
@@ -239,7 +238,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
     @apply_forward_hook
     def _modulate_times(self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None) -> torch.Tensor:
         """Modulations (S, 6 num_layers + 2, D) of S times, or of the two ends of S steps."""
-        time_embedding = self._embed_times(timesteps, next_timesteps, timesteps.device, self.dtype)
+        time_embedding = self._embed_times(timesteps, next_timesteps, self.dtype)
         layers = [*(block.get_submodule("modulation") for block in self.blocks), self.modulation_out]
         return torch.cat([part for layer in layers for part in layer(time_embedding)], dim=1)
 

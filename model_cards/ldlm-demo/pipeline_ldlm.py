@@ -124,8 +124,10 @@ def is_loaded(annotation: str, library: Any, class_name: Any) -> bool:
     return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
 
 
-def check_serialization(safe_serialization: bool, use_flashpack: bool) -> None:
-    """Raises ValueError where weights would be written in a form that is never loaded."""
+def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: str | None) -> None:
+    """Raises ValueError where weights would be written in a form, or under a name, that is never loaded."""
+    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+        raise ValueError(f"variant={variant!r} must be letters, digits, - and _, such as fp16, or None.")
     if not safe_serialization or use_flashpack:
         raise ValueError(
             f"safe_serialization={safe_serialization}, use_flashpack={use_flashpack}: models of {COMPONENT_LIBRARY} "
@@ -623,10 +625,11 @@ class LDLMPipeline(DiffusionPipeline):
                 `create_pr` of the upload, as in [`~LDLMPipeline.push_to_hub`].
 
         Raises:
-            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a component
-                with adapters of peft, or one of another class than those that the constructor names.
+            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a variant
+                with other signs than letters, digits, - and _, a component with adapters of peft, or one of another
+                class than those that the constructor names.
         """
-        check_serialization(safe_serialization, use_flashpack)
+        check_serialization(safe_serialization, use_flashpack, variant)
         check_saveable(self)
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         write_repository_code(self, save_directory)
@@ -745,7 +748,7 @@ class LDLMPipeline(DiffusionPipeline):
             ("self_condition_scale", 1.0 if self_condition_scale is None else self_condition_scale),
             ("self_condition_decay", self_condition_decay),
         ):
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
                 raise ValueError(f"`{name}` must be a finite number that is not negative, got {number!r}.")
         if self_condition_scale and not self.transformer.config.self_conditioning:
             raise ValueError(

@@ -155,6 +155,34 @@ def test_a_folder_whose_files_all_name_a_split_has_these(
 
 
 @both
+def test_a_split_that_is_not_read_may_hold_anything(
+    streaming: bool, tmp_path: Path, words_of: Callable[..., list[str]]
+) -> None:
+    (tmp_path / "train.txt").write_text("w1")
+    (tmp_path / "test.txt").write_bytes(b"\xff")
+    assert words_of(tmp_path, streaming) == ["w1"]
+
+
+def test_sums_of_splits_are_read(
+    tmp_path: Path, words_of: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, words in (("train", "w1 w2"), ("test", "w3")):
+        (tmp_path / f"{name}.txt").write_text(words)
+    assert words_of(tmp_path, False, train_split="train+test[:1]", holdout_documents=0) == ["w1", "w2", "w3"]
+    assert "not read" not in caplog.text
+
+
+@pytest.mark.parametrize("card", [b"---\nfoo: [\n---\n", b"---\nname: \xe9\n---\n"])
+def test_a_card_that_cannot_be_read_declares_nothing(
+    card: bytes, tmp_path: Path, words_of: Callable[..., list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "README.md").write_bytes(card)
+    (tmp_path / "a.txt").write_text("w1")
+    assert words_of(tmp_path, False) == ["w1"]
+    assert f"{tmp_path / 'README.md'} declares no splits" in caplog.text
+
+
+@both
 def test_splits_that_a_card_declares(streaming: bool, tmp_path: Path, words_of: Callable[..., list[str]]) -> None:
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: books\n  data_files:\n  - split: train\n    path: emma.txt\n"
@@ -288,6 +316,50 @@ def test_further_endings(name: str, streaming: bool, tmp_path: Path, words_of: C
     else:
         path.write_text(content)
     assert words_of(path, streaming) == ["w1", "w2", "w3"]
+
+
+@both
+def test_texts_of_csv_may_be_as_long_as_a_book(
+    streaming: bool, tmp_path: Path, words_of: Callable[..., list[str]]
+) -> None:
+    (tmp_path / "a.csv").write_text('note,text\n"' + 200_000 * "x" + '","' + 200_000 * " " + 'w1"\n')
+    assert words_of(tmp_path / "a.csv", streaming) == ["w1"]
+
+
+def test_blank_lines_before_the_names_of_columns(tmp_path: Path, words_of: Callable[..., list[str]]) -> None:
+    (tmp_path / "a.csv").write_text("\n \ntext\n\nw1\n")
+    assert words_of(tmp_path / "a.csv", False) == ["w1"]
+
+
+def test_a_row_of_csv_with_too_many_fields_hides_no_error(tmp_path: Path, words_of: Callable[..., list[str]]) -> None:
+    (tmp_path / "a.csv").write_text("id,body\n1,w1,extra\n")
+    with pytest.raises(ValueError, match=r"no such column. It has \['body', 'id'\]"):
+        words_of(tmp_path / "a.csv", False)
+
+
+@both
+@pytest.mark.parametrize("missing", [0, 1])
+def test_objects_without_a_text_are_missing_texts_in_any_place(
+    missing: int, streaming: bool, tmp_path: Path, words_of: Callable[..., list[str]]
+) -> None:
+    lines = ['{"text": "w1"}', '{"text": "w2"}']
+    lines.insert(missing, '{"id": 3}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert words_of(tmp_path / "a.jsonl", streaming, skip_missing_texts=True) == ["w1", "w2"]
+    with pytest.raises(ValueError, match="skip_missing_texts=true"):
+        words_of(tmp_path / "a.jsonl", streaming)
+
+
+@both
+@pytest.mark.parametrize("is_file", [True, False], ids=["file", "stream"])
+def test_both_formats_of_arrow(
+    is_file: bool, streaming: bool, tmp_path: Path, words_of: Callable[..., list[str]]
+) -> None:
+    table = pyarrow.table({"id": [1, 2], "text": ["w1", "w2"]})
+    new = pyarrow.ipc.new_file if is_file else pyarrow.ipc.new_stream
+    with new(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert words_of(tmp_path / "a.arrow", streaming) == ["w1", "w2"]
 
 
 @both

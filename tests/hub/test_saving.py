@@ -155,6 +155,15 @@ def test_weights_in_forms_that_are_never_loaded_are_not_written(make_pipeline, t
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("variant", ["", "a.b", "a/b"])
+def test_variants_that_would_not_load_are_not_written(make_pipeline, tmp_path: Path, variant: str):
+    pipe = make_pipeline()
+    for part in (pipe, *(getattr(pipe, component) for component in COMPONENTS)):
+        with pytest.raises(ValueError, match=f"variant='{variant}' must be"):
+            part.save_pretrained(tmp_path / "saved", variant=variant)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_pickles_are_not_pushed(make_pipeline, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="safetensors only"):

@@ -90,6 +90,18 @@ def test_of_equal_logits_the_first_is_the_most_likely(monkeypatch: pytest.Monkey
     assert not decoder.most_likely_tokens(torch.ones(1, 2, 24, dtype=dtype)).any()
 
 
+def test_a_head_s_bias_and_hooks_count(randomize):
+    decoder = randomize(make_decoder())
+    hidden_states = torch.randn(2, 5, 24)
+    decoder.set_output_embeddings(torch.nn.Linear(24, 30))
+    torch.nn.init.normal_(decoder.head.bias, std=9)
+    assert torch.equal(decoder.most_likely_tokens(hidden_states), decoder(hidden_states).logits.argmax(-1))
+    decoder = randomize(make_decoder())
+    smallest = decoder(hidden_states).logits.argmin(-1)
+    decoder.head.register_forward_hook(lambda _, __, logits: -logits)
+    assert torch.equal(decoder.most_likely_tokens(hidden_states), smallest)
+
+
 def test_a_head_that_is_more_than_a_matrix_is_asked_itself():
     class Adapted(torch.nn.Linear):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -34,7 +35,8 @@ def test_one_time_for_the_batch_equals_the_same_time_for_each(randomize):
     transformer = randomize(make_transformer())
     latents = torch.randn(3, 5, 8)
     expected = transformer(latents, torch.full((3,), 0.3)).sample
-    for timestep in (torch.tensor(0.3), torch.tensor([0.3]), torch.tensor(0.3, dtype=torch.float64)):
+    times = (torch.tensor(0.3), torch.tensor([0.3]), torch.tensor(0.3, dtype=torch.float64), 0.3, np.float32(0.3))
+    for timestep in times:
         torch.testing.assert_close(transformer(latents, timestep).sample, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,13 @@ def test_whole_numbers_of_other_types(pipe: LDLMPipeline, number: Callable[[int]
     assert pipe(number(2), number(3), latents=noise, generator=[seeded(), seeded()]).sequences.shape == (2, 8)
     pipe.scheduler = DDIMScheduler.from_config(diffusers_config(pipe.scheduler))
     assert pipe(number(2), number(3)).sequences.shape == (2, 8)
+
+
+def test_weights_of_the_self_condition_of_other_types(pipe: LDLMPipeline):
+    expected = pipe(2, 3, generator=seeded(), self_condition_scale=1.5, self_condition_decay=1.0).sequences
+    for scale, decay in ((np.float32(1.5), np.int64(1)), (Fraction(3, 2), np.float64(1))):
+        found = pipe(2, 3, generator=seeded(), self_condition_scale=scale, self_condition_decay=decay)
+        assert torch.equal(found.sequences, expected)
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a time", ["Once upon", "a time"]])

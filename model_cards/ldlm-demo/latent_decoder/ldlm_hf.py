@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import reprlib
 import tempfile
 import threading
@@ -177,8 +178,10 @@ def has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, tuple(get_origin(one) or one for one in types))
 
 
-def check_serialization(safe_serialization: bool, use_flashpack: bool) -> None:
-    """Raises ValueError where weights would be written in a form that is never loaded."""
+def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: str | None) -> None:
+    """Raises ValueError where weights would be written in a form, or under a name, that is never loaded."""
+    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+        raise ValueError(f"variant={variant!r} must be letters, digits, - and _, such as fp16, or None.")
     if not safe_serialization or use_flashpack:
         raise ValueError(
             f"safe_serialization={safe_serialization}, use_flashpack={use_flashpack}: models of {COMPONENT_LIBRARY} "
@@ -221,10 +224,10 @@ class SafeLoadingMixin:
         whether they are one file or several; everything else stays. Until then both take space.
 
         Raises:
-            ValueError: what `from_pretrained` would refuse: `safe_serialization=False`, `use_flashpack=True`, or a
-                model with adapters of peft.
+            ValueError: what `from_pretrained` would refuse: `safe_serialization=False`, `use_flashpack=True`, a
+                variant with other signs than letters, digits, - and _, or a model with adapters of peft.
         """
-        check_serialization(safe_serialization, use_flashpack)
+        check_serialization(safe_serialization, use_flashpack, variant)
         check_adapters(type(self).__name__, self)  # type: ignore[arg-type]
         if max_shard_size is not None:
             kwargs["max_shard_size"] = max_shard_size
