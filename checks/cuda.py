@@ -642,7 +642,7 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
 def later_commands(run: Path, common: Sequence[str]) -> dict[str, list[str]]:
     """What the other scripts are called with after a run of `train_joint.py` with the settings `common`."""
     data = [setting for setting in common if setting.startswith("data.")]
-    shared = [*data, *(setting for setting in common if setting.startswith(("loop.", "evaluation.")))]
+    shared = [setting for setting in common if setting.startswith(("data.", "loop.", "evaluation."))]
     pipeline, results = run / "pipeline", run.parent
     trained = [f"components={pipeline}", *shared, "loop.max_steps=8"]
     evaluated = ["--num_samples", "16", "--seeds", "1", "--steps", "4", "--judge", str(results / "backbone"), *data]

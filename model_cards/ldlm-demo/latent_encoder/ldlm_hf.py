@@ -523,8 +523,8 @@ def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 def transposed_weights_are_faster() -> bool:
     """Whether products in bfloat16 are faster on this CPU with a weight that lies in memory as (in, out).
 
-    They are with AMX, where a product with a weight of the other layout takes about twice as long. Without AMX the
-    transposed one is slower.
+    They are with AMX, whose products read a matrix of that layout as it lies and else arrange the weight anew at each
+    call. Without AMX the transposed one is slower.
     """
     return torch.cpu._is_amx_tile_supported()
 
