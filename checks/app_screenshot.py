@@ -42,7 +42,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "training"))
 
-from benchmark import describe_machine, markdown_table  # noqa: E402
+from speed.benchmark import describe_machine, markdown_table  # noqa: E402
 
 
 WIDTH, HEIGHT = 1100, 720

@@ -54,21 +54,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast  # noqa: E402
 
-from benchmark import (  # noqa: E402
-    GEOMETRIES,
-    Case,
-    Geometry,
-    build_objective,
-    build_tokenizer,
-    describe_machine,
-    measure_case,
-    measure_peers,
-    peer_rows,
-    randomize_zero_weights,
-)
-from distill import DistillationSettings, DistillationTask  # noqa: E402
-from flops import PassFlops, RunEstimate, device_peak  # noqa: E402
-from launch import build_accelerator  # noqa: E402
 from ldlm_hf import (  # noqa: E402
     DistillationObjective,
     JointObjective,
@@ -86,11 +71,26 @@ from ldlm_hf import (  # noqa: E402
     TangentFlowMapScheduler,
     diffusers_config,
 )
-from loop import TrainingLoop  # noqa: E402
-from markdown_tables import markdown_table  # noqa: E402
-from settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
-from task import Task  # noqa: E402
-from train_joint import JointTask  # noqa: E402
+from ldlm_hf.evaluation.markdown import markdown_table  # noqa: E402
+from ldlm_hf.training.flops import PassFlops, RunEstimate, device_peak  # noqa: E402
+from ldlm_hf.training.launch import build_accelerator  # noqa: E402
+from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
+from ldlm_hf.training.recipe import Recipe  # noqa: E402
+from ldlm_hf.training.recipes.distillation import DistillationRecipe, DistillationSettings  # noqa: E402
+from ldlm_hf.training.recipes.joint import JointRecipe  # noqa: E402
+from ldlm_hf.training.settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
+from speed.benchmark import (  # noqa: E402
+    GEOMETRIES,
+    Case,
+    Geometry,
+    build_objective,
+    build_tokenizer,
+    describe_machine,
+    measure_case,
+    measure_peers,
+    peer_rows,
+    randomize_zero_weights,
+)
 
 
 # ||output - reference|| / ||reference|| against the CPU in float32
@@ -525,14 +525,14 @@ def build_loop(scale: Scale, length: int, batch_size: int, folder: Path, distil:
     accelerator = build_accelerator(loop_settings)
     tokenizer = build_tokenizer(joint.token_encoder.config.vocab_size)
     settings: Any
-    task: Task
+    task: Recipe
     if distil:
         settings = DistillationSettings(loop=loop_settings, components="random")
         objective = distillation_objective(scale, joint, length)
-        task = DistillationTask(objective, {}, tokenizer, settings, ids, accelerator.device)
+        task = DistillationRecipe(objective, {}, tokenizer, settings, ids, accelerator.device)
     else:
         settings = RunSettings(loop=loop_settings, model=ModelSettings(sequence_length=length))
-        task = JointTask(joint, settings, tokenizer, ids, accelerator.device)
+        task = JointRecipe(joint, settings, tokenizer, ids, accelerator.device)
     peak = device_peak(accelerator.device, "bf16")
     estimate = RunEstimate(PassFlops((), batch_size * length), batch_size * length, loop_settings.max_steps, peak, 1)
     return TrainingLoop(task, dataset, estimate, accelerator, settings, overwrite=True)

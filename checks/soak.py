@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "training"))
 
-from checkpoints import TEMPORARY_PREFIX, damage, find_checkpoints, step_of  # noqa: E402
+from ldlm_hf.training.checkpoints import TEMPORARY_PREFIX, damage, find_checkpoints, step_of  # noqa: E402
 
 
 WORLD_SIZE = 2

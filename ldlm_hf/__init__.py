@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "data": ["DataSettings", "load_corpora"],
+    "loading.pretrained_sources": ["resolve_pretrained_source"],
     "metrics": ["GenerativePerplexity", "Mauve", "NGramDiversity", "TokenEntropy"],
     "models.latent_decoder": ["LDLMLatentDecoder", "LDLMLatentDecoderConfig"],
     "models.latent_encoder": ["LDLMLatentEncoder", "LDLMLatentEncoderConfig"],
@@ -49,7 +50,6 @@ _MODULES = {
     ],
     "pipelines.pipeline_ldlm": ["LDLMPipeline"],
     "pipelines.pipeline_output": ["LDLMPipelineOutput"],
-    "pretrained_sources": ["resolve_pretrained_source"],
     "schedulers.discrete": ["diffusers_config"],
     "schedulers.scheduling_tangent": ["TangentScheduler", "TangentSchedulerOutput"],
     "schedulers.scheduling_tangent_churn": ["TangentChurnScheduler"],
@@ -62,6 +62,7 @@ _MODULE_OF_NAME = {name: module for module, names in _MODULES.items() for name i
 
 if TYPE_CHECKING:
     from .data import DataSettings, load_corpora
+    from .loading.pretrained_sources import resolve_pretrained_source
     from .metrics import GenerativePerplexity, Mauve, NGramDiversity, TokenEntropy
     from .models.latent_decoder import LDLMLatentDecoder, LDLMLatentDecoderConfig
     from .models.latent_encoder import LDLMLatentEncoder, LDLMLatentEncoderConfig
@@ -84,7 +85,6 @@ if TYPE_CHECKING:
     )
     from .pipelines.pipeline_ldlm import LDLMPipeline
     from .pipelines.pipeline_output import LDLMPipelineOutput
-    from .pretrained_sources import resolve_pretrained_source
     from .schedulers.discrete import diffusers_config
     from .schedulers.scheduling_tangent import TangentScheduler, TangentSchedulerOutput
     from .schedulers.scheduling_tangent_churn import TangentChurnScheduler

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .loading.whole_numbers import whole_number
 from .pipelines.pipeline_ldlm import LDLMPipeline
-from .whole_numbers import whole_number
 
 
 try:

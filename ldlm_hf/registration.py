@@ -17,8 +17,8 @@ import diffusers.pipelines
 import transformers
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 
-from .hub.repository import PIPELINE_MODULE
-from .hub.safe_loading import MAX_JSON_BYTES, check_tokenizer, read_json
+from .loading.repository import PIPELINE_MODULE
+from .loading.safe_loading import MAX_JSON_BYTES, check_tokenizer, read_json
 
 
 # the base classes of components, with the methods that save and load them

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -38,6 +41,7 @@ from ldlm_hf import (
 torch.set_num_threads(1)
 diffusers_logging.disable_progress_bar()
 
+REPOSITORY = Path(__file__).parents[1]
 VOCAB_SIZE, TOKEN_WIDTH, SEQUENCE_LENGTH, NUM_LATENTS, LATENT_SIZE = 40, 32, 8, 6, 16
 
 
@@ -150,3 +154,23 @@ def make_pipeline(make_components: Callable, tiny_tokenizer: PreTrainedTokenizer
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a command of `training/` with a command line, in this process."""
+
+    def run(command: str, *arguments: str) -> None:
+        # accelerate keeps the devices and precision of a process's first run
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
+        runpy.run_path(str(REPOSITORY / "training" / f"{command}.py"), run_name="__main__")
+
+    return run

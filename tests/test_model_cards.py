@@ -25,15 +25,13 @@ from ldlm_hf import (
     TangentFlowMapScheduler,
     TokenEntropy,
 )
+from ldlm_hf.evaluation.provenance import source, without_path
+from ldlm_hf.evaluation.run import write_results
+from ldlm_hf.evaluation.samples import sample_generator
 from ldlm_hf.hub.model_card import MIN_MAUVE_TEXTS, read_run
+from ldlm_hf.loading.settings_reader import to_yaml
 from ldlm_hf.metrics import load_judge
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from model_card import main, source, without_path, write_results
-from sampling import sample_generator
-from settings import DataSettings, EvaluationSettings, LoopSettings, ModelSettings, RunSettings, to_yaml
+from ldlm_hf.training.settings import DataSettings, EvaluationSettings, LoopSettings, ModelSettings, RunSettings
 from write_code import write_code
 
 
@@ -64,10 +62,12 @@ def test_card_is_valid_and_belongs_to_a_configuration(name: str) -> None:
         assert "| MAUVE |" not in card.text and "MAUVE is left out: " in card.text
 
 
-def test_cards_of_untrained_models_are_those_of_their_configurations(tmp_path: Path) -> None:
+def test_cards_of_untrained_models_are_those_of_their_configurations(
+    tmp_path: Path, run_script: Callable[..., None]
+) -> None:
     untrained = [name for name in NAMES if load_card(name).data.eval_results is None]
     assert untrained
-    main([*(str(CONFIGS / f"{name}.yaml") for name in untrained), "--output_dir", str(tmp_path)])
+    run_script("model_card", *(str(CONFIGS / f"{name}.yaml") for name in untrained), "--output_dir", str(tmp_path))
     command = "python training/model_card.py " + " ".join(f"training/configs/{name}.yaml" for name in untrained)
     for name in untrained:
         written = (CARDS / name / "README.md").read_text(encoding="utf-8")

@@ -4,7 +4,9 @@
         --output_dir FOLDER --num_samples 1000 --seeds 5 --steps 8 16 32 64 128 256 512 1024 \
         [--judge JUDGE|none] [--controls] [--interpolation] [data.key=value ...]
 
-on several GPUs with `accelerate launch` instead of `python`; `pipeline_evaluation.py` says what it does and writes.
+on several GPUs with `accelerate launch` instead of `python`; `ldlm_hf/evaluation/run.py` says what it does and writes.
+With a judge, the figures `pareto.png` (Gen. PPL against entropy), `evaluations.png` (every score over the evaluations
+of the denoiser) and `interpolation.png` (Gen. PPL between two real texts) are drawn beside its results.
 
 Python looks for modules beside the script that it runs first, so for all scripts of this folder this file hides the
 package `evaluate`, which the metrics are built on. Imported by that name, it steps aside for the package.
@@ -12,6 +14,7 @@ package `evaluate`, which the metrics are built on. Imported by that name, it st
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -33,9 +36,70 @@ def load_hidden_package() -> None:
     spec.loader.exec_module(package)
 
 
-if __name__ == "__main__":
-    from pipeline_evaluation import main
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Samples pipelines and scores the samples beside real text.")
+    add = parser.add_argument
+    add("--pipeline", nargs="+", required=True, metavar="PATH_OR_ID", help="folders or Hub ids of pipelines")
+    add("--names", nargs="+", metavar="LABEL", help="what the results call them; by default the names of their runs")
+    add("--output_dir", type=Path, required=True, help="folder of the results")
+    add("--num_samples", type=positive, default=1000, help="texts of each set")
+    add("--seeds", type=positive, default=5, metavar="N", help="sets for each number of steps: seeds 0 to N - 1")
+    add("--steps", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024], help="denoising steps")
+    add(
+        "--samplers",
+        nargs="+",
+        default=["own"],
+        metavar="NAME[:key=value,...]",
+        help="schedulers and their settings, each for all pipelines and steps; by default the pipelines' own",
+    )
+    add(
+        "--judge", default="gpt2-large", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none"
+    )
+    add("--no_mauve", action="store_true", help="leave MAUVE out")
+    add("--batch_size", type=positive, default=32, help="texts that a process samples at a time")
+    add("--judge_batch_size", type=positive, default=8, help="texts that the judge reads at a time")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the pipelines' weights")
+    add(
+        "--controls",
+        action="store_true",
+        help="also score real texts with shuffled words, and with few words repeated",
+    )
+    add("--interpolation", action="store_true", help="also decode lines between the latents of real texts")
+    add("--num_pairs", type=positive, default=None, help="lines; by default half the number of samples")
+    add("--num_positions", type=positive, default=11, help="evenly spaced points of each line, its ends included")
+    add("--config", metavar="YAML", help="file whose section data: names the text, such as a run's settings")
+    add("--cache_dir", type=Path, help="folder of MAUVE's reference features, for evaluations to share")
+    add("overrides", nargs="*", metavar="data.key=value", help="settings of the text, over those of the file")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    from figures.over_evaluations import plot_over_evaluations
+    from figures.pareto import plot_pareto
+    from figures.smoothness import plot_smoothness
+    from figures.style import save_figure
+    from ldlm_hf.evaluation.real_text import load_data_settings
+    from ldlm_hf.evaluation.run import evaluate_pipelines
+
+    options = parse_arguments()
+    results = evaluate_pipelines(options, load_data_settings(options.config, options.overrides))
+    if results is not None and results["judge"] is not None:
+        save_figure(plot_pareto([results]), options.output_dir / "pareto")
+        if len(options.steps) > 1:
+            save_figure(plot_over_evaluations([results]), options.output_dir / "evaluations")
+        if options.interpolation:
+            save_figure(plot_smoothness([results]), options.output_dir / "interpolation")
+
+
+if __name__ == "__main__":
     main()
 else:
     load_hidden_package()

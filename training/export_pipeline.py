@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ldlm_hf import LDLMPipeline
-from ldlm_hf.hub.repository import write_component_code
+from ldlm_hf.loading.repository import write_component_code
 
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

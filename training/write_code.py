@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 import ldlm_hf
-from ldlm_hf.hub.remote_code import generate
-from ldlm_hf.hub.repository import PIPELINE_MODULE, write_component_code
+from ldlm_hf.loading.remote_code import generate
+from ldlm_hf.loading.repository import PIPELINE_MODULE, write_component_code
 
 
 def write_code(folder: Path) -> None:

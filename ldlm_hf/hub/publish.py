@@ -25,10 +25,10 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
+from ..loading.remote_code import PACKAGE
+from ..loading.repository import CARD, IGNORED_FILES, upload_repository, write_repository_code
+from ..loading.safe_loading import SafeLoadingMixin, find_weights, replace_weights
 from ..pipelines.pipeline_ldlm import LDLMPipeline
-from .remote_code import PACKAGE
-from .repository import CARD, IGNORED_FILES, upload_repository, write_repository_code
-from .safe_loading import SafeLoadingMixin, find_weights, replace_weights
 
 
 logger = logging.get_logger(__name__)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ldlm_hf.loading.pretrained_sources import resolve_pretrained_source
 from ldlm_hf.metrics.inputs import check_positive_int
-from ldlm_hf.pretrained_sources import resolve_pretrained_source
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..hub.safe_loading import SafeLoadingMixin
+from ..loading.safe_loading import SafeLoadingMixin
 
 
 class LDLMPreTrainedModel(SafeLoadingMixin, PreTrainedModel):

@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..hub.safe_loading import SafeLoadingMixin, check_settings
+from ..loading.safe_loading import SafeLoadingMixin, check_settings
 from .layers import (
     AdaLayerNormModulation,
     DiffusionTransformerBlock,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..hub.safe_loading import check_settings
+from ..loading.safe_loading import check_settings
 
 
 @dataclass

@@ -25,14 +25,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
-from ..hub.repository import (
+from ..loading.repository import (
     check_saveable,
     keep_card,
     superseded_weights,
     upload_repository,
     write_repository_code,
 )
-from ..hub.safe_loading import check_model_index, check_serialization
+from ..loading.safe_loading import check_model_index, check_serialization
+from ..loading.whole_numbers import whole_number
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -45,7 +46,6 @@ from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolver
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 from ..schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
 from ..schedulers.tangent import alpha_sigma
-from ..whole_numbers import whole_number
 from .pipeline_output import LDLMPipelineOutput
 
 

@@ -51,9 +51,10 @@ TangentEulerMaruyamaScheduler = object
 TangentFlowMapScheduler = object
 
 
-# from ldlm_hf/hub/recorded_code.py:
+# from ldlm_hf/loading/recorded_code.py:
 #
-# What [`ldlm_hf.hub.remote_code`] is in the files that it generates: they cannot generate files, only repeat them.
+# What [`ldlm_hf.loading.remote_code`] is in the files that it generates: they cannot generate files, only repeat
+# them.
 
 
 def class_source(cls: type) -> str | None:
@@ -64,7 +65,7 @@ def class_source(cls: type) -> str | None:
     return vars(cls).get("_repository_code")
 
 
-# from ldlm_hf/hub/safe_loading.py:
+# from ldlm_hf/loading/safe_loading.py:
 #
 # Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
 # of what can be loaded so.
@@ -167,12 +168,12 @@ def weights_patterns(weights_name: str, variant: str | None) -> tuple[str, str, 
     )
 
 
-# from ldlm_hf/hub/repository.py:
+# from ldlm_hf/loading/repository.py:
 #
 # The repository of a pipeline: its code files beside its weights, its card, and its way to the Hub.
 
 
-# see ldlm_hf/hub/remote_code.py for why these names are a format
+# see ldlm_hf.loading.remote_code.py for why these names are a format
 COMPONENT_MODULE = "ldlm_hf"
 
 
@@ -330,6 +331,22 @@ def upload_repository(
     )
 
 
+# from ldlm_hf/loading/whole_numbers.py:
+#
+# Whole numbers of whatever type.
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        return int(float(value)) if is_whole else None
+
+
 # from ldlm_hf/schedulers/tangent.py:
 #
 # The tangent noise schedule (App. C): pure functions of time t in [0, 1], 0 = clean and 1 = noise.
@@ -403,22 +420,6 @@ def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
     if is_discrete(scheduler):
         return level_times(scheduler.timesteps, len(scheduler.alphas_cumprod)).float()
     return scheduler.timesteps
-
-
-# from ldlm_hf/whole_numbers.py:
-#
-# Whole numbers of whatever type.
-
-
-def whole_number(value: Any) -> int | None:
-    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
-        return int(float(value)) if is_whole else None
 
 
 # from ldlm_hf/pipelines/pipeline_output.py:

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ldlm_hf.pretrained_sources import resolve_pretrained_source
+from ldlm_hf.loading.pretrained_sources import resolve_pretrained_source
 
 
 WORDS = [f"w{index}" for index in range(50)]

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "checks"))
-
 from loopback_hub import LoopbackHub
 
 

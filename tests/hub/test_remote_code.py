@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 
 import ldlm_hf
 from ldlm_hf import LDLMPipeline, LDLMTransformer1DModel
-from ldlm_hf.hub.remote_code import class_source, generate
+from ldlm_hf.loading.remote_code import class_source, generate
 
 
 MODEL_NAMES = [name for name in ldlm_hf.__all__ if name.startswith("LDLM") or name.endswith("Scheduler")]
@@ -125,7 +125,7 @@ pipe = DiffusionPipeline.from_pretrained(whole, trust_remote_code=True)
 result = {{"imported": "ldlm_hf" in sys.modules, "latents": sample(pipe).tolist()}}
 
 import ldlm_hf
-from ldlm_hf.hub.remote_code import generate
+from ldlm_hf.loading.remote_code import generate
 
 pipe.save_pretrained(again)
 result["latents again"] = sample(ldlm_hf.LDLMPipeline.from_pretrained(again)).tolist()

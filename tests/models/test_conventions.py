@@ -13,13 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ldlm_hf import (
-    JointObjective,
-    LDLMLatentDecoder,
-    LDLMLatentEncoder,
-    LDLMTokenEncoder,
-    LDLMTransformer1DModel,
-)
+from ldlm_hf import JointObjective, LDLMLatentDecoder, LDLMLatentEncoder, LDLMTokenEncoder, LDLMTransformer1DModel
 
 
 # 1. First values

@@ -9,12 +9,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from ldlm_hf import (
-    AdaptiveTimestepSampler,
-    LikelihoodBound,
-    LikelihoodSettings,
-    TangentEulerMaruyamaScheduler,
-)
+from ldlm_hf import AdaptiveTimestepSampler, LikelihoodBound, LikelihoodSettings, TangentEulerMaruyamaScheduler
 from ldlm_hf.objective.likelihood import (
     PROPOSALS,
     Denoiser,

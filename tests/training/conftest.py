@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 TRAINING = Path(__file__).parents[2] / "training"
-sys.path[:0] = [str(TRAINING), str(TRAINING.parent / "checks")]
-
-
-@pytest.fixture(scope="session")
-def repository() -> Path:
-    return TRAINING.parent
 
 
 @pytest.fixture
@@ -55,19 +46,3 @@ def tiny_overrides(backbone_folders: dict[str, Path], tiny_tokenizer, tmp_path: 
         "evaluation.num_inference_steps=3",
         "evaluation.judge=null",
     ]
-
-
-@pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs a training script's `main` with a command line, in this process."""
-
-    def run(module: str, *arguments: str) -> None:
-        # accelerate keeps the devices and precision of a process's first run
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        PartialState._reset_state()
-        monkeypatch.setattr(sys, "argv", [f"{module}.py", *arguments])
-        __import__(module)
-        sys.modules[module].main()
-
-    return run

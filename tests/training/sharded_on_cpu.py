@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
-
-import launch
-import train_joint
+from ldlm_hf.training import launch
+from ldlm_hf.training.recipes import joint as train_joint
 
 
 def build_sharded_accelerator(settings: launch.LoopSettings) -> Accelerator:

@@ -22,21 +22,31 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ablate import CommandProcess, Conductor, failure, main, size_of, training_command
-from ablation_tables import described, last_gate
-from ablations import JOINT, TOKEN_DECODER, AblationRun, EvaluationPlan, Plan, dotted_values, read_ablations, times
-from components import (
+from ablations.conductor import CommandProcess, Conductor, failure, main, size_of, training_command
+from ablations.definitions import (
+    JOINT,
+    TOKEN_DECODER,
+    AblationRun,
+    EvaluationPlan,
+    Plan,
+    dotted_values,
+    read_ablations,
+    times,
+)
+from ablations.tables import described, last_gate
+from ldlm_hf.evaluation.folder_lock import lock_folder
+from ldlm_hf.loading.settings_reader import differences, load_settings, to_yaml
+from ldlm_hf.training.components import (
     build_diffusion_objective,
     build_objective,
     build_token_encoder,
     build_tokenizer,
     save_components,
 )
-from folder_lock import lock_folder
-from launch import parse_arguments
-from loop import build_optimizer
-from settings import RunSettings, differences, load_settings, to_yaml
-from train_token_decoder import TokenDecoderObjective, TokenDecoderSettings, load_components
+from ldlm_hf.training.launch import parse_arguments
+from ldlm_hf.training.recipes.token_decoder import TokenDecoderObjective, TokenDecoderSettings, load_components
+from ldlm_hf.training.run_state import build_optimizer
+from ldlm_hf.training.settings import RunSettings
 
 
 SHIPPED = Path(__file__).parents[2] / "training/configs/ablations.yaml"
@@ -235,7 +245,7 @@ def ablate(tiny_config: Path, run_script: Callable, launched: list[list[str]], t
 
     def run(*arguments: str) -> int:
         common = ["--base", "tiny", "--config", str(tiny_config), "--output_dir", str(tmp_path / "ablations")]
-        return main([*common, *arguments], launch)
+        return main("", [*common, *arguments], launch)
 
     return run
 
@@ -710,7 +720,7 @@ def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, reposi
             time.sleep(0.05)
         # another call, of the same rows or of others
         with pytest.raises(OSError, match="tiny is in use by another process.*name another --output_dir"):
-            main([*command[2:8], "--rows", "self_attention", "--train_only"])
+            main("", [*command[2:8], "--rows", "self_attention", "--train_only"])
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=120)
     printed = (tmp_path / "log").read_text(encoding="utf-8")
@@ -789,11 +799,11 @@ def test_a_failure_is_told_in_the_words_of_the_process_that_failed(tmp_path: Pat
 def test_printed_commands_are_read_by_the_scripts_in_the_order_of_their_needs(
     base: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
-    from pipeline_evaluation import parse_arguments as parse_evaluation
+    from ldlm_hf.training.launch import parse_arguments as parse_evaluation
 
     monkeypatch.chdir(repository)
     tables = [text for number in ABLATIONS.tables for text in ("--table", number)]
-    assert main(["--base", base, *tables, "--print_commands", "--judge", "none"]) == 0
+    assert main("", ["--base", base, *tables, "--print_commands", "--judge", "none"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len({tuple(line) for line in lines}) == len(lines)
     finished: set[str] = set()
@@ -849,7 +859,7 @@ def test_bad_command_lines_name_what_is_known_and_start_nothing(
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=expected):
-        main(arguments, launch)
+        main("", arguments, launch)
     assert not list(tmp_path.iterdir())
 
 

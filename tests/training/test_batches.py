@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from batches import TrainingBatches, global_rows
 from ldlm_hf.data import DataSettings, StreamedTokenChunks, load_corpora
+from ldlm_hf.training.batches import TrainingBatches, global_rows
 
 
 class Numbers(Dataset):

@@ -18,7 +18,6 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import GPT2Config
 
-import benchmark
 from ldlm_hf import (
     LDLMLatentDecoder,
     LDLMLatentDecoderConfig,
@@ -26,6 +25,7 @@ from ldlm_hf import (
     LDLMTokenDecoderConfig,
     LDLMTransformer1DModel,
 )
+from speed import benchmark
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import (
+from ldlm_hf.training.checkpoints import (
     damage,
     find_checkpoints,
     remove_unfinished,

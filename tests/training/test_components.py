@@ -8,8 +8,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from transformers import AutoModel
 
-from components import build_token_decoder, load_part
 from ldlm_hf import TangentDDIMScheduler, diffusers_config
+from ldlm_hf.training.components import build_token_decoder, load_part
 
 
 ARGUMENTS = {"vocab_size": 40, "token_hidden_size": 16, "num_hidden_layers": 0, "num_attention_heads": 2}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from distill import TEACHER_STEPS, DistillationSettings, flow_map_times, follow_teacher, progressive_times
 from ldlm_hf import (
     DistillationObjective,
     LDLMPipeline,
@@ -19,7 +18,14 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
     TangentFlowMapScheduler,
 )
-from settings import load_settings
+from ldlm_hf.loading.settings_reader import load_settings
+from ldlm_hf.training.recipes.distillation import (
+    TEACHER_STEPS,
+    DistillationSettings,
+    flow_map_times,
+    follow_teacher,
+    progressive_times,
+)
 
 
 Run = Callable[..., None]

@@ -22,25 +22,16 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from tokenizers import Tokenizer
 
-import over_evaluations
-import pareto
-import pipeline_evaluation
-import smoothness
-from finished_parts import FinishedParts, module_digest, remove_unfinished
-from folder_lock import lock_folder
-from ldlm_hf import (
-    GenerativePerplexity,
-    LDLMPipeline,
-    Mauve,
-    NGramDiversity,
-    TangentDDIMScheduler,
-    TokenEntropy,
-)
+from figures import over_evaluations, pareto, smoothness
+from figures.pareto import pareto_frontier
+from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TangentDDIMScheduler, TokenEntropy
+from ldlm_hf.evaluation import run as pipeline_evaluation
+from ldlm_hf.evaluation.folder_lock import lock_folder
+from ldlm_hf.evaluation.part_cache import FinishedParts, module_digest, remove_unfinished
+from ldlm_hf.evaluation.real_text import repeated_words, shuffled_words
+from ldlm_hf.evaluation.run import over_seeds
+from ldlm_hf.evaluation.samples import SampleSet, pairs_of, sample_generator
 from ldlm_hf.metrics import load_judge
-from pareto import pareto_frontier
-from pipeline_evaluation import over_seeds
-from real_text import repeated_words, shuffled_words
-from sampling import SampleSet, pairs_of, sample_generator
 
 
 Run = Callable[..., None]

@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import flops
-from distill import METHODS, build_student
 from ldlm_hf import (
     DistillationObjective,
     JointObjective,
@@ -24,8 +22,10 @@ from ldlm_hf import (
     LDLMTokenEncoder,
     TangentDDIMScheduler,
 )
-from settings import LoopSettings
-from train_token_decoder import TokenDecoderObjective
+from ldlm_hf.training import flops
+from ldlm_hf.training.recipes.distillation import METHODS, build_student
+from ldlm_hf.training.recipes.token_decoder import TokenDecoderObjective
+from ldlm_hf.training.settings import LoopSettings
 
 
 # the sizes of `make_components`: L tokens, N latents, width and inner width of the layers, width of hidden states and

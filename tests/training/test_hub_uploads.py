@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
-import launch
-from checkpoints import MANIFEST
+from ldlm_hf.training import launch
+from ldlm_hf.training.checkpoints import MANIFEST
 from loopback_hub import LoopbackHub
 
 

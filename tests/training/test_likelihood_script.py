@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldlm_hf import LDLMPipeline, LikelihoodBound, LikelihoodSettings
-from likelihood import calibrate
+from ldlm_hf.evaluation.likelihood import calibrate
 
 
 Run = Callable[..., None]

@@ -121,9 +121,9 @@ def test_signals_and_full_disks(tiny_overrides: list[str], tmp_path: Path) -> No
 def test_one_process_stops_at_once_and_goes_on_from_there(
     run_script: Run, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import train_joint
+    from ldlm_hf.training.recipes import joint as train_joint
 
-    class InterruptedTask(train_joint.JointTask):
+    class InterruptedTask(train_joint.JointRecipe):
         """Gets SIGTERM in its third step."""
 
         def losses(self, *arguments, **named):
@@ -131,13 +131,13 @@ def test_one_process_stops_at_once_and_goes_on_from_there(
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().losses(*arguments, **named)
 
-    whole, task = tmp_path / "whole", train_joint.JointTask
+    whole, task = tmp_path / "whole", train_joint.JointRecipe
     run_script("train_joint", *tiny_overrides, f"loop.output_dir={whole}")
-    train_joint.JointTask = InterruptedTask
+    train_joint.JointRecipe = InterruptedTask
     try:
         run_script("train_joint", *tiny_overrides)
     finally:
-        train_joint.JointTask = task
+        train_joint.JointRecipe = task
     assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
     assert not (tmp_path / "run" / "pipeline").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -164,7 +164,7 @@ def test_a_step_reads_nothing_back(
     run_script: Run, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """Losses are read when they are logged; the host never waits for the device in a step."""
-    import loop
+    from ldlm_hf.training import loop
 
     taken = []
     train_step = loop.TrainingLoop.train_step

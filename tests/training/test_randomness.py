@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from randomness import RowRandomness
+from ldlm_hf.training.randomness import RowRandomness
 
 
 CPU = torch.device("cpu")

@@ -15,10 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures import COLOURS, LINES, moving_mean, plot_training, plot_warmup, run_style
-from ldlm_hf import warmup_gate
-from ldlm_hf.hub.model_card import RunResults, Source, TextScores
-from logged_runs import (
+from figures.logged_runs import (
     NotLoggedError,
     compare_sampling,
     differing_settings,
@@ -33,8 +30,13 @@ from logged_runs import (
     read_logged_runs,
     timestep_cdf,
 )
-from report import write_report
-from settings import RunSettings, load_settings, to_yaml
+from figures.report import write_report
+from figures.runs import moving_mean, plot_training, plot_warmup
+from figures.style import COLOURS, LINES, run_style
+from ldlm_hf import warmup_gate
+from ldlm_hf.hub.model_card import RunResults, Source, TextScores
+from ldlm_hf.loading.settings_reader import load_settings, to_yaml
+from ldlm_hf.training.settings import RunSettings
 
 
 GRID = 16

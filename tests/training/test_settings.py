@@ -9,7 +9,6 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from distill import DistillationSettings
 from ldlm_hf import (
     DataSettings,
     JointObjectiveSettings,
@@ -21,20 +20,19 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
     TimestepSamplerSettings,
 )
-from samplers import Sampler
-from settings import (
+from ldlm_hf.evaluation.real_text import load_data_settings
+from ldlm_hf.evaluation.samplers import Sampler
+from ldlm_hf.loading.settings_reader import differences, load_settings, to_yaml
+from ldlm_hf.training.recipes.distillation import DistillationSettings
+from ldlm_hf.training.recipes.token_decoder import TokenDecoderSettings
+from ldlm_hf.training.settings import (
     EvaluationSettings,
     LoopSettings,
     ModelSettings,
     OptimizerSettings,
     RunSettings,
     WarmupSettings,
-    differences,
-    load_data_settings,
-    load_settings,
-    to_yaml,
 )
-from train_token_decoder import TokenDecoderSettings
 
 
 def test_file_wins_over_defaults_and_overrides_win_over_the_file(tmp_path: Path) -> None:

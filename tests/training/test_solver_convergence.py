@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from analytic_denoisers import GaussianMixture, flow_error, observed_order, variance_error
+from figures.analytic_denoisers import GaussianMixture, flow_error, observed_order, variance_error
+from figures.solver_convergence import SOLVERS, Solver, errors
 from ldlm_hf import TangentChurnScheduler, TangentDDIMScheduler, TangentDPMSolverMultistepScheduler, TangentScheduler
-from solver_convergence import SOLVERS, Solver, errors, main
 
 
 MIXTURE = GaussianMixture(weights=(0.5, 0.5), means=(-0.8, 1.0), stds=(0.4, 0.2))
@@ -84,8 +85,10 @@ def test_two_steps_too_few_to_see_are_still_worse_than_many():
     assert many < few / 20
 
 
-def test_the_page_states_the_measured_orders(tmp_path: Path, capsys: pytest.CaptureFixture):
-    main(["--output_dir", str(tmp_path), "--steps", "16", "8", "32"])
+def test_the_page_states_the_measured_orders(
+    tmp_path: Path, capsys: pytest.CaptureFixture, run_script: Callable[..., None]
+):
+    run_script("solver_convergence", "--output_dir", str(tmp_path), "--steps", "16", "8", "32")
     page = (tmp_path / "solver_convergence.md").read_text()
     assert capsys.readouterr().out.strip().endswith("solver_convergence.md")
     assert "--time_grid log_snr --steps 8 16 32" in page
@@ -93,4 +96,4 @@ def test_the_page_states_the_measured_orders(tmp_path: Path, capsys: pytest.Capt
     assert f"{errors(SOLVERS[0], [8], time_grid='log_snr')[0]:.1e}" in row
     assert (tmp_path / "solver_convergence.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
-        main(["--output_dir", str(tmp_path), "--steps", "8"])
+        run_script("solver_convergence", "--output_dir", str(tmp_path), "--steps", "8")

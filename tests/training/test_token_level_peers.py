@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import token_level_peers
-from token_level_peers import (
+from speed import token_level_peers
+from speed.token_level_peers import (
     TokenLevelDenoiser,
     denoising_step,
     generate_autoregressively,

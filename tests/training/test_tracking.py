@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import tracking
+from ldlm_hf.training import tracking
 
 
 TEXTS = ["w1 | w2\nw3", "“é” <b>"]

@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from huggingface_hub import ModelCard
 from torch import nn
 
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from evaluation import sample
-from flops import DevicePeak, PassFlops, RunEstimate
-from launch import check_sharding
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
-from loop import TrainingLoop, learning_rate_at, split_batch
-from randomness import RowRandomness
-from run_folder import check_output_dir
-from sampling import sample_latents
-from settings import EvaluationSettings, LoopSettings, OptimizerSettings, RunSettings, load_settings
-from task import Evaluation, StepLosses, Task
+from ldlm_hf.evaluation.samples import sample, sample_latents
+from ldlm_hf.loading.settings_reader import load_settings
+from ldlm_hf.training.devices import check_sharding
+from ldlm_hf.training.flops import DevicePeak, PassFlops, RunEstimate
+from ldlm_hf.training.loop import TrainingLoop, learning_rate_at, split_batch
+from ldlm_hf.training.randomness import RowRandomness
+from ldlm_hf.training.recipe import Evaluation, Recipe, StepLosses
+from ldlm_hf.training.run_folder import check_output_dir
+from ldlm_hf.training.settings import EvaluationSettings, LoopSettings, OptimizerSettings, RunSettings
 
 
 Run = Callable[..., None]
@@ -449,7 +449,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.ones(4))
 
 
-class SometimesInfinite(Task):
+class SometimesInfinite(Recipe):
     """A loss that is infinite at step 1 and fine at the others."""
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:

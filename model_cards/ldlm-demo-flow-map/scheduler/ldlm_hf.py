@@ -23,7 +23,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# from ldlm_hf/hub/safe_loading.py:
+# from ldlm_hf/loading/safe_loading.py:
 #
 # Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
 # of what can be loaded so.
@@ -128,7 +128,7 @@ def has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, tuple(get_origin(one) or one for one in types))
 
 
-# from ldlm_hf/whole_numbers.py:
+# from ldlm_hf/loading/whole_numbers.py:
 #
 # Whole numbers of whatever type.
 

@@ -37,7 +37,7 @@ from torch.nn.modules.module import (
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 
-# from ldlm_hf/hub/safe_loading.py:
+# from ldlm_hf/loading/safe_loading.py:
 #
 # Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
 # of what can be loaded so.

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PretrainedConfig
 from transformers.utils import ModelOutput, SAFE_WEIGHTS_NAME, can_return_tuple
 
 
-# from ldlm_hf/hub/safe_loading.py:
+# from ldlm_hf/loading/safe_loading.py:
 #
 # Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
 # of what can be loaded so.

@@ -1,0 +1,1 @@
+"""Evaluation of pipelines: samples → scores → results, beside real text."""

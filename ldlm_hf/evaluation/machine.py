@@ -1,0 +1,59 @@
+"""Keeps the memory that torch has freed on the CPU for its next tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate.state import PartialState
+
+import ldlm_hf
+
+
+# <malloc.h> of glibc
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to give no freed memory back to the system, for the rest of this process; False without glibc.
+
+    On the CPU torch allocates each tensor by malloc, which by default maps a large one anew each time and unmaps it
+    when it is freed, so that every page of every result is first touched through a page fault; these take a good part
+    of a training step. The process stays as large as it once was.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library; Windows has no handle of the process itself
+        return False
+    # 1 says that the value was taken; -1 as a threshold means never
+    return bool(mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1)
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of processor that a torch device is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def hardware(device: torch.device) -> str:
+    """The processors of a run, in words."""
+    processes = PartialState().num_processes
+    if device.type == "cuda":
+        return f"{processes} × {device_name(device)}"
+    return f"{device_name(device)} (CPU; processes: {processes}, threads of each: {torch.get_num_threads()})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    packages = (ldlm_hf, torch, diffusers, transformers, accelerate)
+    return {"Python": platform.python_version()} | {package.__name__: package.__version__ for package in packages}

@@ -1,0 +1,105 @@
+"""How a pipeline is sampled, as one word of a command line: a scheduler with settings of its own, and guidance.
+
+own                                             the pipeline's scheduler as it is
+TangentDDIMScheduler:eta=1.0,time_grid=log_snr  another one, and what differs from the pipeline's configuration
+own:self_condition_scale=1.5                    arguments of the pipeline's call
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from ..loading.settings_reader import parse_value, to_config, under
+from ..pipelines.pipeline_ldlm import LDLMPipeline
+from ..schedulers.discrete import diffusers_config
+from ..schedulers.scheduling_tangent import TangentScheduler
+from ..schedulers.scheduling_tangent_churn import TangentChurnScheduler
+from ..schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
+from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
+from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+from ..schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
+
+
+OWN = "own"
+SCHEDULERS: dict[str, type] = {
+    scheduler.__name__: scheduler
+    for scheduler in (
+        TangentEulerMaruyamaScheduler,
+        TangentDDIMScheduler,
+        TangentDPMSolverMultistepScheduler,
+        TangentChurnScheduler,
+        TangentFlowMapScheduler,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+    )
+}
+CALL_ARGUMENTS = ("self_condition_scale", "self_condition_decay")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler and arguments of the pipeline's call.
+
+    Attributes:
+        text: as it was typed.
+        scheduler: name of its class; `own` for the pipeline's.
+        settings: of the scheduler, over the pipeline's configuration, as pairs.
+        arguments: of the call, as pairs.
+    """
+
+    text: str = OWN
+    scheduler: str = OWN
+    settings: tuple[tuple[str, Any], ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Sampler:
+        """Reads `NAME[:key=value,...]`.
+
+        Raises:
+            ValueError: an unknown scheduler or setting, or what is no pair of key and value.
+        """
+        name, _, pairs = text.partition(":")
+        if name != OWN and name not in SCHEDULERS:
+            known = ", ".join([OWN, *SCHEDULERS])
+            raise ValueError(f"sampler {text!r}: unknown scheduler {name!r}; known: {known}.")
+        own_settings = [] if name == OWN else list(inspect.signature(SCHEDULERS[name]).parameters)
+        hints = {} if name == OWN else get_type_hints(SCHEDULERS[name].__init__)
+        settings, arguments = [], []
+        for pair in filter(None, pairs.split(",")):
+            key, separator, value = pair.partition("=")
+            if not separator:
+                raise ValueError(f"sampler {text!r}: {pair!r} is no key=value.")
+            if key not in [*CALL_ARGUMENTS, *own_settings]:
+                known = ", ".join([*CALL_ARGUMENTS, *own_settings])
+                raise ValueError(f"sampler {text!r}: unknown setting {key!r}; known: {known}.")
+            read = to_config(under(key, parse_value(value, hints.get(key), f"sampler {text!r}")), f"sampler {text!r}")
+            (settings if key in own_settings else arguments).append((key, read[key]))
+        return cls(text, name, tuple(settings), tuple(arguments))
+
+    @property
+    def needs_cdf(self) -> bool:
+        """Whether its time grid is the learned one."""
+        return ("time_grid", "learned") in self.settings
+
+    def scheduler_for(self, scheduler: Any) -> Any:
+        """The scheduler in the place of a pipeline's own.
+
+        Raises:
+            ValueError: settings that it refuses.
+        """
+        if self.scheduler == OWN:
+            return scheduler
+        scheduler_class, changes = SCHEDULERS[self.scheduler], dict(self.settings)
+        if issubclass(scheduler_class, TangentScheduler):
+            return scheduler_class.from_config(scheduler.config, **changes)
+        return scheduler_class.from_config(diffusers_config(scheduler, **changes))
+
+    def apply(self, pipeline: LDLMPipeline) -> None:
+        """Gives a pipeline the scheduler; ValueError for settings that it refuses."""
+        pipeline.scheduler = self.scheduler_for(pipeline.scheduler)

@@ -1,0 +1,239 @@
+"""What is made with a pipeline to evaluate it: samples, and texts on lines between the latents of real ones.
+
+Every sample has randomness of its own, so that sample i of a seed is the same in any batch and on any process, and the
+same for every number of steps. What is made is kept batch by batch; what is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..pipelines.pipeline_ldlm import LDLMPipeline
+from .part_cache import FinishedParts, Rows, digest, module_digest, public_config
+from .samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline that is evaluated, with a way to sample it.
+
+    Attributes:
+        name: what results call it.
+        source: folder or Hub id.
+        dtype: of its weights.
+        sampler: how it is sampled.
+        sequence_length: tokens L of a text.
+        digest: of its components and of the arguments that it is called with.
+        vocabulary: digest of its tokenizer's.
+        missing_encoders: which of the components are missing that `encode` needs.
+    """
+
+    name: str
+    source: str
+    dtype: str
+    sampler: Sampler
+    sequence_length: int
+    digest: str
+    vocabulary: str
+    missing_encoders: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pipeline: LDLMPipeline, name: str, source: str, dtype: str, sampler: Sampler) -> Subject:
+        """What is to be known of a pipeline, with its sampler's scheduler, before its turn comes."""
+        decoder = pipeline.latent_decoder
+        parts: dict[str, Any] = {
+            part: module_digest(component)
+            if isinstance(component, torch.nn.Module)
+            else [type(component).__name__, public_config(component)]
+            for part, component in sorted(pipeline.components.items())
+            if component is not None and part != "tokenizer"
+        }
+        vocabulary = digest(pipeline.tokenizer.get_vocab())
+        return cls(
+            name=name,
+            source=source,
+            dtype=dtype,
+            sampler=sampler,
+            # a token decoder that reads latents has a token for each
+            sequence_length=(
+                pipeline.transformer.config.sample_size if decoder is None else decoder.config.sequence_length
+            ),
+            digest=digest([parts, vocabulary, sampler.arguments]),
+            vocabulary=vocabulary,
+            missing_encoders=tuple(pipeline.missing_encoders),
+        )
+
+    def load(self) -> LDLMPipeline:
+        """The pipeline, on the CPU.
+
+        Raises:
+            OSError: it cannot be loaded, or is another one by now.
+        """
+        pipeline = load_pipeline(self.source, self.dtype)
+        self.sampler.apply(pipeline)
+        if Subject.of(pipeline, self.name, self.source, self.dtype, self.sampler) != self:
+            raise OSError(
+                f"--pipeline {self.source!r} has changed since this evaluation has begun: wait until nobody writes "
+                "there any more, and give the same command again."
+            )
+        return pipeline
+
+
+def load_pipeline(source: str, dtype: str) -> LDLMPipeline:
+    """A pipeline in evaluation's precision.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+    try:
+        pipeline = LDLMPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"--pipeline {source!r} cannot be loaded: {error} Name the folder of a pipeline (RUN/pipeline), or its "
+            "Hub id."
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The samples of one pipeline, number of steps and seed.
+
+    Attributes:
+        subject: the pipeline.
+        steps: denoising steps.
+        seed: of the set.
+        rows: where they are kept: `sequences` (n, L), `is_finite`, `seconds`, `batch_size` and `nfe`, evaluations of
+            the denoiser, (n,).
+    """
+
+    subject: Subject
+    steps: int
+    seed: int
+    rows: Rows
+
+    @classmethod
+    def of(cls, parts: FinishedParts, subject: Subject, steps: int, seed: int, device: str) -> SampleSet:
+        """The set, in whatever batches it was made before; `device` is the kind that all its times are of."""
+        rows = parts.rows(
+            "samples", pipeline=subject.digest, dtype=subject.dtype, steps=steps, seed=seed, device=device
+        )
+        return cls(subject, steps, seed, rows)
+
+    def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
+        """Samples some of the set, and keeps them.
+
+        Args:
+            indices: which samples.
+            batch_size: what was asked for; the last batch is smaller.
+        """
+        start = time.perf_counter()
+        latents = sample_latents(pipeline, self.steps, self.seed, indices, **dict(self.subject.sampler.arguments))
+        # a device may still be at work: copying waits for it
+        sequences = pipeline.decode_to_sequences(latents).cpu()
+        seconds = time.perf_counter() - start
+        values = {
+            "sequences": sequences.int(),
+            "is_finite": latents.isfinite().flatten(1).all(1),
+            "seconds": torch.full((len(indices),), seconds / len(indices), dtype=torch.float64),
+            "batch_size": torch.full((len(indices),), batch_size),
+            "nfe": torch.full((len(indices),), pipeline.num_function_evaluations),
+        }
+        self.rows.save(indices, values)
+
+
+def sample_latents(
+    pipeline: LDLMPipeline, steps: int, seed: int, indices: list[int], **arguments: Any
+) -> torch.Tensor:
+    """Clean latents (n, N, d_z) of n samples of a seed, each of which is the same in any batch."""
+    return pipeline(
+        batch_size=len(indices),
+        num_inference_steps=steps,
+        generator=[sample_generator(seed, index, pipeline.device) for index in indices],
+        output_type="latent",
+        **arguments,
+    ).latents
+
+
+def sample_generator(seed: int, index: int, device: torch.device) -> torch.Generator:
+    """The source of all noise of one sample, on the device that the noise is needed on."""
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines between the latents of pairs of real texts, decoded at evenly spaced positions (Fig. 3, left).
+
+    Attributes:
+        subject: the pipeline.
+        ends: token ids of the pairs, (pairs, 2, L).
+        positions: of the decoded points, in [0, 1], (K,).
+        rows: where they are kept: `sequences` (pairs, K, L).
+    """
+
+    subject: Subject
+    ends: torch.Tensor
+    positions: torch.Tensor
+    rows: Rows
+
+    @classmethod
+    def of(cls, parts: FinishedParts, subject: Subject, ends: torch.Tensor, num_positions: int) -> Lines:
+        """The lines, wherever they were made before."""
+        rows = parts.rows(
+            "lines", pipeline=subject.digest, dtype=subject.dtype, ends=digest(ends.tolist()), positions=num_positions
+        )
+        return cls(subject, ends, torch.linspace(0, 1, num_positions), rows)
+
+    @torch.no_grad()
+    def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
+        """Decodes some of the lines, at most `batch_size` points at a time, and keeps them."""
+        first, second = (pipeline.encode_sequences(self.ends[indices, end]) for end in (0, 1))  # (B, N, d_z)
+        weights = self.positions.to(first.device)[None, :, None, None]
+        points = torch.lerp(first[:, None], second[:, None], weights).flatten(0, 1)  # (B K, N, d_z)
+        sequences = torch.cat([pipeline.decode_to_sequences(some).cpu() for some in points.split(batch_size)])
+        self.rows.save(indices, {"sequences": sequences.int().unflatten(0, (len(indices), -1))})
+
+
+def pairs_of(sequences: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` random pairs of sequences (n, L), none of which is in two: (count, 2, L); the same at each call."""
+    order = np.random.default_rng(0).permutation(len(sequences))[: 2 * count]
+    return sequences[torch.from_numpy(order)].unflatten(0, (count, 2))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A piece of work for one process: `make` some rows of one set; `cost` compares it with other pieces."""
+
+    make: Callable[..., Any]
+    indices: list[int]
+    cost: int
+
+
+def missing_batches(made: SampleSet | Lines, count: int, batch_size: int) -> list[Batch]:
+    """What is still to be made of the first `count` rows of a set."""
+    missing = made.rows.missing(count)
+    if isinstance(made, SampleSet):
+        size, row_cost = batch_size, made.steps
+    else:
+        # a line is K points to decode
+        size, row_cost = max(1, batch_size // len(made.positions)), 1
+    pieces = [missing[first : first + size] for first in range(0, len(missing), size)]
+    return [Batch(made.make, piece, row_cost * len(piece)) for piece in pieces]
+
+
+def sample(
+    pipeline: LDLMPipeline, count: int, num_inference_steps: int, seed: int, batch_size: int
+) -> tuple[torch.Tensor, list[str]]:
+    """`count` samples of a pipeline, those that `evaluate.py` makes of this seed: token ids (count, L) and texts."""
+    batches = torch.arange(count).split(batch_size)
+    latents = (sample_latents(pipeline, num_inference_steps, seed, batch.tolist()) for batch in batches)
+    sequences = torch.cat([pipeline.decode_to_sequences(some).cpu() for some in latents])
+    return sequences, pipeline.tokenizer.batch_decode(sequences, skip_special_tokens=True)

@@ -1,0 +1,174 @@
+"""The repository of a pipeline: its code files beside its weights, its card, and its way to the Hub."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .remote_code import class_source
+from .safe_loading import check_adapters, is_loaded, weights_patterns
+
+
+# see ldlm_hf.loading.remote_code.py for why these names are a format
+COMPONENT_MODULE = "ldlm_hf"
+PIPELINE_MODULE = "pipeline_ldlm"
+CARD = "README.md"
+IGNORED_FILES = ["__pycache__/*", "*/__pycache__/*"]
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a JSON file in place."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    edit(content)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Puts the code of a pipeline and of its components beside its saved weights, and their places into its index.
+
+    The paths on this machine that diffusers notes in configurations are left out.
+    """
+    folder = Path(folder)
+
+    def name_classes(index: dict[str, Any]) -> None:
+        index.pop("_name_or_path", None)
+        for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
+            component_class = uncompiled_class(getattr(pipeline, name, None))
+            if write_component_code(component_class, folder, name):
+                index[name] = [COMPONENT_MODULE, component_class.__name__]
+            elif index[name][0] == COMPONENT_MODULE:
+                raise ValueError(
+                    f"{name} is of the installed {COMPONENT_MODULE}, in a pipeline that was loaded by the code of a "
+                    f"repository, which cannot write code for it. Load the pipeline with {COMPONENT_MODULE} imported, "
+                    "or pass its components to the constructor of the installed LDLMPipeline."
+                )
+        source = class_source(type(pipeline))
+        if source is not None:
+            (folder / f"{PIPELINE_MODULE}.py").write_text(source, encoding="utf-8")
+            index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
+
+    edit_json(folder / pipeline.config_name, name_classes)
+
+
+def check_saveable(pipeline: DiffusionPipeline) -> None:
+    """Raises ValueError for a component that would not be saved, or not load with the pipeline again."""
+    parameters = inspect.signature(type(pipeline).__init__).parameters
+    for name, component in pipeline.components.items():
+        if component is None:
+            continue
+        if isinstance(component, nn.Module):
+            check_adapters(name, component)
+        component_class = uncompiled_class(component)
+        is_ours = class_source(component_class) is not None
+        library = COMPONENT_MODULE if is_ours else component_class.__module__.partition(".")[0]
+        annotation = str(parameters[name].annotation)
+        if not is_loaded(annotation, library, component_class.__name__):
+            raise ValueError(
+                f"{name} is a {component_class.__name__} of {component_class.__module__}, which "
+                f"{type(pipeline).__name__} does not load as its {name}, {annotation}. Put the model of such a class "
+                f"in its place (of a wrapper, the model inside), or save the component alone and set {name}=None."
+            )
+
+
+def uncompiled_class(component: Any) -> type[Any]:
+    """The class of a component; torch.compile wraps a module into another."""
+    return type(getattr(component, "_orig_mod", component))
+
+
+def write_component_code(component_class: type[Any], folder: Path, name: str) -> bool:
+    """Puts the code of a component into its folder; False for a class that comes from elsewhere."""
+    source = class_source(component_class)
+    if source is None:
+        return False
+    (folder / name / f"{COMPONENT_MODULE}.py").write_text(source, encoding="utf-8")
+
+    def name_class(config: dict[str, Any]) -> None:
+        config.pop("_name_or_path", None)
+        if issubclass(component_class, PreTrainedModel):
+            # that of the variant saved last; without it, transformers takes the type of the weights that it loads
+            config.pop("dtype", None)
+            # from the top of the repository: transformers does not look for code in the subfolder
+            module = f"{name}/{COMPONENT_MODULE}"
+            config_class = component_class.config_class
+            config["auto_map"] = {
+                "AutoConfig": f"{module}.{config_class.__name__}",
+                "AutoModel": f"{module}.{component_class.__name__}",
+            }
+
+    if (folder / name / "config.json").exists():
+        edit_json(folder / name / "config.json", name_class)
+    return True
+
+
+def keep_card(folder: str | os.PathLike, loaded_from: str | os.PathLike | None) -> None:
+    """Copies the card of the folder that a pipeline was loaded from, unless the new folder has one."""
+    if loaded_from is not None and (Path(loaded_from) / CARD).is_file() and not (Path(folder) / CARD).exists():
+        shutil.copyfile(Path(loaded_from) / CARD, Path(folder) / CARD)
+
+
+def superseded_weights(components: Iterable[str], variant: str | None) -> list[str]:
+    """Patterns of the files of a repository that the weights of a pipeline's components take the place of."""
+    patterns = [
+        pattern
+        for weights_name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME)
+        for pattern in weights_patterns(weights_name, variant)
+    ]
+    return [f"{name}/{pattern}" for name in components for pattern in patterns]
+
+
+def upload_repository(
+    folder: str | os.PathLike,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    delete_patterns: list[str] | None = None,
+) -> CommitInfo:
+    """Uploads a folder as one commit, and creates the repository and the branch where they do not exist.
+
+    A folder without a card gets the one that the repository has, or diffusers' if it has none.
+
+    Args:
+        folder: of a saved pipeline.
+        repo_id: "organisation/name", or a name in one's own namespace.
+        commit_message: "Upload pipeline" by default.
+        private: whether a new repository is private; None is the organisation's default.
+        token: of the Hub; None is the stored one.
+        revision: branch to commit to; None is the main one.
+        create_pr: commit to a pull request instead.
+        delete_patterns: files of the repository to delete, unless they are in the folder.
+
+    Returns:
+        The commit.
+    """
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    if not (Path(folder) / CARD).exists():
+        card = load_or_create_model_card(repo_id, token=token, is_pipeline=True)
+        populate_model_card(card).save(Path(folder) / CARD)
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=Path(folder),
+        commit_message=commit_message or "Upload pipeline",
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        delete_patterns=delete_patterns,
+        ignore_patterns=IGNORED_FILES,
+    )

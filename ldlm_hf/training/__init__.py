@@ -1,0 +1,22 @@
+"""Training: the loop and what it stands on.
+
+[`TrainingLoop`] trains a [`Recipe`]; [`run`] makes one from a command line and finishes its run. The recipes of this
+package lie in `recipes/`, the scripts that name them in the repository's `training/`.
+"""
+
+from .launch import run
+from .loop import TrainingLoop
+from .recipe import Evaluation, PipelineRecipe, Recipe, StepLosses
+from .settings import RunSettings, TrainingSettings
+
+
+__all__ = [
+    "Evaluation",
+    "PipelineRecipe",
+    "Recipe",
+    "RunSettings",
+    "StepLosses",
+    "TrainingLoop",
+    "TrainingSettings",
+    "run",
+]

@@ -1,0 +1,276 @@
+"""Which sequences each step trains on: an order that depends on seed and position alone, so that it can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from ..data import StreamedTokenChunks
+
+
+def global_rows(pass_index: int, rank: int, device_batch_size: int, world_size: int) -> range:
+    """Rows of the global batch of an optimiser step that pass `pass_index` of a rank holds, in their order.
+
+    Passes follow one another, and within a pass the ranks; so a row is the same one however a step is split.
+    """
+    first = (pass_index * world_size + rank) * device_batch_size
+    return range(first, first + device_batch_size)
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Endless batches of one rank, each epoch in a new order that only seed and epoch determine.
+
+    An epoch is `num_sequences // batch_size` optimiser steps; what is left after them is left out, and comes at
+    another place of the next epoch. Step s takes the same sequences in the same rows (`global_rows`) however many
+    ranks and passes share it.
+
+    Args:
+        num_sequences: length of the data set.
+        batch_size: sequences of one optimiser step over all ranks and passes.
+        device_batch_size: sequences of one batch of one rank.
+        rank, world_size: which rows of each pass are taken.
+        seed: of the order.
+
+    Attributes:
+        start: sequences that all ranks have taken before; where the next iterator begins.
+
+    Raises:
+        ValueError: fewer sequences than one step takes, or a step that is no whole number of passes.
+    """
+
+    def __init__(
+        self,
+        num_sequences: int,
+        batch_size: int,
+        device_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ):
+        self.num_sequences = num_sequences
+        self.batch_size = batch_size
+        self.device_batch_size = device_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.start = 0
+        self.steps_per_epoch = num_sequences // batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"The training text has {num_sequences} sequences, fewer than the {batch_size} of one optimiser step; "
+                f"lower loop.batch_size={batch_size} or use more text."
+            )
+        self.check_divisible("loop.batch_size", batch_size)
+
+    def check_divisible(self, name: str, sequences: int) -> None:
+        """Raises ValueError where so many sequences are no whole number of passes."""
+        if sequences % self.pass_size:
+            raise ValueError(
+                f"{name}={sequences} is no multiple of the {self.pass_size} sequences of one pass over all devices "
+                f"(loop.device_batch_size={self.device_batch_size} × {self.world_size} devices). Change these."
+            )
+
+    @property
+    def pass_size(self) -> int:
+        """Sequences of one pass over all devices."""
+        return self.device_batch_size * self.world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order_epoch, order = -1, torch.empty(0)
+        for taken in itertools.count(self.start, self.pass_size):
+            step, row = divmod(taken, self.batch_size)
+            epoch, index = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                # one stream of seeds for all runs of a project would give seed 0, epoch 1 the order of seed 1, epoch 0
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order_epoch, order = epoch, torch.randperm(self.num_sequences, generator=generator)
+            rows = global_rows(row // self.pass_size, self.rank, self.device_batch_size, self.world_size)
+            first = index * self.batch_size
+            yield order[first + rows.start : first + rows.stop].tolist()
+
+
+def text_digest(dataset: Dataset[dict[str, torch.Tensor]]) -> str:
+    """Digest of 64 sequences, spread evenly over a data set. They are pieces of one stream of tokens, so what is put
+    in or taken out shifts all that come after it.
+    """
+    digest = hashlib.sha256()
+    for index in torch.linspace(0, len(dataset) - 1, 64, dtype=torch.float64).long().tolist():  # type: ignore[arg-type]
+        digest.update(dataset[index]["input_ids"].numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+class ShuffledSource:
+    """Batches of a data set at random access, in the order of a `ShuffledBatches`."""
+
+    def __init__(self, dataset: Dataset[dict[str, torch.Tensor]], order: ShuffledBatches, arguments: dict[str, Any]):
+        self.dataset = dataset
+        self.order = order
+        self.arguments = arguments  # of DataLoader
+        self.text_digest = text_digest(dataset)
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches from the position on, which moves along."""
+        for batch in DataLoader(self.dataset, batch_sampler=self.order, **self.arguments):
+            self.order.start += self.order.pass_size
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what the order follows from."""
+        order = self.order
+        return {
+            "sequences_taken": order.start,
+            "num_sequences": order.num_sequences,
+            "batch_size": order.batch_size,
+            "seed": order.seed,
+            "text_digest": self.text_digest,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a position. ValueError where the saved order is another one, or a pass would straddle it."""
+        here = self.state_dict()
+        differing = [
+            f"{name}={here[name]} (saved: {saved})"
+            for name, saved in state.items()
+            if name != "sequences_taken" and here[name] != saved
+        ]
+        if differing:
+            raise ValueError(
+                f"The saved position is of another order of sequences: {', '.join(differing)}. Resume with the same "
+                "text, loop.batch_size and loop.seed, or start a new run."
+            )
+        self.order.check_divisible("sequences taken before", state["sequences_taken"])
+        self.order.start = state["sequences_taken"]
+
+
+class ReaderBatches(IterableDataset[tuple[dict[str, torch.Tensor], dict[str, Any]]]):
+    """Batches of a stream, each with the position of its reader after it.
+
+    Args:
+        stream: the stream of one rank.
+        batch_size: sequences of one batch of that rank.
+        states: position of each reader; None: the start.
+        first: the reader whose turn it is. A `DataLoader` asks its worker 0 first, which therefore takes this reader.
+    """
+
+    def __init__(
+        self, stream: StreamedTokenChunks, batch_size: int, states: list[dict[str, Any] | None], first: int
+    ) -> None:
+        self.stream = stream
+        self.batch_size = batch_size
+        self.states = states
+        self.first = first
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+        worker = get_worker_info()
+        index = (self.first + (0 if worker is None else worker.id)) % len(self.states)
+        reader = self.stream.reader(index, len(self.states), self.states[index])
+        while True:
+            rows = [next(reader)["input_ids"] for _ in range(self.batch_size)]
+            yield {"input_ids": torch.stack(rows)}, reader.state_dict()  # (B, L)
+
+
+class StreamSource:
+    """Batches of a stream, whose readers, one a worker, take turns."""
+
+    def __init__(self, stream: StreamedTokenChunks, batch_size: int, arguments: dict[str, Any]):
+        self.stream = stream
+        self.batch_size = batch_size
+        self.arguments = arguments  # of DataLoader
+        self.states: list[dict[str, Any] | None] = [None] * max(1, arguments["num_workers"])
+        self.next_reader = 0
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches from the position on, which moves along."""
+        batches = ReaderBatches(self.stream, self.batch_size, list(self.states), self.next_reader)
+        for batch, state in DataLoader(batches, batch_size=None, **self.arguments):
+            self.states[self.next_reader] = state
+            self.next_reader = (self.next_reader + 1) % len(self.states)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of each reader after the last of its batches that was consumed, and whose turn it is."""
+        return {"readers": list(self.states), "next_reader": self.next_reader, "batch_size": self.batch_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a position. ValueError where it is of other ranks, workers or settings of the stream."""
+        readers = len(state["readers"])
+        if readers != len(self.states):
+            raise ValueError(
+                f"loop.dataloader_workers={self.arguments['num_workers']}, but the position was saved with {readers} "
+                f"readers a device: each has a share of the stream of its own. Set loop.dataloader_workers={readers}."
+            )
+        if readers > 1 and state["batch_size"] != self.batch_size:
+            raise ValueError(
+                f"loop.device_batch_size={self.batch_size}, but the position was saved with {state['batch_size']}: "
+                f"the {readers} workers take turns by batches. Set loop.device_batch_size={state['batch_size']}."
+            )
+        for worker, reader in enumerate(state["readers"]):
+            if reader is not None:
+                self.stream.check_state(reader, worker, readers)
+        self.states = list(state["readers"])
+        self.next_reader = state["next_reader"]
+
+
+class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
+    """Endless batches `{"input_ids": (B, L)}` of one rank; its state is the position after the last one consumed.
+
+    What workers have prepared and nobody has consumed is prepared again after a restore. Chunks at random access may
+    be resumed with other numbers of ranks, workers and sequences a pass; the state is the same on all ranks. The state
+    of a stream is the rank's own and is refused by another layout.
+
+    Args:
+        dataset: chunks at random access, or the rank's stream.
+        batch_size: sequences of one optimiser step over all ranks and passes.
+        device_batch_size: B.
+        rank, world_size: of this process.
+        seed: of the order of chunks at random access; a stream has its own.
+        num_workers: processes that prepare batches; 0: this one.
+
+    Raises:
+        ValueError: too little text, or batch sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, torch.Tensor]],
+        batch_size: int,
+        device_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        num_workers: int = 0,
+    ):
+        # workers are seeded from here, so that the loader leaves the global random state alone
+        arguments: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator().manual_seed(seed)}
+        arguments["pin_memory"] = torch.cuda.is_available()
+        self._source: StreamSource | ShuffledSource
+        if isinstance(dataset, StreamedTokenChunks):
+            self._source = StreamSource(dataset, device_batch_size, arguments)
+        else:
+            num_sequences = len(dataset)  # type: ignore[arg-type]
+            order = ShuffledBatches(num_sequences, batch_size, device_batch_size, rank, world_size, seed)
+            self._source = ShuffledSource(dataset, order, arguments)
+        self._batches: Iterator[dict[str, torch.Tensor]] | None = None
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        if self._batches is None:
+            self._batches = self._source.batches()
+        return next(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, in whole numbers: under 20 kB a worker of a stream of L = 1024."""
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved position.
+
+        Raises:
+            ValueError: the position is of other text, another order, or a layout that the stream cannot go on with.
+        """
+        self._source.load_state_dict(state)
+        self._batches = None

@@ -1,0 +1,226 @@
+"""Builds a run's tokenizer, models and objective from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import ldlm_hf
+
+from ..loading.pretrained_sources import resolve_pretrained_source
+from ..models.latent_decoder import LDLMLatentDecoder, LDLMLatentDecoderConfig
+from ..models.latent_encoder import LDLMLatentEncoder, LDLMLatentEncoderConfig
+from ..models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
+from ..models.token_encoder import LDLMTokenEncoder
+from ..models.transformer_ldlm import LDLMTransformer1DModel
+from ..objective import JointObjective
+from ..pipelines.pipeline_ldlm import LDLMPipeline
+from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+from .settings import ModelSettings, RunSettings
+
+
+# parts of a pipeline's folder, in the order in which text passes through them
+PARTS: dict[str, type] = {
+    "token_encoder": LDLMTokenEncoder,
+    "latent_encoder": LDLMLatentEncoder,
+    "latent_decoder": LDLMLatentDecoder,
+    "token_decoder": LDLMTokenDecoder,
+    "transformer": LDLMTransformer1DModel,
+    "scheduler": TangentEulerMaruyamaScheduler,
+}
+AUTOENCODER = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder")
+
+
+def load_part(source: str, name: str) -> Any:
+    """A part of a pipeline, or of what a run has left that trained no whole one: folder or Hub id."""
+    part_class = PARTS[name]
+    if name == "scheduler":
+        # whichever the pipeline has: ours, or one of diffusers'
+        class_name = part_class.load_config(source, subfolder=name)["_class_name"]
+        part_class = getattr(ldlm_hf if hasattr(ldlm_hf, class_name) else diffusers, class_name)
+    return part_class.from_pretrained(source, subfolder=name)
+
+
+def build_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of the frozen components, the one that the settings name, or the backbone's own."""
+    if settings.components:
+        return AutoTokenizer.from_pretrained(settings.components, subfolder="tokenizer")
+    model = settings.model
+    source = resolve_pretrained_source(model.tokenizer or model.backbone)
+    return AutoTokenizer.from_pretrained(source.name_or_path, **source.kwargs)
+
+
+def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> LDLMTokenEncoder:
+    """The frozen token encoder, not fitted yet.
+
+    Raises:
+        ValueError: a tokenizer or sequence length that does not fit the backbone.
+    """
+    token_encoder = LDLMTokenEncoder.from_backbone(
+        settings.backbone,
+        layer=settings.layer,
+        representation=settings.representation,
+        normalize_embeddings=settings.normalize_embeddings,
+    )
+    config = token_encoder.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"model.tokenizer={settings.tokenizer or settings.backbone!r} has {len(tokenizer)} tokens, but "
+            f"model.backbone={settings.backbone!r} knows {config.vocab_size}; use the backbone's own tokenizer."
+        )
+    if config.max_position_embeddings is not None and settings.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"model.sequence_length={settings.sequence_length} is longer than the {config.max_position_embeddings} "
+            f"tokens that model.backbone={settings.backbone!r} takes; shorten it or choose another backbone."
+        )
+    return token_encoder
+
+
+def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict[str, Any]:
+    """The trained components by the pipeline's names; sizes that others determine are filled in."""
+    model = settings.model
+    if model.latent_encoder.get("architecture") == "identity":
+        encoder_width = token_encoder.config.hidden_size
+    else:
+        encoder_width = model.latent_encoder.get("hidden_size", LDLMLatentEncoderConfig().hidden_size)
+    geometry = {
+        "sequence_length": model.sequence_length,
+        "num_latents": model.num_latents or model.sequence_length,
+        "latent_size": model.latent_size or encoder_width,
+        "token_hidden_size": token_encoder.config.hidden_size,
+    }
+    denoiser_geometry = {"in_channels": geometry["latent_size"], "sample_size": geometry["num_latents"]}
+    decoder_geometry = {
+        "vocab_size": token_encoder.config.vocab_size,
+        "token_hidden_size": token_encoder.config.hidden_size,
+    }
+    for section, derived in (
+        ("latent_encoder", geometry),
+        ("latent_decoder", geometry),
+        ("token_decoder", decoder_geometry),
+        ("transformer", denoiser_geometry),
+    ):
+        for key in derived.keys() & getattr(model, section).keys():
+            raise ValueError(
+                f"model.{section}.{key} follows from the other components ({derived[key]} here); set "
+                "model.sequence_length, model.num_latents, model.latent_size or model.backbone instead."
+            )
+    token_decoder = None
+    if settings.train_token_decoder:
+        head_from = model.backbone if model.token_decoder_head_from_backbone else None
+        token_decoder = build_token_decoder(decoder_geometry | model.token_decoder, head_from)
+    return {
+        "latent_encoder": LDLMLatentEncoder(LDLMLatentEncoderConfig(**geometry, **model.latent_encoder)),
+        "latent_decoder": LDLMLatentDecoder(LDLMLatentDecoderConfig(**geometry, **model.latent_decoder)),
+        "token_decoder": token_decoder,
+        "transformer": None
+        if settings.stage == "autoencoder"
+        else LDLMTransformer1DModel(**denoiser_geometry, **model.transformer),
+        "scheduler": TangentEulerMaruyamaScheduler(**model.scheduler),
+    }
+
+
+def build_token_decoder(arguments: dict[str, Any], head_from: str | None = None) -> LDLMTokenDecoder:
+    """A new token decoder; its head may start from the token embeddings of a language model, their mean taken off.
+
+    Raises:
+        ValueError: the head has not the shape of the embeddings.
+    """
+    token_decoder = LDLMTokenDecoder(LDLMTokenDecoderConfig(**arguments))
+    if head_from is None:
+        return token_decoder
+    embeddings = LDLMTokenEncoder.from_backbone(head_from, representation="embedding").embedding.weight
+    head = token_decoder.head.weight
+    if embeddings.shape != head.shape:
+        raise ValueError(
+            f"The vocabulary head is to start from the token embeddings of {head_from!r}, of shape "
+            f"{tuple(embeddings.shape)}, but has the shape {tuple(head.shape)}: set the token decoder's hidden_size="
+            f"{embeddings.shape[1]}."
+        )
+    with torch.no_grad():
+        # what all embeddings share tells no token from another
+        head.copy_(embeddings - embeddings.mean(0))
+    return token_decoder
+
+
+def build_objective(
+    settings: RunSettings, token_encoder: LDLMTokenEncoder, tokenizer: PreTrainedTokenizerBase | None = None
+) -> JointObjective:
+    """The joint objective over new models and a fitted token encoder; the tokenizer says which token is the mask."""
+    variant = settings.objective
+    if variant.token_masking and variant.mask_token_id is None and tokenizer is not None:
+        mask_token_id = tokenizer.eos_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        variant = replace(variant, mask_token_id=mask_token_id)
+    models = build_models(settings, token_encoder)
+    return JointObjective(token_encoder, **models, settings=variant, stage=settings.stage)
+
+
+def build_diffusion_objective(settings: RunSettings) -> JointObjective:
+    """The objective of a new denoiser on the latents of a frozen autoencoder.
+
+    Raises:
+        ValueError: `model.sequence_length` is not that of the autoencoder.
+    """
+    autoencoder = {name: load_part(settings.components, name) for name in AUTOENCODER}
+    config, model = autoencoder["latent_encoder"].config, settings.model
+    if model.sequence_length != config.sequence_length:
+        raise ValueError(
+            f"model.sequence_length={model.sequence_length} is not that of components={settings.components!r}, "
+            f"{config.sequence_length}."
+        )
+    transformer = LDLMTransformer1DModel(
+        in_channels=config.latent_size, sample_size=config.num_latents, **model.transformer
+    )
+    scheduler = TangentEulerMaruyamaScheduler(**model.scheduler)
+    return JointObjective(
+        **autoencoder, transformer=transformer, scheduler=scheduler, settings=settings.objective, stage="diffusion"
+    )
+
+
+def build_pipeline(objective: JointObjective, tokenizer: PreTrainedTokenizerBase) -> LDLMPipeline:
+    """The pipeline of an objective's components, encoders included."""
+    return LDLMPipeline(
+        transformer=objective.transformer,
+        latent_decoder=objective.latent_decoder,
+        token_decoder=objective.token_decoder,
+        tokenizer=tokenizer,
+        scheduler=objective.scheduler,
+        token_encoder=objective.token_encoder,
+        latent_encoder=objective.latent_encoder,
+    )
+
+
+def save_components(objective: JointObjective, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves the parts that there are in a pipeline's layout; there is no `model_index.json` yet."""
+    for name in PARTS:
+        part = getattr(objective, name)
+        if part is not None:
+            part.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def trained_components(objective: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of an objective's components that have trained parameters."""
+    for name, module in objective.named_children():
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            yield name, module
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def compile_blocks(model: nn.Module, **kwargs: Any) -> None:
+    """Compiles the repeated blocks of a model, which share a graph, with arguments of `torch.compile` if need be."""
+    for block in model.modules():
+        if type(block).__name__ in getattr(model, "_repeated_blocks", ()):
+            # shapes stay the same from step to step, and a graph break shall not go unnoticed
+            block.compile(fullgraph=True, dynamic=False, **kwargs)

@@ -1,0 +1,104 @@
+"""The end of a run: samples and their scores beside real text, for people (`samples.md`) and for the Hub card."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from ..evaluation.machine import hardware, versions
+from ..evaluation.provenance import source, without_path
+from ..evaluation.real_text import held_out_sequences
+from ..evaluation.samplers import OWN, Sampler
+from ..evaluation.samples import sample
+from ..evaluation.scores import score_beside_real_text
+from ..hub import training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
+from ..hub.model_card import RunResults, read_run, write_card
+from ..loading.settings_reader import differences, flatten, to_yaml
+from ..metrics import load_judge
+from ..pipelines.pipeline_ldlm import LDLMPipeline
+from .components import count_parameters
+from .journal import samples_text
+from .settings import MACHINE_SETTINGS, TrainingSettings
+
+
+def finish_run(
+    pipeline: LDLMPipeline,
+    validation: Dataset[dict[str, torch.Tensor]],
+    settings: TrainingSettings,
+    results: dict[str, float],
+    seconds: float,
+    license: str | None = None,
+    language: str | None = None,
+    model_id: str | None = None,
+) -> None:
+    """Gives a trained pipeline its sampler, samples it, scores it beside real text, and writes `samples.md`,
+    `results.json` and the card.
+
+    Args:
+        pipeline: the trained pipeline, already saved in the run's folder.
+        validation: held-out sequences, the real text of the table. MAUVE is measured if there are twice as many of
+            them as samples.
+        settings: the run's settings.
+        results: the final evaluation.
+        seconds: what training took.
+        license: identifier of the model's licence on the Hub; not guessed.
+        language: code of the language of the training text.
+        model_id: the model's id on the Hub.
+
+    Raises:
+        ValueError: a learned time grid for `evaluation.sampler`, and a run that has not seen every time yet.
+    """
+    evaluation, output_dir = settings.evaluation, Path(settings.loop.output_dir)
+    sampler = Sampler.parse(evaluation.sampler)
+    if sampler.scheduler != OWN:
+        sampler.apply(pipeline)
+        pipeline.save_pretrained(output_dir / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    components = {name: module for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
+    held_out = held_out_sequences(validation, max(1, 2 * evaluation.num_samples))
+    run_results = replace(
+        describe(settings, held_out.shape[1]),
+        license=license,
+        language=language,
+        model_id=model_id,
+        parameters={name: count_parameters(module) for name, module in components.items()},
+        hardware=hardware(pipeline.device),
+        versions=versions(),
+        seconds=seconds,
+        held_out={name: value for name, value in results.items() if "/" not in name},
+        num_held_out=min(evaluation.num_sequences, len(validation)),  # type: ignore[arg-type]
+    )
+    if evaluation.num_samples:
+        sequences, texts = sample(
+            pipeline,
+            evaluation.num_samples,
+            evaluation.num_inference_steps,
+            seed=settings.loop.seed,
+            batch_size=evaluation.batch_size,
+        )
+        title = f"Samples after {settings.loop.max_steps} steps"
+        (output_dir / "samples.md").write_text(samples_text(texts, title), encoding="utf-8")
+        held_out_texts = pipeline.tokenizer.batch_decode(held_out, skip_special_tokens=True)
+        judge = load_judge(evaluation.judge, device=pipeline.device) if evaluation.judge else None
+        scores = score_beside_real_text(sequences, texts, held_out, held_out_texts, judge, evaluation.judge_batch_size)
+        run_results = replace(run_results, **scores)
+    run_results.save(output_dir / "results.json")
+    # from the files, as the command that writes a card again does
+    card = write_card(read_run(output_dir), output_dir / "pipeline")
+    print(card.text)
+
+
+def describe(settings: TrainingSettings, sequence_length: int) -> RunResults:
+    """What settings alone say of a run. No path of the machine is left in it."""
+    values = flatten(asdict(settings))
+    keys = [key for key in differences(settings, to_yaml(type(settings)())) if key in values]
+    return RunResults(
+        changed_settings={key: without_path(values[key]) for key in keys if key not in MACHINE_SETTINGS},
+        sequence_length=sequence_length,
+        corpus=source(settings.data.source),
+        token_encoder=None if settings.components else source(settings.model.backbone),
+        components=source(settings.components) if settings.components else None,
+    )

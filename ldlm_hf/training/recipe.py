@@ -1,0 +1,149 @@
+"""What is trained, as the training loop and the training scripts see it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data import TextCorpora
+from ..evaluation.real_text import held_out_sequences
+from ..pipelines.pipeline_ldlm import LDLMPipeline
+from .randomness import RowRandomness
+from .settings import TrainingSettings
+
+
+@dataclass
+class StepLosses:
+    """What a recipe computes on one batch.
+
+    Attributes:
+        total: the loss that is minimised.
+        values: scalars for the log.
+        observations: tensors of shape (B,) that `Recipe.observe` is given, gathered from all ranks.
+    """
+
+    total: torch.Tensor
+    values: dict[str, torch.Tensor]
+    observations: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass
+class Evaluation:
+    """What a recipe has measured on held-out text.
+
+    Attributes:
+        values: numbers for the log; those with a `/` in their names are left out of the printed summary.
+        texts: a few samples.
+        loss_over_time: pairs of t and the diffusion loss there.
+    """
+
+    values: dict[str, float]
+    texts: list[str] = field(default_factory=list)
+    loss_over_time: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Recipe(ABC):
+    """What [`TrainingLoop`] trains: one module with one `forward`, and how a batch becomes a loss.
+
+    Attributes:
+        module: holds all trained parameters. accelerate wraps it, so the loop hands it to `losses`.
+    """
+
+    module: nn.Module
+
+    @abstractmethod
+    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+        """Losses of one batch of token ids (B, L); `module` is `self.module` as accelerate has prepared it.
+
+        All that is random comes from `randomness`, and nothing here may wait for the device.
+        """
+
+    @abstractmethod
+    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
+        """Evaluates a copy of the module that holds the EMA weights; draws from generators of its own only."""
+
+    def observe(self, *observations: torch.Tensor) -> None:
+        """Takes in what one optimiser step has shown: observations of the whole batch, in its order, on the CPU."""
+
+    def steps_until_observation(self) -> int | None:
+        """How many steps may be taken before `observe` has to have seen the last of them; None: any number."""
+        return None
+
+    def log_values(self, step: int) -> dict[str, float]:
+        """Further numbers for the log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beside the module's weights that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads such a state."""
+
+
+class PipelineRecipe(Recipe):
+    """A recipe that [`launch.run`] makes from its settings, and whose trained module becomes a pipeline.
+
+    `load` does what needs no text, `build` the rest; between the two, a dry run ends.
+
+    Args:
+        settings: of `settings_class`.
+        accelerator: of the run.
+
+    Attributes:
+        settings_class: what the script's file and command line are read as.
+        tokenizer: of the text; set by `load`, as the next one.
+        sequence_length: tokens L of the text's chunks.
+        held_out: held-out sequences that are evaluated on, (n, L); set by `build`, as `module` at the latest.
+    """
+
+    settings_class: ClassVar[type]
+    tokenizer: PreTrainedTokenizerBase
+    sequence_length: int
+    held_out: torch.Tensor
+
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator):
+        self.settings = settings
+        self.accelerator = accelerator
+        self.device = accelerator.device
+
+    @abstractmethod
+    def load(self) -> None:
+        """Loads tokenizer and frozen components.
+
+        Raises:
+            ValueError, OSError: they are not there, or do not fit the settings.
+        """
+
+    def build(self, corpora: TextCorpora) -> None:
+        """Completes the module, with what is measured on the training text."""
+        self.held_out = held_out_sequences(corpora.validation, self.settings.evaluation.num_sequences)
+
+    def trained_parts(self) -> nn.Module:
+        """A module whose children are the trained components, before any text was read."""
+        return self.module
+
+    @abstractmethod
+    def expected_scheduler(self) -> Any | None:
+        """A scheduler with the settings of the finished pipeline's; None where training ends without a pipeline."""
+
+    @abstractmethod
+    def pipeline(self, snapshot: Any) -> LDLMPipeline | None:
+        """The pipeline of a trained module, on the run's device; None where another run has to complete it."""
+
+    def save(self, snapshot: nn.Module, folder: Path) -> None:
+        """Saves the pipeline of a trained module, or the components that there are."""
+        pipeline = self.pipeline(snapshot)
+        assert pipeline is not None, "a recipe without a pipeline saves its components itself"
+        pipeline.save_pretrained(folder)
+
+    def next_command(self, folder: Path) -> str:
+        """What to run next, for recipes that end without a pipeline."""
+        raise NotImplementedError

@@ -1,0 +1,231 @@
+"""Joint training of encoder, denoiser and decoders, and its two stages one by one (Sections 4, 5 and 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from ...data import TextCorpora
+from ...evaluation.real_text import training_sequences
+from ...models.statistics import mean_and_std
+from ...models.token_encoder import LDLMTokenEncoder
+from ...objective import JointObjective, warmup_gate
+from ...objective.joint import systematic_sample
+from ...pipelines.pipeline_ldlm import LDLMPipeline
+from ...schedulers.scheduling_tangent import TangentScheduler
+from ...schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+from ..components import (
+    build_diffusion_objective,
+    build_models,
+    build_objective,
+    build_pipeline,
+    build_token_encoder,
+    build_tokenizer,
+    save_components,
+)
+from ..held_out import diffusion_loss_at, preview, reconstruction
+from ..randomness import RowRandomness
+from ..recipe import Evaluation, PipelineRecipe, StepLosses
+from ..settings import RunSettings
+
+
+class JointRecipe(PipelineRecipe):
+    """Joint training: draws times, opens the gate, and evaluates reconstruction, diffusion loss and samples.
+
+    With `stage="diffusion"` its module trains a denoiser on frozen components, with `stage="autoencoder"` none.
+    """
+
+    settings_class = RunSettings
+    settings: RunSettings
+    module: JointObjective
+
+    def __init__(self, settings: RunSettings, accelerator: Accelerator):
+        super().__init__(settings, accelerator)
+        self.timestep_sampler = settings.timestep_sampler.build()
+
+    def load(self) -> None:
+        self.tokenizer = build_tokenizer(self.settings)
+        self.sequence_length = self.settings.model.sequence_length
+        if self.settings.stage == "diffusion":
+            self.module = build_diffusion_objective(self.settings)
+        else:
+            self.token_encoder = build_token_encoder(self.settings.model, self.tokenizer)
+
+    def trained_parts(self) -> nn.Module:
+        if self.settings.stage == "diffusion":
+            return self.module
+        models = build_models(self.settings, self.token_encoder)
+        return nn.ModuleDict({name: model for name, model in models.items() if isinstance(model, nn.Module)})
+
+    def expected_scheduler(self) -> TangentScheduler | None:
+        """With F(t) = t for what will have been learned of the times."""
+        if self.settings.stage == "autoencoder":
+            return None
+        scheduler = TangentEulerMaruyamaScheduler(**self.settings.model.scheduler)
+        if not self.settings.timestep_sampler.adaptive:
+            return scheduler
+        return TangentEulerMaruyamaScheduler.from_config(scheduler.config, timestep_cdf=[0.0, 1.0])
+
+    def build(self, corpora: TextCorpora) -> None:
+        super().build(corpora)
+        settings = self.settings
+        has_statistics = (
+            self.module.latent_encoder.config.standardize_latents
+            if settings.stage == "diffusion"
+            else self.token_encoder.is_fitted
+        )
+        if not has_statistics:
+            sequences = training_sequences(corpora.train, settings.model.statistics_sequences)
+            batches = sequences.split(settings.evaluation.batch_size)
+            if settings.stage == "diffusion":
+                standardize_latents(self.module, batches, self.device)
+            else:
+                fit_token_encoder(self.token_encoder, batches, self.device)
+        if settings.stage != "diffusion":
+            self.module = build_objective(settings, self.token_encoder, self.tokenizer)
+
+    def pipeline(self, snapshot: JointObjective) -> LDLMPipeline | None:
+        if snapshot.transformer is None or snapshot.token_decoder is None:
+            return None
+        snapshot.scheduler = self.with_timestep_cdf(snapshot.scheduler)
+        return build_pipeline(snapshot, self.tokenizer)
+
+    def save(self, snapshot: nn.Module, folder: Path) -> None:
+        assert isinstance(snapshot, JointObjective)
+        pipeline = self.pipeline(snapshot)
+        if pipeline is not None:
+            pipeline.save_pretrained(folder)
+        else:
+            if snapshot.transformer is not None:
+                snapshot.scheduler = self.with_timestep_cdf(snapshot.scheduler)
+            save_components(snapshot, self.tokenizer, folder)
+
+    def next_command(self, folder: Path) -> str:
+        if self.module.transformer is None:
+            return (
+                "Trained an autoencoder. To train its denoiser, run this script with stage=diffusion "
+                f"components={folder}"
+            )
+        return (
+            "The token decoder was left out of training (train_token_decoder=false). To get a pipeline, run "
+            f"training/train_token_decoder.py components={folder}"
+        )
+
+    def gate(self, step: int) -> float:
+        """gamma at a step (Eq. 29–30)."""
+        warmup = self.settings.warmup
+        return warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
+
+    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+        device = input_ids.device
+        timesteps = self.timestep_sampler.quantile(randomness.uniform()).float().to(device, non_blocking=True)
+        probability = self.settings.objective.self_conditioning_probability
+        self_conditioned = systematic_sample(randomness.batch_size, probability, randomness.shared_uniform())
+        losses = module(
+            input_ids,
+            timesteps,
+            self.gate(step),
+            randomness.generators(device),
+            [self_conditioned[row] for row in randomness.rows],
+        )
+        return StepLosses(
+            total=losses.total,
+            values={
+                "hidden_loss": losses.hidden,
+                "token_loss": losses.token,
+                "diffusion_loss": losses.diffusion,
+                "token_accuracy": losses.token_accuracy,
+                "latent_std": losses.latent_std,
+                # reconstruction depends on the latents' scale through this ratio alone (see configs/README.md)
+                "latent_std_over_decoder_noise": losses.latent_std / max(self.settings.objective.decoder_noise, 1e-12),
+            },
+            observations=() if self.module.transformer is None else (timesteps, losses.diffusion_per_example),
+        )
+
+    def observe(self, *observations: torch.Tensor) -> None:
+        self.timestep_sampler.update(*observations)
+
+    def steps_until_observation(self) -> int | None:
+        return None if self.module.transformer is None else self.timestep_sampler.updates_until_refresh
+
+    def log_values(self, step: int) -> dict[str, float]:
+        return {"gate": self.gate(step), "adaptive_timesteps": float(self.timestep_sampler.is_active)}
+
+    def state_dict(self) -> dict[str, object]:
+        return self.timestep_sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.timestep_sampler.load_state_dict(state_dict)
+
+    def diffusion_loss_over_time(self, snapshot: JointObjective) -> tuple[list[tuple[float, float]], dict[str, float]]:
+        """Held-out diffusion loss at evenly spaced times, as pairs (t, loss), and what the log is given (Fig. 5).
+
+        The log also has the sampler's F(t) at these times, and, where it is not F(t) = t, the loss at times that are
+        evenly spaced in u = F(t).
+        """
+        evaluation = self.settings.evaluation
+        grid = torch.linspace(0, 1, evaluation.grid_size + 1, dtype=torch.float64)[1:]
+
+        def losses_at(times: torch.Tensor) -> list[float]:
+            return diffusion_loss_at(snapshot, self.held_out, times, evaluation.batch_size, self.device)
+
+        losses = losses_at(grid)
+        values = {"diffusion_loss": sum(losses) / len(losses)}
+        values |= {f"diffusion_loss/t={t:.2f}": loss for t, loss in zip(grid.tolist(), losses, strict=False)}
+        if self.timestep_sampler.is_active:
+            cdf, times = self.timestep_sampler.cdf(grid), self.timestep_sampler.quantile(grid)
+            values |= {f"timestep_cdf/t={t:.2f}": float(u) for t, u in zip(grid, cdf, strict=True)}
+            warped = zip(grid, losses_at(times), strict=False)
+            values |= {f"warped_diffusion_loss/u={u:.2f}": loss for u, loss in warped}
+        return list(zip(grid.tolist(), losses, strict=False)), values
+
+    def with_timestep_cdf(self, scheduler: TangentScheduler) -> TangentScheduler:
+        """The scheduler with F(t) at the edges of the bins in its configuration, for the learned time grid."""
+        if not self.timestep_sampler.is_active:
+            return scheduler
+        cdf = self.timestep_sampler.cdf(self.timestep_sampler.edges)
+        # `register_to_config` would not do: a value that was a default is left out where a scheduler is made from it
+        return type(scheduler).from_config(scheduler.config, timestep_cdf=[round(u, 6) for u in cdf.tolist()])
+
+    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
+        assert isinstance(snapshot, JointObjective)
+        evaluation = self.settings.evaluation
+        results = reconstruction(snapshot, self.held_out, evaluation.batch_size, self.device)
+        if snapshot.transformer is None:
+            return Evaluation(results)
+        grid, values = self.diffusion_loss_over_time(snapshot)
+        results |= values
+        if snapshot.token_decoder is None:
+            return Evaluation(results, loss_over_time=grid)
+        texts: list[str] = []
+        if step < self.settings.loop.max_steps and evaluation.num_preview_samples:
+            texts, scores = preview(build_pipeline(snapshot, self.tokenizer), evaluation)
+            results |= scores
+        return Evaluation(results, texts, grid)
+
+
+def fit_token_encoder(token_encoder: LDLMTokenEncoder, batches: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Fills in the statistics of a frozen encoder from batches of token ids (B, L), the same on all ranks."""
+    token_encoder.to(device)
+    token_encoder.fit_statistics(batches)
+    # accelerators' sums may differ in the last bit from rank to rank
+    broadcast([token_encoder.mean, token_encoder.std])
+
+
+@torch.no_grad()
+def standardize_latents(objective: JointObjective, batches: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Standardises the latents of a frozen autoencoder (COSMOS, Meshchaninov et al., 2025), the same on all ranks."""
+    objective.to(device)
+    hidden_states = (
+        objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states for input_ids in batches
+    )
+    latents = (objective.latent_encoder(some, return_dict=True).latents for some in hidden_states)
+    mean, std, _ = mean_and_std(latents)
+    broadcast([mean, std])
+    for part in (objective.latent_encoder, objective.latent_decoder):
+        part.set_latent_statistics(mean, std)

@@ -1,0 +1,180 @@
+"""Training of a token decoder of any depth on frozen components (Section 4.1, App. B.2).
+
+It reads the reconstructed hidden states of the frozen latent decoder, or with `reads=latents` the latents themselves;
+both from latents with decoder noise, as in joint training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+from transformers import AutoTokenizer
+
+from ...data import DataSettings
+from ...loading.safe_loading import check_settings
+from ...loading.settings_reader import arguments_of
+from ...models.latent_decoder import LDLMLatentDecoder
+from ...models.latent_encoder import LDLMLatentEncoder
+from ...models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
+from ...models.token_encoder import LDLMTokenEncoder
+from ...objective.joint import layers_to_shard, token_cross_entropy
+from ...pipelines.pipeline_ldlm import LDLMPipeline
+from ..components import build_token_decoder, load_part
+from ..randomness import RowRandomness
+from ..recipe import Evaluation, PipelineRecipe, StepLosses
+from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
+
+
+READS = ("hidden_states", "latents")
+
+
+@dataclass
+class TokenDecoderSettings:
+    """All settings of `train_token_decoder.py`.
+
+    Attributes:
+        components: folder or Hub id of a pipeline with encoders, or what `train_joint.py` left with
+            `train_token_decoder=false`.
+        reads: `hidden_states` (reconstructed by the latent decoder) or `latents`, which leaves the latent decoder out
+            of the pipeline (App. B.2).
+        decoder_noise: delta; that of joint training.
+        token_decoder: fields of `LDLMTokenDecoderConfig`.
+        head_from: language model whose token embeddings, their common mean taken off, the vocabulary head starts from
+            (ours; see `model.token_decoder_head_from_backbone` of joint training).
+    """
+
+    components: str = ""
+    reads: str = "hidden_states"
+    decoder_noise: float = 3.0
+    token_decoder: dict[str, Any] = arguments_of(LDLMTokenDecoderConfig.__init__)
+    head_from: str | None = None
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(output_dir="runs/token-decoder", max_steps=200_000)
+    )
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        if self.reads not in READS:
+            raise ValueError(f"reads={self.reads!r} is unknown; it is one of {', '.join(READS)}.")
+        check_settings(type(self).__init__, vars(self), decoder_noise="[0, inf)")
+        check_decay(self.optimizer, self.loop)
+
+
+class TokenDecoderObjective(nn.Module):
+    """Token loss (Eq. 3) of a token decoder on frozen encoders' noisy latents, decoded to hidden states or not."""
+
+    def __init__(
+        self,
+        token_encoder: LDLMTokenEncoder,
+        latent_encoder: LDLMLatentEncoder,
+        latent_decoder: LDLMLatentDecoder | None,
+        token_decoder: LDLMTokenDecoder,
+        decoder_noise: float,
+    ):
+        super().__init__()
+        self.token_encoder = token_encoder.requires_grad_(False)
+        self.latent_encoder = latent_encoder.requires_grad_(False)
+        self.latent_decoder = None if latent_decoder is None else latent_decoder.requires_grad_(False)
+        self.token_decoder = token_decoder
+        self.decoder_noise = decoder_noise
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        return layers_to_shard(self)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        decoder_noise: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy in nats a token and accuracy on token ids (B, L), at the noise of training or another."""
+        noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
+        with torch.no_grad():
+            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
+            latents = self.latent_encoder(hidden_states, return_dict=True).latents.float()
+            if noise_level:
+                noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+                latents = latents + noise_level * noise
+            decoded = latents
+            if self.latent_decoder is not None:
+                decoded = self.latent_decoder(latents, return_dict=True).hidden_states
+        return token_cross_entropy(self.token_decoder(decoded, return_dict=True).logits, input_ids)
+
+
+class TokenDecoderRecipe(PipelineRecipe):
+    """Training of a token decoder alone."""
+
+    settings_class = TokenDecoderSettings
+    settings: TokenDecoderSettings
+    module: TokenDecoderObjective
+
+    def load(self) -> None:
+        components = load_components(self.settings)
+        self.module = TokenDecoderObjective(**components, decoder_noise=self.settings.decoder_noise)
+        self.sequence_length = components["latent_encoder"].config.sequence_length
+        # what the pipeline has beside what is trained
+        source = self.settings.components
+        self.transformer, self.scheduler = (load_part(source, name) for name in ("transformer", "scheduler"))
+        self.tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+
+    def expected_scheduler(self) -> Any:
+        return self.scheduler
+
+    def pipeline(self, snapshot: TokenDecoderObjective) -> LDLMPipeline:
+        return LDLMPipeline(
+            transformer=self.transformer,
+            latent_decoder=snapshot.latent_decoder,
+            token_decoder=snapshot.token_decoder,
+            tokenizer=self.tokenizer,
+            scheduler=self.scheduler,
+            token_encoder=snapshot.token_encoder,
+            latent_encoder=snapshot.latent_encoder,
+        ).to(self.device)
+
+    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+        loss, accuracy = module(input_ids, generator=randomness.generators(input_ids.device))
+        return StepLosses(total=loss, values={"token_loss": loss, "token_accuracy": accuracy})
+
+    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
+        loss = correct = 0.0
+        for input_ids in self.held_out.split(self.settings.evaluation.batch_size):
+            token_loss, accuracy = snapshot(input_ids.to(self.device), decoder_noise=0.0)
+            loss += float(token_loss) * len(input_ids)
+            correct += float(accuracy) * len(input_ids)
+        count = len(self.held_out)
+        return Evaluation({"token_loss": loss / count, "reconstruction_accuracy": correct / count})
+
+
+def load_components(settings: TokenDecoderSettings) -> dict[str, Any]:
+    """The frozen components of a pipeline, and a new token decoder that fits them."""
+    if not settings.components:
+        raise ValueError("components='' names nothing to train on; set components=RUN/pipeline or a Hub id.")
+    source = settings.components
+    token_encoder, latent_encoder = load_part(source, "token_encoder"), load_part(source, "latent_encoder")
+    latent_decoder = None
+    input_size = latent_encoder.config.latent_size
+    if settings.reads == "hidden_states":
+        latent_decoder = load_part(source, "latent_decoder")
+        input_size = latent_decoder.config.token_hidden_size
+    elif latent_encoder.config.num_latents != latent_encoder.config.sequence_length:
+        raise ValueError(
+            f"reads='latents' needs a latent for each token, but these components have num_latents="
+            f"{latent_encoder.config.num_latents} for sequence_length={latent_encoder.config.sequence_length}; use "
+            "reads='hidden_states'."
+        )
+    derived = {"vocab_size": token_encoder.config.vocab_size, "token_hidden_size": input_size}
+    for key in derived.keys() & settings.token_decoder.keys():
+        raise ValueError(f"token_decoder.{key} follows from the components ({derived[key]} here); leave it out.")
+    return {
+        "token_encoder": token_encoder,
+        "latent_encoder": latent_encoder,
+        "latent_decoder": latent_decoder,
+        "token_decoder": build_token_decoder(derived | settings.token_decoder, settings.head_from),
+    }

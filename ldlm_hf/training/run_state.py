@@ -1,0 +1,186 @@
+"""What a run is made of at a step: all that a checkpoint holds, and a resumed run goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .batches import TrainingBatches
+from .recipe import Recipe
+from .settings import OptimizerSettings
+
+
+TRAINED_WEIGHTS = "model.safetensors"
+
+
+class RunState:
+    """Weights, optimiser, EMA weights, position in the text, the recipe's state and counters.
+
+    Args:
+        recipe: its module is trained; wrapped or sharded here.
+        batches: of the training text.
+        accelerator: devices and precision.
+        settings: of the optimiser.
+
+    Attributes:
+        module: the recipe's, as accelerate has prepared it.
+        optimizer: accelerate's, around AdamW.
+        parameters: the trained ones.
+        ema: their exponential moving average; of sharded parameters this rank's part.
+        step: optimiser steps done.
+        seconds: of training, evaluations and checkpoints included, over all resumed parts.
+        nonfinite_steps: how many steps were skipped.
+    """
+
+    def __init__(
+        self, recipe: Recipe, batches: TrainingBatches, accelerator: Accelerator, settings: OptimizerSettings
+    ):
+        self.recipe = recipe
+        self.batches = batches
+        self.accelerator = accelerator
+        self.settings = settings
+        self.step = 0
+        self.seconds = 0.0
+        self.nonfinite_steps = 0
+        self.frozen = {name for name, parameter in recipe.module.named_parameters() if not parameter.requires_grad}
+        self.module, self.optimizer = accelerator.prepare(recipe.module, build_optimizer(recipe.module, settings))
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self.local_parameters(), decay=settings.ema_decay, foreach=True)
+        self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
+        accelerator.register_save_state_pre_hook(self.save_trained_weights)
+        accelerator.register_load_state_pre_hook(self.load_trained_weights)
+
+    def local_parameters(self) -> list[torch.Tensor]:
+        """The trained parameters; of sharded ones this rank's part, since averaging knows plain tensors only."""
+        return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in self.parameters]
+
+    def copy_ema_weights(self, snapshot: nn.Module | None) -> None:
+        """Loads the EMA weights into the main process's snapshot; all processes take part."""
+        self.ema.store(self.local_parameters())
+        self.ema.copy_to(self.local_parameters())
+        weights = self.accelerator.get_state_dict(self.module)
+        if snapshot is not None:
+            snapshot.load_state_dict(weights)
+            snapshot.eval()
+        self.ema.restore(self.local_parameters())
+
+    def save(self, folder: Path) -> None:
+        """Writes the state into a folder: once, and what differs between ranks for each of them.
+
+        Random states are not part of it: all that is random depends on seed, step and row.
+        """
+        rank, is_main = self.accelerator.process_index, self.accelerator.is_main_process
+        self.accelerator.save_state(str(folder))
+        if is_main or self.is_sharded:
+            # by their place among the trained parameters
+            weights = {str(index): weight.contiguous() for index, weight in enumerate(self.ema.shadow_params)}
+            save_file(weights, folder / self.ema_weights_name(rank))
+        # the recipe's state is the same for all of them, and is there to be compared
+        rank_state = {"data": self.batches.state_dict(), "task": self.recipe.state_dict()}
+        torch.save(rank_state, folder / f"rank_{rank}.pt")
+        if is_main:
+            state = {
+                "step": self.step,
+                "seconds": self.seconds,
+                "nonfinite_steps": self.nonfinite_steps,
+                "world_size": self.accelerator.num_processes,
+                "is_sharded": self.is_sharded,
+                "ema_step": self.ema.optimization_step,
+            }
+            torch.save(state, folder / "run_state.pt")
+
+    def load(self, checkpoint: Path) -> None:
+        """Loads a checkpoint.
+
+        Raises:
+            ValueError: it was written by another kind of run, or its data's position belongs to another layout.
+        """
+        rank = self.accelerator.process_index
+        state = torch.load(checkpoint / "run_state.pt", map_location="cpu", weights_only=True)
+        self.check_layout(checkpoint, state)
+        own = checkpoint / f"rank_{rank}.pt"
+        # of a rank that did not exist then; positions that depend on the rank are refused by `load_state_dict`
+        rank_state_file = own if own.is_file() else checkpoint / "rank_0.pt"
+        rank_state = torch.load(rank_state_file, map_location="cpu", weights_only=True)
+        self.batches.load_state_dict(rank_state["data"])
+        self.recipe.load_state_dict(rank_state["task"])
+        self.accelerator.load_state(str(checkpoint))
+        for group in self.optimizer.param_groups:
+            # a checkpoint brings those of its own run, which a new one may have gone on from with others
+            group.update(adamw_arguments(self.settings))
+        weights = load_file(checkpoint / self.ema_weights_name(rank))
+        for index, weight in enumerate(self.ema.shadow_params):
+            weight.copy_(weights[str(index)])
+        self.ema.optimization_step = state["ema_step"]
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.nonfinite_steps = state["nonfinite_steps"]
+        self.accelerator.print(f"resumed from {checkpoint} at step {self.step}")
+        if state["world_size"] != self.accelerator.num_processes:
+            self.accelerator.print(
+                f"it was written by {state['world_size']} processes, and {self.accelerator.num_processes} go on: the "
+                "same batches and the same noise, summed in another order"
+            )
+
+    def check_layout(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Raises ValueError for sharded weights of another number of processes."""
+        layout = (state["world_size"], state["is_sharded"])
+        present = (self.accelerator.num_processes, self.is_sharded)
+        if layout != present and (state["is_sharded"] or self.is_sharded):
+            raise ValueError(
+                f"{checkpoint} was written by {layout[0]} processes ({'sharded' if layout[1] else 'not sharded'}), "
+                f"and this run has {present[0]} ({'sharded' if present[1] else 'not sharded'}): averaged weights that "
+                "are sharded belong to their layout. Resume with the same one."
+            )
+
+    def ema_weights_name(self, rank: int) -> str:
+        """File of the EMA weights; sharded ones have a file for each rank."""
+        return f"averaged_weights_{rank}.safetensors" if self.is_sharded else "averaged_weights.safetensors"
+
+    def save_trained_weights(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        """accelerate's hook before saving: the frozen language model comes from its own source, so leave it out."""
+        # a sharded model is saved by accelerate itself, and `weights` is empty
+        while weights:
+            state = {name.removeprefix("module."): value for name, value in weights.pop().items()}
+            if self.accelerator.is_main_process:
+                trained = {name: value.contiguous() for name, value in state.items() if name not in self.frozen}
+                save_file(trained, Path(folder) / TRAINED_WEIGHTS)
+
+    def load_trained_weights(self, models: list[nn.Module], folder: str) -> None:
+        """accelerate's hook before loading."""
+        while models:
+            module = self.accelerator.unwrap_model(models.pop())
+            found = module.load_state_dict(load_file(Path(folder) / TRAINED_WEIGHTS), strict=False)
+            missing = set(found.missing_keys) - self.frozen
+            if missing or found.unexpected_keys:
+                raise ValueError(
+                    f"{folder} holds other weights than this run trains: missing {sorted(missing)[:3]}, unexpected "
+                    f"{sorted(found.unexpected_keys)[:3]}."
+                )
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Fused AdamW over all trained parameters (App. C)."""
+    return torch.optim.AdamW(
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr=settings.initial_learning_rate,
+        fused=True,
+        **adamw_arguments(settings),
+    )
+
+
+def adamw_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    """What AdamW keeps beside the learning rate, which every step sets."""
+    return {
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }

@@ -1,0 +1,325 @@
+"""Settings of a training run. The merged settings are printed and saved with the run.
+
+Each section's defaults live beside the component that it configures (`loading/settings_reader.py` says how they are
+merged with a file and the command line).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from ..data import DataSettings
+from ..evaluation.samplers import OWN, Sampler
+from ..loading.safe_loading import check_settings
+from ..loading.settings_reader import arguments_of
+from ..models.latent_decoder import LDLMLatentDecoderConfig
+from ..models.latent_encoder import LDLMLatentEncoderConfig
+from ..models.token_decoder import LDLMTokenDecoderConfig
+from ..models.transformer_ldlm import LDLMTransformer1DModel
+from ..objective import JointObjectiveSettings, TimestepSamplerSettings
+from ..objective.joint import STAGES
+from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+
+
+@dataclass
+class ModelSettings:
+    """The components. Sizes that follow from others (vocabulary, widths, lengths) are filled in when they are built.
+
+    Attributes:
+        backbone: language model of the frozen token encoder: Hub id, folder, `package:NAME/FOLDER` or
+            `package:NAME/FILE.gguf`.
+        tokenizer: the same for the tokenizer; the backbone's own by default.
+        layer: index into the backbone's hidden states (the paper's "third-to-last").
+        representation: `hidden`, `embedding` or `scratch`.
+        normalize_embeddings: scale embeddings from scratch to the norm sqrt(D).
+        statistics_sequences: training sequences that the hidden states' mean and standard deviation are computed
+            over (the paper does not say how many); in the stage `diffusion` those of the latents.
+        sequence_length: tokens L.
+        num_latents: latents N; L by default.
+        latent_size: width d_z of a latent; the width of the latent encoder by default, or of the hidden states where
+            those are the latents (`latent_encoder.architecture=identity`).
+        latent_encoder: fields of `LDLMLatentEncoderConfig`.
+        latent_decoder: fields of `LDLMLatentDecoderConfig`.
+        token_decoder: fields of `LDLMTokenDecoderConfig`.
+        token_decoder_head_from_backbone: start the vocabulary head from the backbone's token embeddings, their common
+            mean taken off (ours; a shortcut for small runs). Needs a head as wide as those.
+        transformer: arguments of `LDLMTransformer1DModel`.
+        scheduler: arguments of `TangentEulerMaruyamaScheduler`.
+    """
+
+    backbone: str = "openai-community/gpt2"
+    tokenizer: str | None = None
+    layer: int = -3
+    representation: str = "hidden"
+    normalize_embeddings: bool = False
+    statistics_sequences: int = 2048
+    sequence_length: int = 1024
+    num_latents: int | None = None
+    latent_size: int | None = None
+    latent_encoder: dict[str, Any] = arguments_of(LDLMLatentEncoderConfig.__init__)
+    latent_decoder: dict[str, Any] = arguments_of(LDLMLatentDecoderConfig.__init__)
+    token_decoder: dict[str, Any] = arguments_of(LDLMTokenDecoderConfig.__init__)
+    token_decoder_head_from_backbone: bool = False
+    transformer: dict[str, Any] = arguments_of(LDLMTransformer1DModel.__init__)
+    scheduler: dict[str, Any] = arguments_of(TangentEulerMaruyamaScheduler.__init__)
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            statistics_sequences="[1, inf)",
+            sequence_length="[1, inf)",
+            num_latents="[1, inf)",
+            latent_size="[1, inf)",
+        )
+
+
+@dataclass
+class WarmupSettings:
+    """Diffusion-to-encoder warmup (Eq. 28–30).
+
+    Attributes:
+        steps: S_wu; 0 opens the gate at once.
+        midpoint: c, as a share of the warmup.
+        steepness: k.
+    """
+
+    steps: int = 10_000
+    midpoint: float = 0.8
+    steepness: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_settings(type(self).__init__, vars(self), steps="[0, inf)", midpoint="[0, 1]", steepness="(0, inf)")
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW with linear warmup, then constant (App. C; configs/README.md says where each value comes from).
+
+    Attributes:
+        learning_rate: after the warmup.
+        initial_learning_rate: at the first step.
+        lr_warmup_steps: steps from one to the other.
+        lr_decay_steps: last steps of the run, over which the learning rate falls in a straight line to zero; the paper
+            has none.
+        weight_decay: decoupled, on all trained parameters.
+        beta1: decay of the gradient's mean.
+        beta2: decay of the gradient's square.
+        eps: added to the denominator.
+        max_grad_norm: gradients are clipped to this norm.
+        ema_decay: of the averaged weights that are evaluated and saved (the paper does not mention an average).
+    """
+
+    learning_rate: float = 2e-4
+    initial_learning_rate: float = 1e-8
+    lr_warmup_steps: int = 5_000
+    lr_decay_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            learning_rate="(0, inf)",
+            initial_learning_rate="(0, inf)",
+            lr_warmup_steps="[0, inf)",
+            lr_decay_steps="[0, inf)",
+            weight_decay="[0, inf)",
+            beta1="[0, 1)",
+            beta2="[0, 1)",
+            eps="(0, inf)",
+            max_grad_norm="(0, inf)",
+            ema_decay="[0, 1)",
+        )
+
+
+@dataclass
+class LoopSettings:
+    """The loop.
+
+    Attributes:
+        output_dir: folder of the run.
+        seed: of everything random.
+        max_steps: optimiser steps.
+        batch_size: sequences of one optimiser step, over all devices and accumulated passes.
+        device_batch_size: sequences of one pass on one device; batch_size when smaller.
+        mixed_precision: `no` or `bf16`.
+        compile: `torch.compile` the repeated blocks of the trained models.
+        gradient_checkpointing: compute activations again in the backward pass.
+        dataloader_workers: processes that read the data, for each device.
+        logging_steps: steps between two lines of the log.
+        checkpointing_steps: steps between two checkpoints.
+        checkpoints_total_limit: how many are kept; None keeps all.
+        max_nonfinite_steps: the run stops after so many steps in a row whose loss or gradient is not finite.
+        trackers: trackers of accelerate that the log goes to, beside `metrics.jsonl`: `tensorboard`, `wandb`,
+            `trackio`.
+        peak_tflops: peak of one device in TFLOP/s, which the model FLOPs utilisation is a share of; None looks it up
+            or measures it.
+    """
+
+    output_dir: str = "runs/ldlm"
+    seed: int = 0
+    max_steps: int = 500_000
+    batch_size: int = 512
+    device_batch_size: int = 512
+    mixed_precision: str = "bf16"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    dataloader_workers: int = 0
+    logging_steps: int = 50
+    checkpointing_steps: int = 10_000
+    checkpoints_total_limit: int | None = 3
+    max_nonfinite_steps: int = 20
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            seed=f"[0, {2**32})",  # what numpy takes
+            max_steps="[1, inf)",
+            batch_size="[1, inf)",
+            device_batch_size="[1, inf)",
+            dataloader_workers="[0, inf)",
+            logging_steps="[1, inf)",
+            checkpointing_steps="[1, inf)",
+            checkpoints_total_limit="[1, inf)",
+            max_nonfinite_steps="[1, inf)",
+            peak_tflops="(0, inf)",
+        )
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision={self.mixed_precision!r} must be 'no' or 'bf16'; float16's range does not hold the "
+                "gradients of a loss whose scale the latents set."
+            )
+
+
+@dataclass
+class EvaluationSettings:
+    """Evaluation of the averaged weights on held-out text, during the run and at its end.
+
+    Attributes:
+        every: steps between two evaluations; 0 evaluates at the end only.
+        num_sequences: held-out sequences for reconstruction and diffusion loss.
+        grid_size: times of the fixed grid that the diffusion loss is measured on.
+        batch_size: sequences of one evaluation pass.
+        num_samples: texts sampled at the end, and scored.
+        num_preview_samples: texts sampled at each evaluation before that.
+        num_inference_steps: sampling steps.
+        sampler: scheduler of the finished pipeline, which its final samples come from, named as for `evaluate.py`;
+            `own` leaves it the one it is trained with, which all samples before the end come from.
+        judge: causal language model for generative perplexity and MAUVE; None leaves both out.
+        judge_batch_size: texts of one pass of the judge.
+    """
+
+    every: int = 10_000
+    num_sequences: int = 512
+    grid_size: int = 20
+    batch_size: int = 32
+    num_samples: int = 256
+    num_preview_samples: int = 4
+    num_inference_steps: int = 128
+    sampler: str = OWN
+    judge: str | None = "openai-community/gpt2-large"
+    judge_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            every="[0, inf)",
+            num_sequences="[1, inf)",
+            grid_size="[1, inf)",
+            batch_size="[1, inf)",
+            num_samples="[0, inf)",
+            num_preview_samples="[0, inf)",
+            num_inference_steps="[1, inf)",
+            judge_batch_size="[1, inf)",
+        )
+        if arguments := Sampler.parse(self.sampler).arguments:
+            raise ValueError(
+                f"sampler={self.sampler!r}: {', '.join(name for name, _ in arguments)} goes with the pipeline's "
+                "call, and no saved pipeline keeps it."
+            )
+
+
+class TrainingSettings(Protocol):
+    """What the settings of every recipe have; they are a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    components: str
+    data: DataSettings
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    evaluation: EvaluationSettings
+
+
+@dataclass
+class RunSettings:
+    """All settings of `train_joint.py`.
+
+    Attributes:
+        train_token_decoder: train the token decoder jointly, behind a stop-gradient. False leaves it out, for
+            `train_token_decoder.py` to train one afterwards (Section 4.1, B.2).
+        stage: `joint`, or for latent spaces of two stages (Section 7) `autoencoder`, which trains no denoiser, and
+            then `diffusion`, which trains a denoiser alone on the frozen autoencoder in `components`, its latents
+            standardised.
+        components: folder or Hub id of the frozen components; with `stage=diffusion` only. Sections that describe
+            these components (all of `model` but `transformer`, `scheduler` and `statistics_sequences`) are not read.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    objective: JointObjectiveSettings = field(default_factory=JointObjectiveSettings)
+    timestep_sampler: TimestepSamplerSettings = field(default_factory=TimestepSamplerSettings)
+    warmup: WarmupSettings = field(default_factory=WarmupSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    train_token_decoder: bool = True
+    stage: str = "joint"
+    components: str = ""
+
+    def __post_init__(self) -> None:
+        check_decay(self.optimizer, self.loop)
+        if self.stage not in STAGES:
+            raise ValueError(f"stage={self.stage!r} is unknown; it is one of {', '.join(STAGES)}.")
+        if (self.stage == "diffusion") != bool(self.components):
+            raise ValueError(
+                f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
+                "frozen components that components=RUN/pipeline names, and no other stage does."
+            )
+        if self.stage != "autoencoder" and Sampler.parse(self.evaluation.sampler).needs_cdf:
+            self.check_learned_times()
+
+    def check_learned_times(self) -> None:
+        """Raises ValueError where `evaluation.sampler` needs times that the run does not learn."""
+        learns, needs = self.timestep_sampler, f"evaluation.sampler={self.evaluation.sampler!r} needs the times that "
+        if not learns.adaptive:
+            raise ValueError(
+                f"{needs}timestep_sampler.adaptive=true learns; take another time grid, or let it learn them."
+            )
+        if self.loop.max_steps < learns.update_every:
+            raise ValueError(
+                f"{needs}are learned every timestep_sampler.update_every={learns.update_every} steps, and "
+                f"loop.max_steps={self.loop.max_steps}; take another time grid, or learn them more often."
+            )
+
+
+def check_decay(optimizer: OptimizerSettings, loop: LoopSettings) -> None:
+    """Raises ValueError for a decay of the learning rate that is longer than the run."""
+    if optimizer.lr_decay_steps > loop.max_steps:
+        raise ValueError(
+            f"optimizer.lr_decay_steps={optimizer.lr_decay_steps} is more than loop.max_steps={loop.max_steps}."
+        )
+
+
+# settings that say where the machine keeps files, and nothing of the model
+MACHINE_SETTINGS = ("data.cache_dir", "loop.output_dir")

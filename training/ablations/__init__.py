@@ -1,0 +1,1 @@
+"""The paper's ablations: rows, runs and tables."""

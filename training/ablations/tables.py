@@ -1,0 +1,260 @@
+"""The paper's ablation tables from what the runs have left: Markdown for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ablations.definitions import AblationRun, Plan, Table, scaled_values
+from ldlm_hf import warmup_gate
+from ldlm_hf.evaluation.markdown import cell, human_count, markdown_table
+from ldlm_hf.evaluation.provenance import without_path
+from ldlm_hf.evaluation.report import COLUMNS, COUNTS, conditions
+from ldlm_hf.training.settings import MACHINE_SETTINGS
+
+
+# why a run that nobody has worked on now has no scores
+NOT_RUN, NOT_EVALUATED = "not run", "not evaluated as asked"
+
+
+@dataclass(frozen=True)
+class RowResults:
+    """A row of a table: its label, and for each training seed the run with what was measured of it.
+
+    Attributes:
+        group: heading above the row.
+        label: of the row.
+        runs: of the training seeds.
+        scores: `results.json` of each run's evaluation; None where there is none.
+        problems: why a run has none.
+    """
+
+    group: str
+    label: str
+    runs: list[AblationRun]
+    scores: list[dict[str, Any] | None]
+    problems: list[str | None]
+
+    @property
+    def measured(self) -> list[tuple[AblationRun, dict[str, Any]]]:
+        """The runs that were evaluated, with their results."""
+        return [(run, scores) for run, scores in zip(self.runs, self.scores, strict=True) if scores is not None]
+
+    def over_seeds(self, name: str) -> tuple[float | None, float | None]:
+        """Mean and standard deviation (with n - 1) of a score.
+
+        Over training seeds, each one's mean over its sampling seeds; over the sampling seeds of a single one.
+        """
+        sets = [scores["pipelines"][0]["sets"][0] for _, scores in self.measured]
+        if not sets or any(one["mean"][name] is None for one in sets):
+            return None, None
+        if len(sets) == 1:
+            return sets[0]["mean"][name], sets[0]["std"][name]
+        means = [one["mean"][name] for one in sets]
+        return statistics.fmean(means), statistics.stdev(means)
+
+    def held_out_accuracy(self) -> tuple[float | None, float | None]:
+        """Mean and standard deviation over training seeds of the held-out token accuracy from clean latents."""
+        values = [run.held_out()["reconstruction_accuracy"] for run, _ in self.measured]
+        if not values:
+            return None, None
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def write_table(number: str, plan: Plan, seeds: int, problems: Mapping[AblationRun, str | None], command: str) -> Path:
+    """Writes a table as `table-N.md` and `table-N.json` beside the runs; the former.
+
+    Args:
+        number: of the table.
+        plan: what its runs are.
+        seeds: number of training seeds.
+        problems: of the runs that were worked on; what others have left is shown if it is there.
+        command: that made it.
+    """
+    definition = plan.ablations.tables[number]
+    rows = [
+        row_results(group.title, label, [plan.run(name, seed) for seed in range(seeds)], plan, problems)
+        for group in definition.groups
+        for name, label in group.rows.items()
+    ]
+    file = plan.root / f"table-{number}.md"
+    file.write_text(table_text(number, definition, rows, plan, command), encoding="utf-8")
+    content = json.dumps(table_values(number, definition, rows, plan, command), indent=1, ensure_ascii=False)
+    file.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
+    return file
+
+
+def row_results(
+    group: str, label: str, runs: list[AblationRun], plan: Plan, problems: Mapping[AblationRun, str | None]
+) -> RowResults:
+    """A row from the folders of its runs."""
+    scores: list[dict[str, Any] | None] = []
+    reasons: list[str | None] = []
+    for run in runs:
+        found, problem = None, problems.get(run)
+        try:
+            if problem is None and not run.is_finished:
+                problem = NOT_RUN
+            elif problem is None:
+                found = run.scores(plan.evaluation)
+                problem = None if found else NOT_EVALUATED
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        scores.append(found)
+        reasons.append(problem)
+    # a label may name any setting of its run, a folder too
+    settings = runs[0].settings
+    values = {name: getattr(settings, name) for name in vars(settings)}
+    return RowResults(group, without_path(label.format(**values)), runs, scores, reasons)
+
+
+def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan: Plan, command: str) -> str:
+    """The table, real text in rows of its own, what is missing from it and why, and what its numbers depend on."""
+    names = definition.columns
+    header = ["", *(COLUMNS[name][0] for name in names), "held-out token accuracy ↑", "training seeds"]
+    lines = [
+        [label, *(cell(scores[name], None, COLUMNS[name][1]) for name in names), "", ""]
+        for label, scores in real_texts(rows).items()
+    ]
+    previous = None
+    for row in rows:
+        if row.group != previous:
+            lines.append([f"**{row.group}**", *[""] * (len(header) - 1)])
+            previous = row.group
+        if row.measured:
+            cells = [cell(*row.over_seeds(name), COLUMNS[name][1]) for name in names]
+            cells += [cell(*row.held_out_accuracy(), 3), ", ".join(str(run.seed) for run, _ in row.measured)]
+        else:
+            # the worst of it: a seed that has failed
+            missing = [problem if problem in (NOT_EVALUATED, NOT_RUN) else "failed" for problem in row.problems]
+            cells = [min(missing), *[""] * (len(header) - 2)]
+        lines.append([row.label, *cells])
+    sections = [
+        f"# Table {number}: {definition.title}",
+        f"The rows of the paper's {definition.reference}, on the base `{plan.base_name}`. Written by\n\n    {command}",
+        "\n".join(markdown_table(header, lines)),
+    ]
+    remarks = notes(rows, plan)
+    if remarks:
+        sections.append("\n".join(f"- {remark}" for remark in remarks))
+    sections.append("## What was run\n\n" + "\n".join(f"- {line}" for line in what_was_run(rows, plan)))
+    return "\n\n".join(sections) + "\n"
+
+
+def real_texts(rows: Sequence[RowResults]) -> dict[str, dict[str, Any]]:
+    """Scores of real text, by label: of each tokenizer, since texts of as many tokens are others with another one."""
+    found = {without_path(run.tokenizer): scores["real_text"] for row in rows for run, scores in row.measured}
+    if len(found) == 1:
+        return {"Real text": next(iter(found.values()))}
+    return {f"Real text, in tokens of {tokenizer}": scores for tokenizer, scores in found.items()}
+
+
+def notes(rows: Sequence[RowResults], plan: Plan) -> list[str]:
+    """What a reader of the table has to know: runs that are missing, texts that were not scored, values of ours."""
+    found = []
+    for row in rows:
+        for run, problem in zip(row.runs, row.problems, strict=True):
+            if problem not in (None, NOT_EVALUATED, NOT_RUN):
+                found.append(f"{run.name}: failed: {problem}")
+        for run, scores in row.measured:
+            for one in scores["pipelines"][0]["sets"][0]["seeds"]:
+                counts = [f"{one[key]} {what}" for key, what in COUNTS.items() if one[key]]
+                if counts:
+                    found.append(
+                        f"{run.name}, sampling seed {one['seed']}: {', '.join(counts)} of {one['num_texts']} texts."
+                    )
+        gate = last_gate(row.runs[0])
+        if row.measured and gate is not None and gate < 1:
+            found.append(
+                f"{row.group}, {row.label}: the run ends before its warmup does; its last gate is {gate:.2g}."
+            )
+        note = plan.ablations.rows[row.runs[0].row].note
+        if note is not None:
+            found.append(note)
+    return list(dict.fromkeys(found))
+
+
+def last_gate(run: AblationRun) -> float | None:
+    """gamma at a run's last step (Eq. 29–30); None where no latent encoder is trained beside a denoiser."""
+    settings = run.settings
+    if getattr(settings, "stage", None) != "joint" or settings.model.latent_encoder.get("architecture") == "identity":
+        return None
+    warmup = settings.warmup
+    return warmup_gate(settings.loop.max_steps - 1, warmup.steps, warmup.midpoint, warmup.steepness)
+
+
+def what_was_run(rows: Sequence[RowResults], plan: Plan) -> list[str]:
+    """Base, scale, sizes, seeds, machines and judge, a line each."""
+    values = plan.base_values | scaled_values(plan.base_values, plan.scale)
+    lines = [
+        f"Base `{plan.base_name}` ({plan.base.config}) at scale {plan.scale:g}: {values['loop.max_steps']:,} steps of "
+        f"{values['loop.batch_size']} sequences of {values['model.sequence_length']} tokens, warmup "
+        f"{values['warmup.steps']:,} steps, decoder noise {values['objective.decoder_noise']:g}, where a row does not "
+        "say otherwise.",
+        *(f"For all rows: `{override}`." for override in described(plan.overrides)),
+    ]
+    measured = [pair for row in rows for pair in row.measured]
+    if not measured:
+        return lines
+    lines.append(
+        "±: with several training seeds the standard deviation over them, of each one's mean over its sampling seeds; "
+        "with one, that over its sampling seeds."
+    )
+    trained = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run, _ in measured]
+    sizes = ", ".join(f"{name} {human_count(size)}" for name, size in trained[0]["parameters"].items())
+    lines.append(f"Parameters of {measured[0][0].row}: {sizes}.")
+    minutes = sorted({f"{one['seconds'] / 60:.1f}" for one in trained}, key=float)
+    lines.append(
+        f"Trained on {' and '.join(dict.fromkeys(one['hardware'] for one in trained))}; "
+        f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} minutes a run."
+    )
+    # each once: rows may have been scored on several machines, with several versions, or with tokens of their own
+    return lines + list(dict.fromkeys(line for _, scores in measured for line in conditions(scores)))
+
+
+def described(overrides: Sequence[str]) -> list[str]:
+    """Overrides without what says where the machine keeps files."""
+    pairs = [override.split("=", 1) for override in overrides]
+    return [f"{key}={without_path(value)}" for key, value in pairs if key not in MACHINE_SETTINGS]
+
+
+def table_values(
+    number: str, definition: Table, rows: Sequence[RowResults], plan: Plan, command: str
+) -> dict[str, Any]:
+    """The table with every number that went into it."""
+    names = [*COLUMNS, *COUNTS]
+
+    def of_run(run: AblationRun, scores: dict[str, Any] | None, problem: str | None) -> dict[str, Any]:
+        values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
+        if scores is None:
+            return values | {"problem": problem}
+        sampled = scores["pipelines"][0]["sets"][0]["seeds"]
+        return values | {"held_out": run.held_out(), "hardware": scores["hardware"], "samples": sampled}
+
+    return {
+        "table": number,
+        "title": definition.title,
+        "reference": definition.reference,
+        "command": command,
+        "base": plan.base_name,
+        "scale": plan.scale,
+        "overrides": described(plan.overrides),
+        "evaluation": asdict(plan.evaluation),
+        "real_text": real_texts(rows),
+        "rows": [
+            {
+                "group": row.group,
+                "label": row.label,
+                "mean": {name: row.over_seeds(name)[0] for name in names},
+                "std": {name: row.over_seeds(name)[1] for name in names},
+                "held_out_accuracy": row.held_out_accuracy()[0],
+                "held_out_accuracy_std": row.held_out_accuracy()[1],
+                "runs": [of_run(*one) for one in zip(row.runs, row.scores, row.problems, strict=True)],
+            }
+            for row in rows
+        ],
+    }

@@ -1,0 +1,1 @@
+"""Figures, and the reports that show them."""

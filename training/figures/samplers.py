@@ -1,0 +1,222 @@
+"""Which sampler is best for how many evaluations of the denoiser: tables and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from figures.over_evaluations import PANELS, draw_curve
+from figures.style import run_style
+from ldlm_hf.evaluation.markdown import cell, markdown_table
+from ldlm_hf.hub.training_curves import WIDTH
+from ldlm_hf.schedulers.scheduling_tangent import TIME_GRIDS
+
+
+# digits behind the point
+SCORES = {"generative_perplexity": 0, "entropy": 3, "diversity": 3, "mauve": 3}
+PANELS_A_ROW = 4
+# what a curve is called whose sampler names no grid: its scheduler's own
+OWN_GRID = "own"
+ALL_GRIDS = (*TIME_GRIDS, OWN_GRID)
+# the figures, and the two scores that each one shows
+FIGURES = {"samplers_perplexity": ("generative_perplexity", "entropy"), "samplers_mauve": ("mauve", "diversity")}
+
+
+@dataclass(frozen=True)
+class ScoredSampler:
+    """A sampler of a pipeline with what it scored.
+
+    Attributes:
+        name: of the pipeline, and how it is sampled.
+        sets: of the results file, by their evaluations of the denoiser.
+    """
+
+    name: str
+    sets: dict[int, dict[str, Any]]
+
+    @property
+    def label(self) -> str:
+        """The name without what all schedulers' names share."""
+        return self.name.replace("Tangent", "").replace("Scheduler", "")
+
+    def within(self, budget: int) -> dict[str, Any] | None:
+        """The set of most evaluations within a budget, and more than half of it: guidance takes odd numbers."""
+        counts = [nfe for nfe in self.sets if budget / 2 < nfe <= budget]
+        return self.sets[max(counts)] if counts else None
+
+
+def scored_samplers(results: Sequence[dict[str, Any]]) -> list[ScoredSampler]:
+    """All samplers of the files, in their order; sets of one name are joined.
+
+    Raises:
+        ValueError: two files have a set of the same name and number of evaluations.
+    """
+    samplers: dict[str, ScoredSampler] = {}
+    for entry in (entry for one in results for entry in one["pipelines"]):
+        sampler = samplers.setdefault(entry["name"], ScoredSampler(entry["name"], {}))
+        for one in entry["sets"]:
+            if one["nfe"] in sampler.sets:
+                raise ValueError(
+                    f"{entry['name']!r} has been scored twice with {one['nfe']} evaluations: leave out a file."
+                )
+            sampler.sets[one["nfe"]] = one
+    return list(samplers.values())
+
+
+def budgets_of(samplers: Sequence[ScoredSampler]) -> list[int]:
+    """Powers of two that cover all evaluations, without those that no set is of."""
+    most = max(nfe for sampler in samplers for nfe in sampler.sets)
+    powers = [2**power for power in range(math.ceil(math.log2(most)) + 1)]
+    return [budget for budget in powers if any(sampler.within(budget) is not None for sampler in samplers)]
+
+
+def best_rows(
+    samplers: Sequence[ScoredSampler], budgets: Sequence[int], score: str, sign: int, lowest_entropy: float = 0.0
+) -> list[list[str]]:
+    """A row a budget: the sampler whose `sign * score` is least among those of enough entropy, with all its scores."""
+    rows = []
+    for budget in budgets:
+        sets = [(sampler, one) for sampler in samplers if (one := sampler.within(budget)) is not None]
+        candidates = [
+            (sign * one["mean"][score], sampler.label, one)
+            for sampler, one in sets
+            if one["mean"][score] is not None and one["mean"]["entropy"] >= lowest_entropy
+        ]
+        if candidates:
+            _, label, one = min(candidates, key=lambda candidate: candidate[0])
+            rows.append([str(budget), f"`{label}`", str(one["nfe"]), *[score_cell(one, name) for name in SCORES]])
+        else:
+            rows.append([str(budget), "none", "", *[""] * len(SCORES)])
+    return rows
+
+
+def score_cell(one: dict[str, Any] | None, score: str) -> str:
+    """Mean and standard deviation over seeds."""
+    return "" if one is None else cell(one["mean"][score], one["std"][score], SCORES[score])
+
+
+def report(
+    results: Sequence[dict[str, Any]],
+    samplers: Sequence[ScoredSampler],
+    reference: ScoredSampler,
+    reference_nfe: int,
+    tolerance: float,
+) -> list[str]:
+    """Lines of samplers.md, from the files and the samplers in them."""
+    budgets = budgets_of(samplers)
+    anchor = reference.sets[reference_nfe]
+    lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
+    real = results[0]["real_text"]
+    heading = ["at most", "sampler", "NFE", *[PANELS[score][0] for score in SCORES]]
+    anchors = [
+        ["reference", f"`{reference.label}`", str(reference_nfe), *[score_cell(anchor, score) for score in SCORES]],
+        ["", "real text", "", *[cell(real[score], None, SCORES[score]) for score in SCORES]],
+    ]
+    lines = ["# Samplers", "", "## The best for each number of evaluations", ""]
+    lines += [
+        f"Lowest Gen. PPL among samplers whose entropy is at least {lowest_entropy:.3f} nats: {tolerance:.0%} less "
+        f"than that of {reference_nfe} evaluations of `{reference.label}`.",
+        "",
+    ]
+    rows = best_rows(samplers, budgets, "generative_perplexity", 1, lowest_entropy)
+    lines += [*markdown_table(heading, [*rows, *anchors]), "", "Highest MAUVE, whatever the entropy:", ""]
+    rows = best_rows(samplers, budgets, "mauve", -1)
+    lines += markdown_table(heading, [*rows, *anchors])
+    for score, digits in SCORES.items():
+        lines += ["", f"## {PANELS[score][0]}", "", f"Real text: {cell(real[score], None, digits)}.", ""]
+        rows = [
+            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), score) for budget in budgets]]
+            for sampler in samplers
+        ]
+        lines += markdown_table(["evaluations, at most", *map(str, budgets)], rows)
+    seeds = sorted({len(one["seeds"]) for sampler in samplers for one in sampler.sets.values()})
+    settings = results[0]["settings"]
+    lines += [
+        "",
+        f"- Mean ± standard deviation over {' or '.join(map(str, seeds))} sampling seeds of {settings['num_samples']} "
+        f"texts of {results[0]['pipelines'][0]['sequence_length']} tokens, {settings['dtype']}, on "
+        f"{results[0]['hardware']}.",
+        f"- Judge: `{results[0]['judge']['name']}`. Guidance takes two evaluations in each step but the first.",
+    ]
+    return lines
+
+
+def plot_samplers(
+    real_text: dict[str, Any], samplers: Sequence[ScoredSampler], reference: ScoredSampler, scores: tuple[str, str]
+) -> Figure:
+    """A score over evaluations, a panel a solver and a curve a time grid, the reference grey; another score below."""
+    budgets = budgets_of(samplers)
+    # said once, in the heading
+    common = reference.label.split(", ")[0]
+    families: dict[str, list[ScoredSampler]] = {}
+    for sampler in samplers:
+        families.setdefault(without_grid(sampler.label)[0], []).append(sampler)
+    num_rows = math.ceil(len(families) / PANELS_A_ROW)
+    figure = Figure(figsize=(1.4 * WIDTH, 2 * 1.9 * num_rows), layout="constrained")
+    panels = figure.subplots(2 * num_rows, PANELS_A_ROW, squeeze=False, sharex=True, sharey="row")
+    for place, (family, members) in enumerate(families.items()):
+        row, column = divmod(place, PANELS_A_ROW)
+        for offset, score in enumerate(scores):
+            axes = panels[2 * row + offset, column]
+            draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
+            for sampler in members:
+                grid = without_grid(sampler.label)[1]
+                style = run_style(ALL_GRIDS.index(grid))
+                draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
+            if real_text[score] is not None:
+                axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
+            axes.set(xscale="log", yscale="log" if PANELS[score][1] else "linear")
+            axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
+            axes.minorticks_off()
+            if offset == 0:
+                axes.set_title(family.removeprefix(f"{common}, ").replace(":", "\n"), fontsize="x-small")
+            else:
+                # the lowest panel of a column may stand above an empty place
+                axes.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
+            if column == 0:
+                axes.set_ylabel(PANELS[score][0], fontsize="small")
+    for axes in panels.flatten():
+        axes.set_visible(axes.has_data())
+    drawn = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    curves = {grid: drawn[grid] for grid in ALL_GRIDS if grid in drawn}
+    figure.legend(
+        curves.values(),
+        curves.keys(),
+        title="time grid",
+        loc="outside lower center",
+        ncols=len(ALL_GRIDS),
+        fontsize="small",
+    )
+    figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
+    return figure
+
+
+def without_grid(label: str) -> tuple[str, str]:
+    """`DDIM:eta=1.0,time_grid=learned` → `DDIM:eta=1.0` and `learned`; `own` where none is named."""
+    name, _, pairs = label.partition(":")
+    settings = pairs.split(",") if pairs else []
+    grids = [pair.removeprefix("time_grid=") for pair in settings if pair.startswith("time_grid=")]
+    others = [pair for pair in settings if not pair.startswith("time_grid=")]
+    return name + (":" + ",".join(others) if others else ""), grids[0] if grids else OWN_GRID
+
+
+def find_reference(samplers: Sequence[ScoredSampler], name: str | None, nfe: int) -> ScoredSampler:
+    """The sampler of a name, by default the first of the paper's solver.
+
+    Raises:
+        ValueError: there is none, or none with this number of evaluations.
+    """
+    if name is None:
+        named = [sampler for sampler in samplers if "EulerMaruyama" in sampler.name or sampler.name.endswith("own")]
+    else:
+        named = [sampler for sampler in samplers if sampler.name == name]
+    if not named or nfe not in named[0].sets:
+        known = "; ".join(f"{sampler.name} ({', '.join(map(str, sorted(sampler.sets)))})" for sampler in samplers)
+        raise ValueError(f"No sampler --reference {name!r} with --reference_nfe {nfe}. The results have: {known}.")
+    return named[0]
