@@ -28,6 +28,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --follow-imports silent training/evaluate.py
 
 # one thread a process: tests start processes of their own, and busy threads in several of them slow each other down
 test: install
