@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo lint test soak test-hub test-app cuda-wheels cards clean
+.PHONY: install demo lint test test-slow soak test-hub test-app cuda-wheels cards clean
 
 install: $(VENV)/.installed
 
@@ -31,8 +31,14 @@ lint: install
 	$(BIN)/mypy --follow-imports silent training/evaluate.py
 
 # one thread a process: tests start processes of their own, and busy threads in several of them slow each other down
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
+	$(PYTEST) -m "not slow"
+
+# the tests that launch processes, or take long
+test-slow: install
+	$(PYTEST) -m slow
 
 # What is too long or needs too much for `make test`. Each writes its figures beside its command, as checks/NAME.md.
 soak: install
