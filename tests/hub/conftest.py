@@ -16,9 +16,9 @@ from loopback_hub import LoopbackHub
 
 
 @pytest.fixture
-def loopback_hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+def loopback_hub() -> Iterator[LoopbackHub]:
     """A running server. The access token `hf_org` is that of the user `org`, `hf_other` that of `other`."""
-    with LoopbackHub(tmp_path / "hub", users={"hf_org": "org", "hf_other": "other"}) as hub:
+    with LoopbackHub({"hf_org": "org", "hf_other": "other"}) as hub:
         yield hub
 
 

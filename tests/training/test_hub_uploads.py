@@ -25,7 +25,7 @@ print(LDLMPipeline.from_pretrained(sys.argv[1])(num_inference_steps=2).sequences
 def test_a_run_pushes_its_checkpoints_and_its_pipeline(
     tiny_overrides: list[str], tmp_path: Path, repository: Path
 ) -> None:
-    with LoopbackHub(tmp_path / "hub", users={"hf_org": "org"}) as hub:
+    with LoopbackHub({"hf_org": "org"}) as hub:
         environment = os.environ | hub.environment(tmp_path / "home", token="hf_org")
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
         pushing = ["--push_to_hub", "--push_checkpoints", "--hub_model_id", "org/tiny", "--hub_private"]
