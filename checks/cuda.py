@@ -25,7 +25,6 @@ import gzip
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -72,17 +71,16 @@ from ldlm_hf import (  # noqa: E402
     diffusers_config,
 )
 from ldlm_hf.evaluation.markdown import markdown_table  # noqa: E402
-from ldlm_hf.training.flops import PassFlops, RunEstimate, device_peak  # noqa: E402
-from ldlm_hf.training.launch import build_accelerator  # noqa: E402
+from ldlm_hf.training.devices import build_accelerator  # noqa: E402
+from ldlm_hf.training.flops import DevicePeak, PassFlops, RunEstimate, device_peak  # noqa: E402
 from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
-from ldlm_hf.training.recipe import Recipe  # noqa: E402
 from ldlm_hf.training.recipes.distillation import DistillationRecipe, DistillationSettings  # noqa: E402
 from ldlm_hf.training.recipes.joint import JointRecipe  # noqa: E402
 from ldlm_hf.training.settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
 from speed.benchmark import (  # noqa: E402
     GEOMETRIES,
     Case,
-    Geometry,
+    Measurement,
     build_objective,
     build_tokenizer,
     describe_machine,
@@ -122,10 +120,6 @@ class Scale:
     timed: tuple[tuple[int, int], ...]
     repeats: int
     training_steps: int
-
-    @property
-    def sizes(self) -> Geometry:
-        return GEOMETRIES[self.geometry]
 
     @property
     def on_cuda(self) -> bool:
@@ -180,6 +174,35 @@ def parity_part(what: str) -> Part:
     )
 
 
+def build_components(scale: Scale, length: int) -> JointObjective:
+    """All components, with random weights, on the CPU."""
+    torch.manual_seed(0)
+    return build_objective(GEOMETRIES[scale.geometry], length).eval()
+
+
+def components_of(objective: JointObjective) -> dict[str, Any]:
+    """A copy of each component, by name."""
+    names = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder", "transformer", "scheduler")
+    return {name: copy.deepcopy(getattr(objective, name)) for name in names}
+
+
+def flow_map_denoiser(scale: Scale, length: int) -> LDLMTransformer1DModel:
+    denoiser = LDLMTransformer1DModel(
+        sample_size=length,
+        self_conditioning=False,
+        next_timestep_conditioning=True,
+        **GEOMETRIES[scale.geometry].transformer,
+    )
+    randomize_zero_weights(denoiser)
+    return denoiser.eval()
+
+
+def distillation_objective(scale: Scale, joint: JointObjective, length: int) -> DistillationObjective:
+    parts = components_of(joint)
+    encoders, teacher = (parts["token_encoder"], parts["latent_encoder"]), parts["transformer"]
+    return DistillationObjective(*encoders, flow_map_denoiser(scale, length), teacher, TangentFlowMapScheduler())
+
+
 def random_ids(objective: JointObjective, batch_size: int, length: int) -> torch.Tensor:
     """Token ids (B, L), the same at each call."""
     vocab_size = objective.token_encoder.config.vocab_size
@@ -191,81 +214,46 @@ def row_generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(row) for row in range(count)]
 
 
-def flow_map_denoiser(scale: Scale, length: int) -> LDLMTransformer1DModel:
-    denoiser = LDLMTransformer1DModel(
-        sample_size=length, self_conditioning=False, next_timestep_conditioning=True, **scale.sizes.transformer
-    )
-    randomize_zero_weights(denoiser)
-    return denoiser
-
-
 def check_models(scale: Scale) -> Part:
     part = parity_part("Each model's output for random inputs")
-    torch.manual_seed(0)
-    objective = build_objective(scale.sizes, scale.length).eval()
+    objective = build_components(scale, scale.length)
     ids = random_ids(objective, 2, scale.length)
     denoiser_config = objective.transformer.config
     hidden_states = torch.randn(2, scale.length, objective.token_encoder.config.hidden_size)
     latents, condition = torch.randn(2, 2, denoiser_config.sample_size, denoiser_config.in_channels)
     times = torch.tensor([0.3, 0.8])
-    self_attention = LDLMLatentEncoder(
-        LDLMLatentEncoderConfig(
-            sequence_length=scale.length,
-            num_latents=scale.length,
-            **{**scale.sizes.latent, "architecture": "self_attention"},
-        )
-    ).eval()
+    sizes = GEOMETRIES[scale.geometry].latent | {"sequence_length": scale.length, "num_latents": scale.length}
+    self_attention = LDLMLatentEncoder(LDLMLatentEncoderConfig(**{**sizes, "architecture": "self_attention"})).eval()
+
+    def denoise(module: nn.Module, to: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return module(to(latents), times.to(module.device), to(condition)).sample
+
+    def jump(module: nn.Module, to: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        start = times.to(module.device)
+        return module(to(latents), start, next_timestep=0.5 * start).sample
+
     cases: list[tuple[str, nn.Module, Callable[..., torch.Tensor]]] = [
         ("token encoder", objective.token_encoder, lambda m, to: m(to(ids)).hidden_states),
         ("latent encoder", objective.latent_encoder, lambda m, to: m(to(hidden_states)).latents),
         ("latent encoder, self-attention", self_attention, lambda m, to: m(to(hidden_states)).latents),
         ("latent decoder", objective.latent_decoder, lambda m, to: m(to(latents)).hidden_states),
         ("token decoder", objective.token_decoder, lambda m, to: m(to(hidden_states)).logits),
-        ("denoiser", objective.transformer, lambda m, to: m(to(latents), times.to(m.device), to(condition)).sample),
-        (
-            "flow map",
-            flow_map_denoiser(scale, scale.length),
-            lambda m, to: m(to(latents), times.to(m.device), next_timestep=0.5 * times.to(m.device)).sample,
-        ),
+        ("denoiser", objective.transformer, denoise),
+        ("flow map", flow_map_denoiser(scale, scale.length), jump),
     ]
 
+    @torch.no_grad()
     def run(
         call: Callable[..., torch.Tensor], module: nn.Module, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
         def to(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-        with torch.no_grad():
-            return call(copy.deepcopy(module).to(dtype), to)
+        return call(copy.deepcopy(module).to(dtype), to)
 
     for name, module, call in cases:
         compare_with_cpu(name, module, partial(run, call), scale, part)
     return part
-
-
-def distillation_objective(scale: Scale, joint: JointObjective, length: int) -> DistillationObjective:
-    return DistillationObjective(
-        joint.token_encoder,
-        joint.latent_encoder,
-        flow_map_denoiser(scale, length),
-        joint.transformer,
-        TangentFlowMapScheduler(),
-    )
-
-
-def build_stage(stage: str, joint: JointObjective, settings: JointObjectiveSettings) -> JointObjective:
-    parts = copy.deepcopy(joint)
-    transformer = None if stage == "autoencoder" else parts.transformer
-    return JointObjective(
-        parts.token_encoder,
-        parts.latent_encoder,
-        parts.latent_decoder,
-        parts.token_decoder,
-        transformer,
-        parts.scheduler,
-        settings,
-        stage,
-    )
 
 
 def losses_and_gradients(
@@ -281,32 +269,28 @@ def losses_and_gradients(
     return torch.cat([total.cpu(), gradient.cpu()])
 
 
-def likelihood_terms(scale: Scale, ids: torch.Tensor, objective: JointObjective, device: torch.device) -> torch.Tensor:
-    """The terms of the bound for each text."""
-    bound = LikelihoodBound(
-        objective.token_encoder,
-        objective.latent_encoder,
-        objective.latent_decoder,
-        objective.token_decoder,
-        objective.transformer,
-        objective.scheduler,
-        LikelihoodSettings(encoder_noise=0.1, decoder_noise=1.0, hidden_noise=1.0, self_conditioning=True),
-    )
+def likelihood_terms(
+    ids: torch.Tensor, objective: JointObjective, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """The terms of the bound for each text; bfloat16 by autocast."""
+    settings = LikelihoodSettings(encoder_noise=0.1, decoder_noise=1.0, hidden_noise=1.0, self_conditioning=True)
+    bound = LikelihoodBound(**components_of(objective), settings=settings)
     ids, times = ids.to(device), torch.tensor([0.4, 0.7], dtype=torch.float64)
-    terms = bound.draw(ids, *bound.encode(ids), times, torch.ones(2), torch.Generator().manual_seed(0))
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        terms = bound.draw(ids, *bound.encode(ids), times, torch.ones(2), torch.Generator().manual_seed(0))
     assert terms.total is not None
     return torch.stack([terms.total.cpu(), terms.tokens_only.cpu()])
 
 
 def check_objectives(scale: Scale) -> Part:
     part = parity_part("Each objective's loss and gradients, and the terms of the likelihood bound,")
-    torch.manual_seed(0)
-    joint = build_objective(scale.sizes, scale.length).eval()
+    joint = build_components(scale, scale.length)
     ids = random_ids(joint, 2, scale.length)
     times = torch.tensor([0.3, 0.8])
     cosmos = JointObjectiveSettings(
         reconstruction="token", token_masking=0.3, mask_token_id=0, feature_noise=0.5, latent_dropout=0.4
     )
+    autoencoder = JointObjective(**components_of(joint) | {"transformer": None}, settings=cosmos, stage="autoencoder")
 
     def joint_losses(objective: nn.Module, device: torch.device) -> Any:
         return objective(ids.to(device), times.to(device), 0.5, row_generators(2), [True, False])
@@ -317,18 +301,13 @@ def check_objectives(scale: Scale) -> Part:
 
     objectives: list[tuple[str, nn.Module, Callable[..., Any]]] = [
         ("joint", joint, joint_losses),
-        ("autoencoder, COSMOS", build_stage("autoencoder", joint, cosmos), joint_losses),
-        ("diffusion", build_stage("diffusion", joint, JointObjectiveSettings()), joint_losses),
-        ("distillation", distillation_objective(scale, copy.deepcopy(joint), scale.length), distillation_losses),
+        ("autoencoder, COSMOS", autoencoder, joint_losses),
+        ("diffusion", JointObjective(**components_of(joint), stage="diffusion"), joint_losses),
+        ("distillation", distillation_objective(scale, joint, scale.length), distillation_losses),
     ]
     for name, objective, call in objectives:
         compare_with_cpu(name, objective, partial(losses_and_gradients, call), scale, part)
-
-    def likelihood(objective: nn.Module, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return likelihood_terms(scale, ids, objective, device)
-
-    compare_with_cpu("likelihood bound", joint, likelihood, scale, part)
+    compare_with_cpu("likelihood bound", joint, partial(likelihood_terms, ids), scale, part)
     return part
 
 
@@ -336,7 +315,7 @@ def check_objectives(scale: Scale) -> Part:
 
 
 def schedulers() -> dict[str, Any]:
-    """Each scheduler on the tangent process, and diffusers' own."""
+    """Each scheduler on the tangent process, and diffusers' own; that of a flow map is the last."""
     ours = {
         "Euler–Maruyama": TangentEulerMaruyamaScheduler(),
         "DDIM": TangentDDIMScheduler(),
@@ -347,22 +326,14 @@ def schedulers() -> dict[str, Any]:
     }
     foreign = (DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
     config = diffusers_config(TangentEulerMaruyamaScheduler())
-    return ours | {f"diffusers {each.__name__}": each.from_config(config) for each in foreign}
+    theirs = {f"diffusers {each.__name__}": each.from_config(config) for each in foreign}
+    return ours | theirs | {"flow map": TangentFlowMapScheduler()}
 
 
-def build_pipeline(scale: Scale, length: int, dtype: torch.dtype = torch.float32) -> LDLMPipeline:
+def build_pipeline(scale: Scale, length: int) -> LDLMPipeline:
     """A whole pipeline of random weights on the CPU."""
-    torch.manual_seed(0)
-    objective = build_objective(scale.sizes, length).eval().to(dtype)
-    pipeline = LDLMPipeline(
-        transformer=objective.transformer,
-        latent_decoder=objective.latent_decoder,
-        token_decoder=objective.token_decoder,
-        tokenizer=build_tokenizer(objective.token_decoder.config.vocab_size),
-        scheduler=objective.scheduler,
-        token_encoder=objective.token_encoder,
-        latent_encoder=objective.latent_encoder,
-    )
+    parts = components_of(build_components(scale, length))
+    pipeline = LDLMPipeline(**parts, tokenizer=build_tokenizer(parts["token_decoder"].config.vocab_size))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -370,14 +341,13 @@ def build_pipeline(scale: Scale, length: int, dtype: torch.dtype = torch.float32
 @contextlib.contextmanager
 def forbid_synchronisation(scale: Scale) -> Iterator[None]:
     """On CUDA, an error wherever the host would wait for the device."""
-    if not scale.on_cuda:
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
+    if scale.on_cuda:
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if scale.on_cuda:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def steps_without_synchronisation(pipeline: LDLMPipeline, scale: Scale, num_steps: int, **arguments: Any) -> Any:
@@ -403,12 +373,11 @@ def check_sampling(scale: Scale) -> Part:
     )
     on_cpu = build_pipeline(scale, scale.length)
     on_device = build_pipeline(scale, scale.length).to(scale.device)
-    made = schedulers() | {"flow map": TangentFlowMapScheduler()}
-    for name, scheduler in made.items():
+    for name, scheduler in schedulers().items():
         for pipeline in (on_cpu, on_device):
             pipeline.scheduler = copy.deepcopy(scheduler)
         if name == "flow map":
-            student = flow_map_denoiser(scale, scale.length).eval()
+            student = flow_map_denoiser(scale, scale.length)
             on_cpu.transformer, on_device.transformer = student, copy.deepcopy(student).to(scale.device)
         arguments = {"batch_size": 2, "num_inference_steps": 4, "output_type": "latent"}
         reference = on_cpu(generator=row_generators(2), **arguments).latents
@@ -460,8 +429,9 @@ def check_compile(scale: Scale) -> Part:
     return part
 
 
-# what each way of keeping weights elsewhere is called with
 def offloads(scale: Scale) -> dict[str, Callable[[LDLMPipeline], Any]]:
+    """What makes a pipeline keep its weights elsewhere, by name."""
+
     def group(pipeline: LDLMPipeline, **options: Any) -> None:
         pipeline.enable_group_offload(onload_device=scale.device, offload_device=torch.device("cpu"), **options)
 
@@ -510,10 +480,7 @@ def check_offload(scale: Scale) -> Part:
 
 def build_loop(scale: Scale, length: int, batch_size: int, folder: Path, distil: bool) -> TrainingLoop:
     """The loop of `train_joint.py`, or of `distill.py`, on random tokens, with bfloat16 autocast."""
-    torch.manual_seed(0)
-    joint = build_objective(scale.sizes, length)
-    ids = random_ids(joint, 2 * batch_size, length)
-    dataset: Any = [{"input_ids": row} for row in ids]
+    joint = build_components(scale, length)
     loop_settings = LoopSettings(
         output_dir=str(folder),
         batch_size=batch_size,
@@ -523,19 +490,20 @@ def build_loop(scale: Scale, length: int, batch_size: int, folder: Path, distil:
         mixed_precision="bf16",
     )
     accelerator = build_accelerator(loop_settings)
-    tokenizer = build_tokenizer(joint.token_encoder.config.vocab_size)
-    settings: Any
-    task: Recipe
+    recipe: JointRecipe | DistillationRecipe
     if distil:
-        settings = DistillationSettings(loop=loop_settings, components="random")
-        objective = distillation_objective(scale, joint, length)
-        task = DistillationRecipe(objective, {}, tokenizer, settings, ids, accelerator.device)
+        recipe = DistillationRecipe(DistillationSettings(loop=loop_settings, components="random"), accelerator)
+        recipe.module = distillation_objective(scale, joint, length)
     else:
         settings = RunSettings(loop=loop_settings, model=ModelSettings(sequence_length=length))
-        task = JointRecipe(joint, settings, tokenizer, ids, accelerator.device)
-    peak = device_peak(accelerator.device, "bf16")
+        recipe = JointRecipe(settings, accelerator)
+        recipe.module = joint
+    recipe.tokenizer = build_tokenizer(joint.token_encoder.config.vocab_size)
+    recipe.held_out = random_ids(joint, 2 * batch_size, length)
+    dataset: Any = [{"input_ids": row} for row in recipe.held_out]
+    peak = DevicePeak(1.0, "not asked for")
     estimate = RunEstimate(PassFlops((), batch_size * length), batch_size * length, loop_settings.max_steps, peak, 1)
-    return TrainingLoop(task, dataset, estimate, accelerator, settings, overwrite=True)
+    return TrainingLoop(recipe, dataset, estimate, accelerator, recipe.settings)
 
 
 def check_training(scale: Scale) -> Part:
@@ -548,7 +516,7 @@ def check_training(scale: Scale) -> Part:
         name = "distillation" if distil else "joint"
         with tempfile.TemporaryDirectory() as folder:
             loop = build_loop(scale, scale.length, 8, Path(folder), distil)
-            loop.module.train()
+            loop.state.module.train()
             waits = "no"
             for step in range(6):
                 with forbid_synchronisation(scale) if step >= 2 else contextlib.nullcontext():
@@ -558,9 +526,9 @@ def check_training(scale: Scale) -> Part:
                         waits = str(problem).splitlines()[0]
                         part.problems.append(f"{name}: {traceback.format_exc()}")
                         break
-                loop.step += 1
+                loop.state.step += 1
             loss = float(values["loss"])
-            part.rows.append([name, str(loop.step), waits if scale.on_cuda else "–", f"{loss:.4f}"])
+            part.rows.append([name, str(loop.state.step), waits if scale.on_cuda else "–", f"{loss:.4f}"])
             part.require(math.isfinite(loss), f"{name}: the loss is {loss}")
             loop.accelerator.free_memory()
     return part
@@ -615,28 +583,29 @@ def logged_losses(run: Path) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records if "loss" in record}
 
 
-def start_script(scale: Scale, script: str, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    if not scale.on_cuda:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, f"training/{script}.py", *arguments],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+@dataclass
+class Command:
+    """A script of `training/` at work; what it prints is appended to `log`."""
 
+    process: subprocess.Popen[bytes]
+    log: Path
 
-def finish(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits for a script.
+    @classmethod
+    def start(cls, scale: Scale, script: str, arguments: Sequence[str], log: Path) -> Command:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+        if not scale.on_cuda:
+            environment["ACCELERATE_USE_CPU"] = "true"
+        command = [sys.executable, f"training/{script}.py", *arguments]
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        return cls(process, log)
 
-    Raises:
-        RuntimeError: it ended with an error, whose text this has.
-    """
-    if process.wait(timeout=240):
-        raise RuntimeError(f"a command ended with an error: {log.read_text(encoding='utf-8')[-3000:]}")
+    def finish(self) -> None:
+        """Waits for the end; RuntimeError if that was an error, with its text."""
+        if self.process.wait(timeout=240):
+            raise RuntimeError(f"a command ended with an error: {self.log.read_text(encoding='utf-8')[-3000:]}")
 
 
 def later_commands(run: Path, common: Sequence[str]) -> dict[str, list[str]]:
@@ -668,26 +637,26 @@ def check_commands(scale: Scale) -> Part:
         folder = Path(name)
         whole, killed, log = folder / "whole", folder / "killed", folder / "train_joint.txt"
         common = [*prepare_run(folder), f"loop.max_steps={steps}", f"loop.checkpointing_steps={steps // 4}"]
-        finish(start_script(scale, "train_joint", [*common, f"loop.output_dir={whole}"], log), log)
-        process = start_script(scale, "train_joint", [*common, f"loop.output_dir={killed}"], log)
+        Command.start(scale, "train_joint", [*common, f"loop.output_dir={whole}"], log).finish()
+        process = Command.start(scale, "train_joint", [*common, f"loop.output_dir={killed}"], log).process
         while process.poll() is None and max(logged_losses(killed), default=0) <= steps // 2:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         last = max(logged_losses(killed))
         checkpoints = [int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoint-*")]
         resumed = [*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"]
-        finish(start_script(scale, "train_joint", resumed, log), log)
+        Command.start(scale, "train_joint", resumed, log).finish()
         expected, found = logged_losses(whole), logged_losses(killed)
-        started = {
-            folder / f"{script}.txt": start_script(scale, script, arguments, folder / f"{script}.txt")
+        started = [
+            Command.start(scale, script, arguments, folder / f"{script}.txt")
             for script, arguments in later_commands(whole, common).items()
-        }
-        for log, process in started.items():
+        ]
+        for command in started:
             try:
-                finish(process, log)
+                command.finish()
             except RuntimeError as problem:
-                part.problems.append(f"{log.stem}: {problem}")
+                part.problems.append(f"{command.log.stem}: {problem}")
     part.require(list(found) == list(range(1, steps + 1)), f"the resumed run logged the steps {list(found)}")
     differences = [abs(a - b) / abs(a) for step in expected for a, b in zip(expected[step], found[step], strict=True)]
     part.rows.append([str(steps), str(last), str(last - max(checkpoints)), f"{max(differences):.1e}"])
@@ -707,28 +676,32 @@ def reset_peak(scale: Scale) -> None:
 
 
 def measured(scale: Scale, measure: Callable[[Case], Any], workload: str, length: int, batch: int, **case: Any) -> Any:
-    """What `benchmark.py` measures of a workload, and the batch that fitted: halved until memory suffices."""
+    """What `benchmark.py` measures of a workload, at the largest batch that memory holds of this one's halves."""
     while True:
         reset_peak(scale)
         torch._dynamo.reset()
+        setting = Case(
+            workload,
+            scale.geometry,
+            length,
+            batch,
+            "bfloat16",
+            device=str(scale.device),
+            repeats=scale.repeats,
+            profile=False,
+            **case,
+        )
         try:
-            found = measure(
-                Case(
-                    workload=workload,
-                    geometry=scale.geometry,
-                    length=length,
-                    batch_size=batch,
-                    dtype="bfloat16",
-                    device=str(scale.device),
-                    repeats=scale.repeats,
-                    profile=False,
-                    **case,
-                )
-            )
+            return measure(setting)
         except torch.OutOfMemoryError:
             batch //= 2
-            continue
-        return found
+
+
+def workload_row(name: str, item: Measurement, *more: str) -> list[str]:
+    """Time and memory of a workload beside the floor of its matrix products."""
+    speed = [f"{item.seconds:.5f}", f"{item.tokens_per_second:,.0f}"]
+    floor = [f"{item.floor_seconds:.5f}", f"{item.ratio:.2f}", f"{item.peak_memory_gib:.2f}"]
+    return [name, str(item.length), str(item.batch_size), *speed, *more, *floor]
 
 
 def check_sampling_speed(scale: Scale) -> Part:
@@ -738,19 +711,8 @@ def check_sampling_speed(scale: Scale) -> Part:
         ["workload", "L", "batch", "seconds", "tokens/s", "floor, s", "ratio", "peak GiB"],
     )
     for length, batch in scale.timed:
-        for item in measured(scale, measure_case, "sampling", length, batch):
-            part.rows.append(
-                [
-                    item.workload,
-                    str(length),
-                    str(item.batch_size),
-                    f"{item.seconds:.5f}",
-                    f"{item.tokens_per_second:,.0f}",
-                    f"{item.floor_seconds:.5f}",
-                    f"{item.ratio:.2f}",
-                    f"{item.peak_memory_gib:.2f}",
-                ]
-            )
+        items = measured(scale, measure_case, "sampling", length, batch)
+        part.rows += [workload_row(item.workload, item) for item in items]
     return part
 
 
@@ -767,17 +729,8 @@ def check_peers(scale: Scale) -> Part:
                 times = [f"{a_sample[str(length)]:.4g} ({length} tokens)", *[""] * (len(NFE) - 1)]
             else:
                 times = [f"{a_sample[str(count)]:.4g}" for count in NFE]
-            part.rows.append(
-                [
-                    row["sampler"],
-                    str(length),
-                    str(row["batch_size"]),
-                    f"{row['step_seconds']:.5f}",
-                    f"{row['step_ratio']:.2f}",
-                    f"{row['once_seconds']:.5f}",
-                    *times,
-                ]
-            )
+            costs = [f"{row['step_seconds']:.5f}", f"{row['step_ratio']:.2f}", f"{row['once_seconds']:.5f}"]
+            part.rows.append([row["sampler"], str(length), str(row["batch_size"]), *costs, *times])
     return part
 
 
@@ -792,19 +745,8 @@ def check_training_speed(scale: Scale) -> Part:
     for length, batch in scale.timed:
         for compiled in (False, True):
             (item,) = measured(scale, measure_case, "training", length, batch, compile=compiled)
-            part.rows.append(
-                [
-                    "compiled" if compiled else "eager",
-                    str(length),
-                    str(item.batch_size),
-                    f"{item.seconds:.4f}",
-                    f"{item.tokens_per_second:,.0f}",
-                    f"{item.flops / item.seconds / peak.flops_per_second:.1%}",
-                    f"{item.floor_seconds:.4f}",
-                    f"{item.ratio:.2f}",
-                    f"{item.peak_memory_gib:.2f}",
-                ]
-            )
+            utilization = f"{item.flops / item.seconds / peak.flops_per_second:.1%}"
+            part.rows.append(workload_row("compiled" if compiled else "eager", item, utilization))
     return part
 
 

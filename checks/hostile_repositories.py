@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
 import re
 import resource
 import shutil
@@ -31,17 +30,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import safetensors
 import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import AutoModel
 
 import ldlm_hf
+from ldlm_hf.evaluation.machine import device_name, versions
+from ldlm_hf.evaluation.markdown import markdown_table
+from tiny_pipeline import build_pipeline
 
 
 TRANSFORMER, LATENT_ENCODER, LATENT_DECODER = "transformer", "latent_encoder", "latent_decoder"
@@ -94,7 +93,7 @@ def load(way: str, repository: Path, component: str | None, arguments: dict[str,
 
     Args:
         way: `"LDLMPipeline"` or `"DiffusionPipeline"`; `"component"`: the class of the component, with the subfolder;
-            `"AutoModel"`: of transformers; `"Hub cache"`: the component by its Hub id, from the local cache.
+            `"AutoModel"`: of transformers.
     """
     if way in PIPELINES:
         pipeline_class = ldlm_hf.LDLMPipeline if way == "LDLMPipeline" else DiffusionPipeline
@@ -102,46 +101,12 @@ def load(way: str, repository: Path, component: str | None, arguments: dict[str,
     assert component is not None
     if way == "AutoModel":
         return AutoModel.from_pretrained(repository / component, **arguments)
-    if way == "Hub cache":
-        cache = repository.parent / f"{repository.name}-cache"
-        stored = cache / "models--org--name"
-        commit = "0" * 40
-        (stored / "refs").mkdir(parents=True)
-        (stored / "refs" / "main").write_text(commit)
-        shutil.copytree(repository, stored / "snapshots" / commit, symlinks=True)
-        arguments = arguments | {"cache_dir": cache, "local_files_only": True}
-        return COMPONENTS[component].from_pretrained("org/name", subfolder=component, **arguments)
     return COMPONENTS[component].from_pretrained(repository, subfolder=component, **arguments)
 
 
 def make_repository(folder: Path, width: int = 384, num_layers: int = 4, vocab_size: int = 8192) -> None:
     """Saves an honest pipeline with random weights."""
-    torch.manual_seed(0)
-    vocabulary = {f"w{index}": index for index in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with tempfile.TemporaryDirectory() as backbone:
-        sizes = {"n_embd": width, "n_layer": num_layers, "n_head": 2, "n_positions": 16, "vocab_size": vocab_size}
-        GPT2Model(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained(backbone)
-        token_encoder = ldlm_hf.LDLMTokenEncoder.from_backbone(backbone)
-    token_encoder.fit_statistics([torch.arange(16)[None]])
-    sizes = {
-        "hidden_size": width,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 2,
-        "intermediate_size": 2 * width,
-        "token_hidden_size": width,
-    }
-    latent_sizes = sizes | {"sequence_length": 8, "num_latents": 6, "latent_size": 16}
-    ldlm_hf.LDLMPipeline(
-        transformer=ldlm_hf.LDLMTransformer1DModel(16, num_layers, 2, width // 2, sample_size=6),
-        latent_decoder=ldlm_hf.LDLMLatentDecoder(ldlm_hf.LDLMLatentDecoderConfig(**latent_sizes)),
-        token_decoder=ldlm_hf.LDLMTokenDecoder(ldlm_hf.LDLMTokenDecoderConfig(vocab_size, **sizes)),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0"),
-        scheduler=ldlm_hf.TangentEulerMaruyamaScheduler(),
-        token_encoder=token_encoder,
-        latent_encoder=ldlm_hf.LDLMLatentEncoder(ldlm_hf.LDLMLatentEncoderConfig(**latent_sizes)),
-    ).save_pretrained(folder)
+    build_pipeline(0, width, num_layers, vocab_size).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------- changes
@@ -280,7 +245,7 @@ def move_weights(component: str, name: str) -> Callable[[Path], Any]:
 
 def link(name: str, target: str) -> Callable[[Path], None]:
     def change(repository: Path) -> None:
-        (repository / name).unlink()
+        (repository / name).unlink(missing_ok=True)
         (repository / name).symlink_to(target)
 
     return change
@@ -313,41 +278,25 @@ def honest_cases() -> Iterator[Case]:
     yield Case("the honest repository", change_nothing, None, None, PIPELINES)
     for component in COMPONENTS:
         yield Case("the honest repository", change_nothing, None, component, ("component",))
-    yield Case("the honest repository", change_nothing, None, LATENT_DECODER, ("AutoModel", "Hub cache"))
+    yield Case("the honest repository", change_nothing, None, LATENT_DECODER, ("AutoModel",))
 
 
 def pickle_cases() -> Iterator[Case]:
-    every_way = ("component", "LDLMPipeline", "DiffusionPipeline", "AutoModel", "Hub cache")
-    for component in COMPONENTS:
-        if component == "scheduler":
-            continue
+    for component in (TRANSFORMER, LATENT_DECODER):
         weights = weights_file(component)
         pickled = f"{component}/{'diffusion_pytorch_model' if component == TRANSFORMER else 'pytorch_model'}.bin"
-        ways = tuple(way for way in every_way if way != "AutoModel" or component != TRANSFORMER)
-        yield Case(
-            "pickle instead of safetensors",
-            put_pickle(pickled, True, weights),
-            "holds no .*safetensors",
-            component,
-            ways,
+        in_index = put_index(component, "pickled.bin", put_pickle(f"{component}/pickled.bin", True))
+        garbage = "no safetensors file|no valid safetensors"
+        changes = (
+            ("pickle instead of safetensors", put_pickle(pickled, True, weights), "holds no .*safetensors"),
+            ("pickle named .safetensors", put_pickle(weights, False), garbage),
+            ("torch archive named .safetensors", put_pickle(weights, True), garbage),
+            ("shard index that names a pickle", in_index, "'pickled.bin' is no safetensors file"),
         )
-    for component, ways in ((TRANSFORMER, every_way[:3]), (LATENT_DECODER, every_way)):
-        weights = weights_file(component)
-        name = "no safetensors file|no valid safetensors"
-        yield Case("pickle named .safetensors", put_pickle(weights, False), name, component, ways)
-        yield Case("torch archive named .safetensors", put_pickle(weights, True), name, component, ways)
-        pickled = f"{component}/pickled.bin"
-        yield Case(
-            "shard index that names a pickle",
-            put_index(component, "pickled.bin", put_pickle(pickled, True)),
-            "'pickled.bin' is no safetensors file",
-            component,
-            ways,
-        )
-    for component, pickled in (
-        (TRANSFORMER, f"{TRANSFORMER}/diffusion_pytorch_model.bin"),
-        (LATENT_DECODER, f"{LATENT_DECODER}/pytorch_model.bin"),
-    ):
+        ways = ("component", *PIPELINES, *(() if component == TRANSFORMER else ("AutoModel",)))
+        for name, change, match in changes:
+            yield Case(name, change, match, component, ways)
+        yield Case("pickle beside safetensors", put_pickle(pickled, True), None, component)
         yield Case(
             "pickle beside safetensors, use_safetensors=False",
             put_pickle(pickled, True),
@@ -355,32 +304,43 @@ def pickle_cases() -> Iterator[Case]:
             component,
             arguments={"use_safetensors": False},
         )
-        yield Case("pickle beside safetensors", put_pickle(pickled, True), None, component)
 
 
 def code_cases() -> Iterator[Case]:
-    index = "model_index.json"
-    yield Case(
-        "code of the pipeline in the published layout",
-        put_code("pipeline_ldlm.py", edit(index, _class_name=["pipeline_ldlm", "LDLMPipeline"])),
-        None,
-        ways=PIPELINES,
-    )
-    yield Case(
-        "code of a pipeline of another name",
-        put_code("evil.py", edit(index, _class_name=["evil", "LDLMPipeline"])),
-        "trust_remote_code",
-        ways=PIPELINES,
-    )
-    yield Case(
-        "code of a pipeline outside of the repository",
-        lambda repository: (
-            write(repository.parent, f"{repository.name}.py", explosive_code(repository)),
-            edit(index, _class_name=[f"../{repository.name}", "LDLMPipeline"])(repository),
+    index, tokenizer_config = "model_index.json", "tokenizer/tokenizer_config.json"
+    classes = {"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"}
+    by_path = {"AutoTokenizer": ["modeling.T", "modeling.T"]}
+    evil_index = edit(index, _class_name=["evil", "LDLMPipeline"])
+
+    def code_outside(repository: Path) -> None:
+        write(repository.parent, f"{repository.name}.py", explosive_code(repository))
+        edit(index, _class_name=[f"../{repository.name}", "LDLMPipeline"])(repository)
+
+    of_pipelines: list[tuple[str, Callable[[Path], Any], str | None]] = [
+        (
+            "code of the pipeline in the published layout",
+            put_code("pipeline_ldlm.py", edit(index, _class_name=["pipeline_ldlm", "LDLMPipeline"])),
+            None,
         ),
-        "trust_remote_code",
-        ways=PIPELINES,
-    )
+        ("code of a pipeline of another name", put_code("evil.py", evil_index), "trust_remote_code"),
+        ("code of a pipeline outside of the repository", code_outside, "trust_remote_code"),
+        (
+            "code of a component of another name",
+            put_code("transformer/evil.py", edit(index, transformer=["evil", "LDLMTransformer1DModel"])),
+            "transformer=.*is not what",
+        ),
+        (
+            "auto_map of the tokenizer, to be loaded by AutoTokenizer",
+            put_code(
+                "tokenizer/modeling.py",
+                edit(tokenizer_config, auto_map=by_path),
+                edit(index, tokenizer=["transformers", "AutoTokenizer"]),
+            ),
+            "tokenizer=.*is not what",
+        ),
+    ]
+    for name, change, match in of_pipelines:
+        yield Case(name, change, match, ways=PIPELINES)
     yield Case(
         "custom_pipeline given, in the repository",
         put_code("evil.py"),
@@ -391,84 +351,48 @@ def code_cases() -> Iterator[Case]:
     for component in (TRANSFORMER, LATENT_DECODER, "scheduler"):
         code = put_code(f"{component}/ldlm_hf.py")
         yield Case("code of a component in the published layout", code, None, component)
-    yield Case(
-        "code of a component of another name",
-        put_code("transformer/evil.py", edit(index, transformer=["evil", "LDLMTransformer1DModel"])),
-        "transformer=.*is not what",
-        ways=PIPELINES,
-    )
-    code = {"AutoConfig": "modeling.Config", "AutoModel": "modeling.Model"}
-    decoder_code = f"{LATENT_DECODER}/modeling.py"
-    yield Case(
-        "auto_map beside a known model_type",
-        put_code(decoder_code, edit(config_file(LATENT_DECODER), auto_map=code)),
-        None,
-        LATENT_DECODER,
-        ("component", *PIPELINES, "AutoModel"),
-    )
-    yield Case(
-        "auto_map and an unknown model_type",
-        put_code(decoder_code, edit(config_file(LATENT_DECODER), auto_map=code, model_type="evil")),
-        "trust_remote_code",
-        LATENT_DECODER,
-        ("AutoModel",),
-    )
-    yield Case(
-        "auto_map in the backbone's configuration",
-        put_code(f"{TOKEN_ENCODER}/modeling.py", edit_backbone(auto_map=code)),
-        "auto_map=.*is not allowed",
-        TOKEN_ENCODER,
-    )
-    yield Case(
-        "auto_map of the tokenizer, to be loaded by AutoTokenizer",
-        put_code(
-            "tokenizer/modeling.py",
-            edit("tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling.T", "modeling.T"]}),
-            edit(index, tokenizer=["transformers", "AutoTokenizer"]),
-        ),
-        "tokenizer=.*is not what",
-        ways=PIPELINES,
-    )
+
+    config, code_file = config_file(LATENT_DECODER), f"{LATENT_DECODER}/modeling.py"
+    ways = ("component", *PIPELINES, "AutoModel")
+    known = put_code(code_file, edit(config, auto_map=classes))
+    yield Case("auto_map beside a known model_type", known, None, LATENT_DECODER, ways)
+    unknown = put_code(code_file, edit(config, auto_map=classes, model_type="evil"))
+    yield Case("auto_map and an unknown model_type", unknown, "trust_remote_code", LATENT_DECODER, ("AutoModel",))
     for key, value in (
         ("attn_implementation", "evil/kernel"),
         ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
         ("transformers_weights", "../outside.safetensors"),
     ):
-        change = edit(config_file(LATENT_DECODER), **{key: value})
+        change = edit(config, **{key: value})
         yield Case(f"{key} in config.json", change, f"{key}=.*is not allowed", LATENT_DECODER)
-    yield Case(
-        "kernel from the Hub in the backbone's configuration",
-        edit_backbone(_attn_implementation="evil/kernel"),
-        "_attn_implementation=.*is not allowed",
-        TOKEN_ENCODER,
-    )
-    yield Case(
-        "adapter that names another model",
-        put(f"{LATENT_DECODER}/adapter_config.json", '{"base_model_name_or_path": "evil/model"}'),
-        "adapter_config.json, which would be loaded instead",
-        LATENT_DECODER,
-    )
+    for key, value in (("auto_map", classes), ("_attn_implementation", "evil/kernel")):
+        change = put_code(f"{TOKEN_ENCODER}/modeling.py", edit_backbone(**{key: value}))
+        name = f"{key} in the backbone's configuration"
+        yield Case(name, change, f"{key}=.*is not allowed", TOKEN_ENCODER)
+    adapter = put(f"{LATENT_DECODER}/adapter_config.json", '{"base_model_name_or_path": "evil/model"}')
+    match = "adapter_config.json, which would be loaded instead"
+    yield Case("adapter that names another model", adapter, match, LATENT_DECODER)
 
 
 def index_cases() -> Iterator[Case]:
-    for component, entry in (
-        (TRANSFORMER, ["os", "system"]),
-        (TRANSFORMER, ["builtins", "eval"]),
-        (TRANSFORMER, ["transformers", "BertModel"]),
-        (TRANSFORMER, ["ldlm_hf", "load_corpora"]),
-        (TRANSFORMER, ["ldlm_hf", "None"]),
-        (LATENT_DECODER, ["ldlm_hf", "LDLMTokenDecoder"]),
-        ("scheduler", ["diffusers", "DDPMScheduler"]),
-        ("tokenizer", ["transformers", "no_such_class"]),
-        ("tokenizer", ["transformers", ["list"]]),
-        (TRANSFORMER, ["ldlm_hf", None]),
-        (TRANSFORMER, [None, "LDLMTransformer1DModel"]),
+    no_component, no_pair = "is not what", "must be"
+    for component, entry, match in (
+        (TRANSFORMER, ["os", "system"], no_component),
+        (TRANSFORMER, ["transformers", "BertModel"], no_component),
+        (TRANSFORMER, ["ldlm_hf", "load_corpora"], no_component),
+        (TRANSFORMER, ["ldlm_hf", None], no_component),
+        (TRANSFORMER, [None, "LDLMTransformer1DModel"], no_component),
+        (LATENT_DECODER, ["ldlm_hf", "LDLMTokenDecoder"], no_component),
+        ("scheduler", ["diffusers", "DDPMScheduler"], no_component),
+        ("tokenizer", ["transformers", "no_such_class"], no_component),
+        ("tokenizer", ["transformers", ["list"]], no_component),
+        (TRANSFORMER, "LDLMTransformer1DModel", no_pair),
+        (TRANSFORMER, ["ldlm_hf"], no_pair),
+        (TRANSFORMER, 5, no_pair),
+        (TRANSFORMER, {"ldlm_hf": "LDLMTransformer1DModel"}, no_pair),
     ):
         change = edit("model_index.json", **{component: entry})
-        yield Case(f"model_index.json: {component}={json.dumps(entry)}", change, "is not what", ways=PIPELINES)
-    for entry in ("LDLMTransformer1DModel", ["ldlm_hf"], 5, {"ldlm_hf": "LDLMTransformer1DModel"}):
-        change = edit("model_index.json", transformer=entry)
-        yield Case(f"model_index.json: transformer={json.dumps(entry)}", change, "must be", ways=PIPELINES)
+        yield Case(f"model_index.json: {component}={json.dumps(entry)}", change, match, ways=PIPELINES)
     for name in ("../outside", "/etc", "safety_checker"):
         change = edit("model_index.json", **{name: ["ldlm_hf", "LDLMTokenDecoder"]})
         yield Case(f"model_index.json: a component {name!r}", change, "names a component", ways=PIPELINES)
@@ -478,17 +402,14 @@ def index_cases() -> Iterator[Case]:
             yield Case(name, put_index(component, shard), "is no safetensors file beside", component)
         missing = put_index(component, "missing.safetensors")
         yield Case("shard index: a file that is missing", missing, "but there is no such file", component)
-        yield Case(
-            "shard index: tensors that its file does not hold",
-            put_index(
-                component,
-                "x.safetensors",
-                put_header(component, lambda: {"x": tensor([1], 0, 4)}, body=bytes(4)),
-                move_weights(component, "x.safetensors"),
-            ),
-            "do not hold the same tensors",
+        other = put_index(
             component,
+            "x.safetensors",
+            put_header(component, lambda: {"x": tensor([1], 0, 4)}, body=bytes(4)),
+            move_weights(component, "x.safetensors"),
         )
+        name = "shard index: tensors that its file does not hold"
+        yield Case(name, other, "do not hold the same tensors", component)
         index = f"{weights_file(component)}.index.json"
         yield Case("shard index beside whole weights", put(index, "{}"), "holds both", component)
         yield Case("weights: link to a device", link(weights_file(component), "/dev/zero"), "holds no", component)
@@ -496,77 +417,84 @@ def index_cases() -> Iterator[Case]:
 
 
 def header_cases() -> Iterator[Case]:
-    one_value = bytes(4)
+    invalid, too_long, value = "no valid safetensors", "would have a header", bytes(4)
+
+    def blanks() -> bytes:
+        return b"{}" + b" " * (2**23 - 2)
+
+    def overlapping() -> dict[str, Any]:
+        return {"x": tensor([2], 0, 8), "y": tensor([2], 4, 12)}
+
     # name, pattern of the message, header, its declared size, the bytes behind it
     headers: list[tuple[str, str, Callable[[], Any], int | None, bytes]] = [
-        ("length 2^60", "would have a header", dict, 2**60, b""),
-        ("length beyond the file", "no valid safetensors", dict, 2**16, b""),
-        ("100 MB of blanks", "would have a header", lambda: b" " * 10**8, None, b""),
-        ("8 MiB of blanks", "outgrows|weights lack", lambda: b"{}" + b" " * (2**23 - 2), None, b""),
-        ("empty file", "no valid safetensors", bytes, 0, b""),
-        ("no JSON", "no valid safetensors", lambda: b"\xff" * 64, None, b""),
-        ("nested 10^6 deep", "no valid safetensors", lambda: b'{"x":' * 10**6, None, b""),
-        ("[2^40] beyond the file", "no valid safetensors", lambda: {"x": tensor([2**40], 0, 2**42)}, None, b""),
-        ("[2^40] on 4 bytes", "no valid safetensors", lambda: {"x": tensor([2**40], 0, 4)}, None, one_value),
-        ("[2^40, 2^40]", "no valid safetensors", lambda: {"x": tensor([2**40, 2**40], 0, 4)}, None, one_value),
-        ("negative shape", "no valid safetensors", lambda: {"x": tensor([-1], 0, 4)}, None, one_value),
-        ("negative offset", "no valid safetensors", lambda: {"x": tensor([1], -4, 0)}, None, one_value),
-        (
-            "overlapping tensors",
-            "no valid safetensors",
-            lambda: {"x": tensor([2], 0, 8), "y": tensor([2], 4, 12)},
-            None,
-            bytes(12),
-        ),
-        ("bytes of no tensor", "no valid safetensors", lambda: {"x": tensor([1], 0, 4)}, None, bytes(1000)),
-        ("unknown type", "no valid safetensors", lambda: {"x": tensor([1], 0, 4, "OBJECT")}, None, one_value),
-        ("10^6 tensors", "would have a header", lambda: empty_tensors(10**6), None, b""),
+        ("length 2^60", too_long, dict, 2**60, b""),
+        ("length beyond the file", invalid, dict, 2**16, b""),
+        ("100 MB of blanks", too_long, lambda: b" " * 10**8, None, b""),
+        ("8 MiB of blanks", "outgrows|weights lack", blanks, None, b""),
+        ("empty file", invalid, bytes, 0, b""),
+        ("no JSON", invalid, lambda: b"\xff" * 64, None, b""),
+        ("nested 10^6 deep", invalid, lambda: b'{"x":' * 10**6, None, b""),
+        ("[2^40] beyond the file", invalid, lambda: {"x": tensor([2**40], 0, 2**42)}, None, b""),
+        ("[2^40] on 4 bytes", invalid, lambda: {"x": tensor([2**40], 0, 4)}, None, value),
+        ("[2^40, 2^40]", invalid, lambda: {"x": tensor([2**40, 2**40], 0, 4)}, None, value),
+        ("negative shape", invalid, lambda: {"x": tensor([-1], 0, 4)}, None, value),
+        ("negative offset", invalid, lambda: {"x": tensor([1], -4, 0)}, None, value),
+        ("overlapping tensors", invalid, overlapping, None, bytes(12)),
+        ("bytes of no tensor", invalid, lambda: {"x": tensor([1], 0, 4)}, None, bytes(1000)),
+        ("unknown type", invalid, lambda: {"x": tensor([1], 0, 4, "OBJECT")}, None, value),
+        ("10^6 tensors", too_long, lambda: empty_tensors(10**6), None, b""),
         ("100 000 tensors", "holds 100000 tensors", lambda: empty_tensors(100_000), None, b""),
     ]
-    for component in (TRANSFORMER, LATENT_DECODER):
+    for component, ways in (
+        (TRANSFORMER, ("component", "LDLMPipeline")),
+        (LATENT_DECODER, ("component", "AutoModel")),
+    ):
         for name, match, header, size, body in headers:
-            ways = ("component", "LDLMPipeline") if component == TRANSFORMER else ("component", "AutoModel")
-            yield Case(
-                f"safetensors header: {name}", put_header(component, header, size, body), match, component, ways
-            )
+            change = put_header(component, header, size, body)
+            yield Case(f"safetensors header: {name}", change, match, component, ways)
 
 
 def config_cases() -> Iterator[Case]:
-    layers = {TRANSFORMER: "num_layers"}
-    widths = {TRANSFORMER: "attention_head_dim", TOKEN_ENCODER: "hidden_size"}
-    lengths = {TRANSFORMER: "sample_size", LATENT_ENCODER: "num_latents", LATENT_DECODER: "sequence_length"}
-    pattern = "outgrows its weights|can be built from it|by config.json"
-    for component in (TRANSFORMER, LATENT_ENCODER, LATENT_DECODER, TOKEN_DECODER, TOKEN_ENCODER):
+    outgrown = "outgrows its weights|can be built from it|by config.json"
+    mistyped = "=.* must be of type"
+    latent = [("hidden_size", 2**40), ("num_hidden_layers", 10**9)]
+    settings: dict[str, list[tuple[str, Any]]] = {
+        TRANSFORMER: [("attention_head_dim", 2**40), ("num_layers", 10**9), ("sample_size", 2**50)],
+        LATENT_ENCODER: [*latent, ("num_latents", 2**50)],
+        LATENT_DECODER: [*latent, ("sequence_length", 2**50)],
+        TOKEN_DECODER: [*latent, ("vocab_size", 2**50)],
+        TOKEN_ENCODER: [("hidden_size", 2**40)],
+    }
+    for component, values in settings.items():
         name = config_file(component)
         ways = ("component", *PIPELINES, *(() if component == TRANSFORMER else ("AutoModel",)))
-        settings = [(widths.get(component, "hidden_size"), 2**40)]
-        if component != TOKEN_ENCODER:
-            settings.append((layers.get(component, "num_hidden_layers"), 10**9))
-            settings.append((lengths.get(component, "vocab_size"), 2**50))
-        for key, value in settings:
-            yield Case(f"config.json: {key}={value}", edit(name, **{key: value}), pattern, component, ways)
-        key = layers.get(component, "num_hidden_layers") if component != TOKEN_ENCODER else "vocab_size"
+        for key, value in values:
+            yield Case(f"config.json: {key}={value}", edit(name, **{key: value}), outgrown, component, ways)
+        key = values[-1][0] if component != TOKEN_ENCODER else "vocab_size"
         for value in ("12", [2], True, 2.5, None):
             change = edit(name, **{key: value})
-            yield Case(
-                f"config.json: {key}={json.dumps(value)}", change, f"{key}=.* must be of type int", component, ways
-            )
+            yield Case(f"config.json: {key}={json.dumps(value)}", change, f"{key}{mistyped} int", component, ways)
         yield Case("config.json: no settings", put(name, "{}"), "", component, ways[:1])
+
+    transformer, decoder, encoder = map(config_file, (TRANSFORMER, LATENT_DECODER, TOKEN_ENCODER))
     for key in ("num_attention_heads", "attention_head_dim", "in_channels"):
         for value in (0, -1):
-            change = edit(config_file(TRANSFORMER), **{key: value})
-            yield Case(f"config.json: {key}={value}", change, pattern + "|do not belong", TRANSFORMER, ("component",))
-    for value in (math.inf, math.nan):
-        change = edit(config_file(TRANSFORMER), mlp_ratio=value)
-        yield Case(f"config.json: mlp_ratio={value}", change, "must be of type float", TRANSFORMER)
-    yield Case("config.json: mlp_ratio=1e300", edit(config_file(TRANSFORMER), mlp_ratio=1e300), pattern, TRANSFORMER)
-    yield Case(
-        "config.json: a billion labels",
-        edit(config_file(LATENT_DECODER), num_labels=10**9),
-        "num_labels",
-        LATENT_DECODER,
-        ("component", *PIPELINES, "AutoModel"),
-    )
+            change = edit(transformer, **{key: value})
+            match = f"{outgrown}|do not belong"
+            yield Case(f"config.json: {key}={value}", change, match, TRANSFORMER, ("component",))
+    for value, match in ((math.inf, "must be of type float"), (math.nan, "must be of type float"), (1e300, outgrown)):
+        yield Case(f"config.json: mlp_ratio={value}", edit(transformer, mlp_ratio=value), match, TRANSFORMER)
+    yield Case("config.json: a billion labels", edit(decoder, num_labels=10**9), "num_labels", LATENT_DECODER)
+
+    def many_tensors() -> dict[str, Any]:
+        return {f"{index}": tensor([1], index, index + 1, "U8") for index in range(2**15)}
+
+    def many_layers(repository: Path) -> None:
+        edit(transformer, num_layers=2**15)(repository)
+        put_header(TRANSFORMER, many_tensors, body=bytes(2**15))(repository)
+
+    yield Case("2^15 tensors of one element, and as many layers", many_layers, "outgrows its weights", TRANSFORMER)
+
     for key, value in (
         ("n_layer", 10**9),
         ("n_layer", 10**4),
@@ -578,123 +506,80 @@ def config_cases() -> Iterator[Case]:
     ):
         change = edit_backbone(**{key: value})
         yield Case(f"backbone_config: {key}={value}", change, "too large|is not allowed|outgrows", TOKEN_ENCODER)
-    for model_type, match in (
-        ("vit", "language model"),
-        ("no_such_type", "language model"),
-        (["gpt2"], "language model"),
-    ):
+    for model_type in ("vit", "no_such_type", ["gpt2"]):
         change = edit_backbone(model_type=model_type)
-        yield Case(f"backbone_config: model_type={model_type!r}", change, match, TOKEN_ENCODER)
-    yield Case(
-        "backbone_config: Qwen2, which lists its layers, with 10^9 of them",
-        edit(config_file(TOKEN_ENCODER), backbone_config={"model_type": "qwen2", "num_hidden_layers": 10**9}),
-        "too large",
-        TOKEN_ENCODER,
-    )
-    yield Case(
-        "backbone_config: a list",
-        edit(config_file(TOKEN_ENCODER), backbone_config=[1]),
-        "backbone_config=.* must be of type",
-        TOKEN_ENCODER,
-    )
-    yield Case(
-        "2^15 tensors of one element, and as many layers",
-        lambda repository: (
-            edit(config_file(TRANSFORMER), num_layers=2**15)(repository),
-            put_header(
-                TRANSFORMER,
-                lambda: {f"{index}": tensor([1], index, index + 1, "U8") for index in range(2**15)},
-                body=bytes(2**15),
-            )(repository),
-        ),
-        "outgrows its weights",
-        TRANSFORMER,
-    )
+        yield Case(f"backbone_config: model_type={model_type!r}", change, "language model", TOKEN_ENCODER)
+    qwen = {"model_type": "qwen2", "num_hidden_layers": 10**9}
+    name = "backbone_config: Qwen2, which lists its layers, with 10^9 of them"
+    yield Case(name, edit(encoder, backbone_config=qwen), "too large", TOKEN_ENCODER)
+    change = edit(encoder, backbone_config=[1])
+    yield Case("backbone_config: a list", change, f"backbone_config{mistyped}", TOKEN_ENCODER)
 
 
 def json_cases() -> Iterator[Case]:
-    deep = '{"x": ' + "[" * 10**5 + "]" * 10**5 + "}"
+    too_long, not_an_object = "bytes; a file of this kind", "where a JSON object is due"
+    broken, nested = "not valid JSON", "not valid JSON|nested more than"
+    deep = '{"_class_name": ' + "[" * 10**5 + "]" * 10**5 + "}"
+    contents: list[tuple[str, Content, str]] = [
+        ("64 MiB of blanks", lambda: "{}" + " " * 2**26, too_long),
+        ("a list of 2^20 numbers", lambda: json.dumps({"x": [0] * 2**20}), too_long),
+        ("nested 10^5 deep", deep, nested),
+        ("nested 100 deep", '{"x": ' * 100 + "0" + "}" * 100, nested),
+        ("cut off", '{"x": ', broken),
+        ("a list", "[1, 2]", not_an_object),
+        ("no UTF-8", b"\xff\xfe{}", broken),
+    ]
     for component in (TRANSFORMER, LATENT_DECODER, "scheduler"):
         name = config_file(component)
-
-        for what, content, match in (
-            ("64 MiB of blanks", lambda: "{}" + " " * 2**26, "bytes; a file of this kind"),
-            ("a list of 2^20 numbers", lambda: json.dumps({"x": [0] * 2**20}), "bytes; a file of this kind"),
-            ("nested 10^5 deep", deep, "not valid JSON|nested more than"),
-            ("nested 100 deep", '{"x": ' * 100 + "0" + "}" * 100, "nested more than"),
-            ("cut off", '{"x": ', "not valid JSON"),
-            ("a list", "[1, 2]", "where a JSON object is due"),
-            ("no UTF-8", b"\xff\xfe{}", "not valid JSON"),
-        ):
-            yield Case(
-                f"{Path(name).name}: {what}", put(name, content), match, component, ("component", "LDLMPipeline")
-            )
-    for what, content, match in (
-        (
-            "48 MiB",
-            lambda: json.dumps({"_class_name": "LDLMPipeline", "x": [0] * 2**24}),
-            "bytes; a file of this kind",
-        ),
-        ("a list", '["LDLMPipeline"]', "where a JSON object is due"),
-        ("nested 10^5 deep", deep.replace("x", "LDLMPipeline"), "not valid JSON|nested more than"),
-    ):
+        for what, content, match in contents:
+            ways = ("component", "LDLMPipeline")
+            yield Case(f"{Path(name).name}: {what}", put(name, content), match, component, ways)
+    for what, content, match in (contents[0], contents[2], contents[5]):
         yield Case(f"model_index.json: {what}", put("model_index.json", content), match, ways=PIPELINES)
 
 
 def weights_cases() -> Iterator[Case]:
-    for component in (TRANSFORMER, LATENT_ENCODER, LATENT_DECODER, TOKEN_DECODER, TOKEN_ENCODER):
-        yield Case(
-            "weights: a tensor is missing",
-            edit_weights(component, lambda tensors: tensors.pop(min(tensors))),
-            "the weights lack 1 tensors",
-            component,
-        )
-        yield Case(
-            "weights: one tensor too many",
-            edit_weights(component, lambda tensors: tensors.update(surplus=torch.zeros(1))),
+    changes: tuple[tuple[str, Callable[[dict[str, torch.Tensor]], Any], str | None], ...] = (
+        ("a tensor is missing", lambda held: held.pop(min(held)), "the weights lack 1 tensors"),
+        (
+            "one tensor too many",
+            lambda held: held.update(surplus=torch.zeros(1)),
             "1 tensors that .* has no place for",
-            component,
-        )
-        yield Case(
-            "weights: a tensor of another shape",
-            edit_weights(component, lambda tensors: tensors.update({min(tensors): torch.zeros(3)})),
+        ),
+        (
+            "a tensor of another shape",
+            lambda held: held.update({min(held): torch.zeros(3)}),
             "of shape .* do not belong together",
-            component,
-        )
-        yield Case(
-            "weights: not a number",
-            edit_weights(component, lambda tensors: [value.fill_(math.nan) for value in tensors.values()]),
-            None,
-            component,
-        )
+        ),
+        ("not a number", lambda held: [value.fill_(math.nan) for value in held.values()], None),
+    )
+    for component in (TRANSFORMER, LATENT_DECODER, TOKEN_ENCODER):
+        for name, change, match in changes:
+            yield Case(f"weights: {name}", edit_weights(component, change), match, component)
 
 
 def scheduler_cases() -> Iterator[Case]:
-    ways = ("component", *PIPELINES)
-    for settings, match in (
-        ({"tangent_d": math.nan}, "must be of type float"),
-        ({"tangent_d": math.inf}, "must be of type float"),
-        ({"tangent_d": "3"}, "must be of type float"),
-        ({"tangent_d": [3.0]}, "must be of type float"),
-        ({"tangent_d": -1.0}, "must be positive"),
-        ({"t_min": True}, "must be of type float"),
-        ({"t_min": 2.0}, "must lie in"),
-        ({"beta_t_max": 1.0}, "must lie between"),
+    mistyped = "must be of type float"
+    for key, value, match in (
+        ("tangent_d", math.nan, mistyped),
+        ("tangent_d", "3", mistyped),
+        ("tangent_d", [3.0], mistyped),
+        ("tangent_d", -1.0, "must be positive"),
+        ("t_min", True, mistyped),
+        ("t_min", 2.0, "must lie in"),
+        ("beta_t_max", 1.0, "must lie between"),
     ):
-        change = edit(config_file("scheduler"), **settings)
-        yield Case(f"scheduler: {json.dumps(settings)}", change, match, "scheduler", ways)
+        change = edit(config_file("scheduler"), **{key: value})
+        yield Case(f"scheduler: {key}={json.dumps(value)}", change, match, "scheduler")
 
 
 def tokenizer_cases() -> Iterator[Case]:
-    file = "tokenizer/tokenizer.json"
+    file, link_name = "tokenizer/tokenizer.json", "tokenizer/special_tokens_map.json"
 
     def shorten(repository: Path) -> None:
         content = json.loads((repository / file).read_text())
         content["model"]["vocab"] = {"w0": 0}
         write(repository, file, json.dumps(content))
-
-    def link_to_device(repository: Path) -> None:
-        (repository / "tokenizer" / "special_tokens_map.json").symlink_to("/dev/zero")
 
     changes: list[tuple[str, Callable[[Path], Any], str]] = [
         ("tokenizer.json: garbage", put(file, b"\xff" * 1000), "is no tokenizer"),
@@ -702,7 +587,7 @@ def tokenizer_cases() -> Iterator[Case]:
         ("tokenizer.json: nested 10^5 deep", put(file, "[" * 10**5 + "]" * 10**5), "is no tokenizer"),
         ("tokenizer.json: 65 MiB", put(file, lambda: "{}" + " " * 65 * 2**20), "bytes; a file of this kind"),
         ("tokenizer.json: another vocabulary", shorten, "The tokenizer has 1 tokens"),
-        ("special_tokens_map.json: link to a device", link_to_device, "there is no such file"),
+        ("special_tokens_map.json: link to a device", link(link_name, "/dev/zero"), "there is no such file"),
         ("tokenizer_config.json: a pickle", put_pickle("tokenizer/tokenizer_config.json", False), "not valid JSON"),
     ]
     for name, change, match in changes:
@@ -826,24 +711,12 @@ def canary_is_alive(honest: Path, scratch: Path) -> dict[str, bool]:
 # ---------------------------------------------------------------------------------------------- report
 
 
-def describe_machine() -> str:
-    """Processor, cores and versions."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.*)", cpuinfo)
-    versions = ", ".join(
-        f"{module.__name__} {module.__version__}" for module in (torch, diffusers, transformers, safetensors)
-    )
-    processor = model.group(1) if model else platform.machine()
-    return f"{processor}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
-
-
-def table_row(case: Case, outcomes: dict[str, Outcome]) -> str:
+def table_row(case: Case, outcomes: dict[str, Outcome]) -> list[str]:
     """One row for all ways of loading: the message of the first, the largest of times and memories."""
-    first = next(iter(outcomes.values()))
-    errors = " / ".join(dict.fromkeys(outcome.error or "loads" for outcome in outcomes.values()))
-    message = first.message.strip().split("\n")[0]
+    message = next(iter(outcomes.values())).message.strip().split("\n")[0]
     message = message if len(message) <= 200 else f"{message[:200]}…"
-    cells = [
+    errors = " / ".join(dict.fromkeys(outcome.error or "loads" for outcome in outcomes.values()))
+    return [
         case.name,
         case.component or "pipeline",
         ", ".join(outcomes),
@@ -852,34 +725,31 @@ def table_row(case: Case, outcomes: dict[str, Outcome]) -> str:
         f"{max(outcome.peak_mib for outcome in outcomes.values()):.0f}",
         f"{max(outcome.seconds for outcome in outcomes.values()):.1f}",
     ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def report(
     results: list[tuple[Case, dict[str, Outcome]]], alive: dict[str, bool], imported_mib: float, weights_mib: float
 ) -> str:
     """The page, with the honest loads first."""
-    honest = [outcome for case, outcomes in results if case.change is change_nothing for outcome in outcomes.values()]
-    hostile = [
-        (outcome, case)
-        for case, outcomes in results
-        if case.change is not change_nothing
-        for outcome in outcomes.values()
-    ]
+    loads = [(case, outcome) for case, outcomes in results for outcome in outcomes.values()]
+    honest = [outcome for case, outcome in loads if case.change is change_nothing]
+    hostile = [(case, outcome) for case, outcome in loads if case.change is not change_nothing]
+    refused = [outcome for _, outcome in hostile if outcome.error is not None]
+    written = sum(not outcome.canary_untouched for _, outcome in hostile)
     num_hostile = sum(case.change is not change_nothing for case, _ in results)
-    largest, largest_case = max(hostile, key=lambda pair: pair[0].peak_mib)
-    refused = [outcome for outcome, _ in hostile if outcome.error is not None]
+    largest_case, largest = max(hostile, key=lambda pair: pair[1].peak_mib)
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    columns = ["case", "part", "loaded by", "outcome", "canary", "peak MiB", "s"]
     lines = [
         "# Hostile repositories",
         "",
         "What comes of loading them. Written by `python checks/hostile_repositories.py`, which says how it measures.",
         "",
-        f"Machine: {describe_machine()}. Seed 0; one thread.",
+        f"Machine: {device_name(torch.device('cpu'))}, {os.cpu_count()} cores; {installed}. Seed 0; one thread.",
         "",
         f"* {len(hostile)} loads of {num_hostile} hostile repositories: {len(refused)} refused, "
-        f"{len(hostile) - len(refused)} loaded, the hostile part ignored or harmless; canary written in "
-        f"{sum(not outcome.canary_untouched for outcome, _ in hostile)}.",
-        "* The canary is written by " + ", by ".join(f"`{name}`: {written}" for name, written in alive.items()) + ".",
+        f"{len(hostile) - len(refused)} loaded, the hostile part ignored or harmless; canary written in {written}.",
+        "* The canary is written by " + ", by ".join(f"`{name}`: {found}" for name, found in alive.items()) + ".",
         f"* Peak memory: {imported_mib:.0f} MiB with the package imported, {max(one.peak_mib for one in honest):.0f} "
         f"MiB for the honest repository ({weights_mib:.0f} MiB of weights), {largest.peak_mib:.0f} MiB for the worst "
         f"of the hostile ones ({largest_case.name}).",
@@ -888,9 +758,7 @@ def report(
         "REPO is the repository. Where a case has several ways of loading, the message is that of the first; memory "
         "and time are the largest.",
         "",
-        "| case | part | loaded by | outcome | canary | peak MiB | s |",
-        "|---|---|---|---|---|---|---|",
-        *(table_row(case, outcomes) for case, outcomes in results),
+        *markdown_table(columns, [table_row(case, outcomes) for case, outcomes in results]),
     ]
     return "\n".join(lines) + "\n"
 

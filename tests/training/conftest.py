@@ -40,6 +40,8 @@ def tiny_overrides(backbone_folders: dict[str, Path], tiny_tokenizer, tmp_path: 
         "loop.logging_steps=1",
         "loop.mixed_precision=no",
         "loop.trackers=[]",
+        # which is measured otherwise
+        "loop.peak_tflops=1",
         "evaluation.every=0",
         "evaluation.num_sequences=16",
         "evaluation.num_samples=4",

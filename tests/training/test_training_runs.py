@@ -27,7 +27,7 @@ from ldlm_hf.training.loop import TrainingLoop, learning_rate_at, split_batch
 from ldlm_hf.training.randomness import RowRandomness
 from ldlm_hf.training.recipe import Evaluation, Recipe, StepLosses
 from ldlm_hf.training.run_folder import check_output_dir
-from ldlm_hf.training.settings import EvaluationSettings, LoopSettings, OptimizerSettings, RunSettings
+from ldlm_hf.training.settings import LoopSettings, OptimizerSettings, RunSettings
 
 
 Run = Callable[..., None]
@@ -164,9 +164,8 @@ def test_folder_of_another_run_is_refused(run_script: Run, tiny_overrides: list[
 
 @pytest.fixture
 def stopped(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> list[str]:
-    """Settings of a run that was stopped after two steps of four, and of one that was not, as `tmp_path/whole`."""
+    """Settings of a run that was stopped after two steps of four."""
     settings = [*tiny_overrides, "evaluation.num_samples=0", "loop.checkpointing_steps=2"]
-    run_script("train_joint", *settings, f"loop.output_dir={tmp_path / 'whole'}")
     run_script("train_joint", *settings, "loop.max_steps=2")
     return [*settings, "--resume_from_checkpoint", "latest"]
 
@@ -176,6 +175,7 @@ def test_a_run_goes_on_with_what_changes_no_token(run_script: Run, stopped: list
     changes = [f"data.source={tmp_path / 'moved.txt'}", "data.num_proc=2", f"data.cache_dir={tmp_path / 'other'}"]
     changes += ["loop.gradient_checkpointing=true", "data.max_validation_documents=5", "loop.logging_steps=1"]
     run_script("train_joint", *stopped, *changes)
+    run_script("train_joint", *stopped[:-2], f"loop.output_dir={tmp_path / 'whole'}")
     for found, expected in zip(losses(tmp_path / "run").values(), losses(tmp_path / "whole").values(), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
@@ -330,8 +330,8 @@ def test_the_pipeline_is_saved_before_what_may_fail(
 
 def test_samples_of_a_run_are_those_of_an_evaluation_in_any_batches(make_pipeline: Callable) -> None:
     pipe = make_pipeline()
-    whole, texts = sample(pipe, EvaluationSettings(batch_size=5, num_inference_steps=3), 5, seed=2)
-    split = sample(pipe, EvaluationSettings(batch_size=2, num_inference_steps=3), 5, seed=2)
+    whole, texts = sample(pipe, 5, num_inference_steps=3, seed=2, batch_size=5)
+    split = sample(pipe, 5, num_inference_steps=3, seed=2, batch_size=2)
     assert torch.equal(whole, split[0]) and texts == split[1]
     assert len({tuple(row) for row in whole.tolist()}) == 5
     # as evaluate.py makes sample 4 of seed 2
@@ -452,6 +452,9 @@ class Linear(nn.Module):
 class SometimesInfinite(Recipe):
     """A loss that is infinite at step 1 and fine at the others."""
 
+    def __init__(self) -> None:
+        self.module = Linear()
+
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
         scale = torch.inf if step == 1 else 1.0
         return StepLosses(total=(module.weight * scale).sum(), values={})
@@ -466,13 +469,13 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(
     settings: RunSettings = load_settings(RunSettings, None, tiny_overrides)
     dataset = [{"input_ids": torch.arange(8)}] * 16
     estimate = RunEstimate(PassFlops((), 1), 64, 4, DevicePeak(1.0, "none"), 1)
-    loop = TrainingLoop(SometimesInfinite(Linear()), dataset, estimate, Accelerator(cpu=True), settings)
+    loop = TrainingLoop(SometimesInfinite(), dataset, estimate, Accelerator(cpu=True), settings)
     weights, moments, counts = [], [], []
     for _ in range(3):
         loop.train_step()
-        loop.step += 1
-        state = next(iter(loop.optimizer.state.values()))
-        weights.append(loop.parameters[0].detach().clone())
+        loop.state.step += 1
+        state = next(iter(loop.state.optimizer.state.values()))
+        weights.append(loop.state.parameters[0].detach().clone())
         moments.append(state["exp_avg"].clone())
         counts.append(int(state["step"]))
     assert torch.equal(weights[0], weights[1])
@@ -481,7 +484,7 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(
     assert torch.isfinite(weights[2]).all()
     assert counts == [1, 1, 2]
     loop.read_back()
-    assert (loop.nonfinite_steps, loop.nonfinite_in_a_row) == (1, 0)
+    assert (loop.state.nonfinite_steps, loop.nonfinite_in_a_row) == (1, 0)
     assert [row["step"] for row in records(tmp_path / "run")] == [2]
 
 
