@@ -40,13 +40,12 @@ test: install
 test-slow: install
 	$(PYTEST) -m slow
 
-# What is too long or needs too much for `make test`. Each writes its figures beside its command, as checks/NAME.md.
+# What is too long, or needs too much, for tests. Each writes what it found beside its command, as checks/NAME.md.
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python checks/soak.py
 
 test-hub: install
 	OMP_NUM_THREADS=1 $(BIN)/python checks/hub_round_trip.py
-	OMP_NUM_THREADS=1 $(BIN)/python checks/hostile_repositories.py
 
 # needs chromium and chromedriver, and the demo's pipeline
 test-app: install

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import socket
@@ -38,13 +39,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from ldlm_hf.evaluation.machine import device_name
+from ldlm_hf.evaluation.markdown import markdown_table
+
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "training"))
-
-from speed.benchmark import describe_machine, markdown_table  # noqa: E402
-
-
 WIDTH, HEIGHT = 1100, 720
 MAX_PICTURE_BYTES = 200_000
 NUM_TEXTS, DECODE_EVERY, NUM_POINTS = 2, 8, 5
@@ -221,11 +220,12 @@ def report(
 ) -> str:
     """What was seen, as Markdown."""
     weights = next(Path(arguments.pipeline, "transformer").glob("*.safetensors"))
-    cells = [[text.replace("|", "\\|").replace("\n", "<br>") for text in column] for column in texts.values()]
-    rows = [[number, *row] for number, row in enumerate(zip(*cells, strict=True), start=1)]
+    cells = [[text.replace("\n", "<br>") for text in column] for column in texts.values()]
+    rows = [[str(number), *row] for number, row in enumerate(zip(*cells, strict=True), start=1)]
     images = "\n\n".join(f"{caption}:\n\n![{caption}]({name})" for name, caption in pictures.items())
     seen = [[name, "yes" if passed else "NO"] for name, passed in checks.items()]
-    machine = describe_machine(torch.device("cpu")) | versions
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    line = "\n"
     return f"""# The page in a browser, beside what the pipeline prints
 
 Written by
@@ -243,7 +243,7 @@ another process.
 Seed {arguments.seed}, {arguments.num_inference_steps} steps, {NUM_TEXTS} texts; every {DECODE_EVERY} steps the
 prediction was decoded for the page.
 
-{markdown_table(["", *texts], rows)}
+{line.join(markdown_table(["", *texts], rows))}
 
 The page's own line at the end: "{status}".
 
@@ -253,13 +253,11 @@ The page's own line at the end: "{status}".
 
 ## What was checked
 
-{markdown_table(["", "seen"], seen)}
+{line.join(markdown_table(["", "seen"], seen))}
 
 The error for an over-long text: "{error}"
 
-## Where
-
-{markdown_table(["", ""], list(machine.items()))}
+On {device_name(torch.device("cpu"))}, {os.cpu_count()} cores; {installed}.
 """
 
 
@@ -333,7 +331,8 @@ def main() -> None:
         checks["the browser's log has no error"] = not complaints
         chromium = driver.capabilities["browserVersion"]
     texts = {"shown in the page": shown, "printed by the pipeline": printed[0]}
-    versions = {name: importlib.metadata.version(name) for name in ("gradio", "selenium")} | {"chromium": chromium}
+    packages = ("torch", "gradio", "selenium")
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"chromium": chromium}
     (HERE / "app_screenshot.md").write_text(report(arguments, texts, status, error, pictures, checks, versions))
     for name, passed in checks.items():
         print(f"{'yes' if passed else 'NO '}  {name}")

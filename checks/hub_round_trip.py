@@ -415,10 +415,10 @@ def write_report(rows: list[Row], seconds: float) -> None:
 
 Each row is a process of its own; rows that follow each other may share its cache. `./tiny` is a folder saved by the
 package; everything else is asked of `checks/loopback_hub.py` by the real client. `org/tiny` holds the pipeline and its
-`fp16` variant, and at tag `v1` another one. *weights equal*: all weights and their types are those of the pipeline that
-was published, bit for bit. *samples equal*: 4 texts in 8 steps have the same tokens from the same seed, and latents
-within {LATENT_TOLERANCE}. An error is followed by what caused it (←). Code of the repository was executed in the rows
-that say so, and in no other.
+`fp16` variant, and at tag `v1` another one. *weights equal*: all weights and their types are those of the pipeline
+that was published, bit for bit. *samples equal*: 4 texts in 8 steps have the same tokens from the same seed, and
+latents within {LATENT_TOLERANCE}. An error is followed by what caused it (←). Code of the repository was executed
+in the rows that say so, and in no other.
 
 """
     columns = ["#", "surroundings", "what was done", "outcome", "repository code"]

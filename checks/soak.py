@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ldlm_hf.training.checkpoints import TEMPORARY_PREFIX, damage, find_checkpoints, step_of
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "training"))
-
-from ldlm_hf.training.checkpoints import TEMPORARY_PREFIX, damage, find_checkpoints, step_of  # noqa: E402
-
-
 WORLD_SIZE = 2
 COMPARED = ("loss", "hidden_loss", "token_loss", "diffusion_loss", "gradient_norm", "latent_std", "token_accuracy")
 DEMO = [
@@ -113,7 +110,7 @@ def records(run: Path) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in parsed if "loss" in record}
 
 
-def wait_for(condition: Any, ranks: Ranks, seconds: float = 300) -> bool:
+def wait_for(condition: Callable[[], Any], ranks: Ranks, seconds: float = 300) -> bool:
     """Waits until a condition holds; False if the run ended before."""
     end = time.monotonic() + seconds
     while ranks.running and time.monotonic() < end:
@@ -159,14 +156,34 @@ def read_checkpoints(run: Path, result: SoakResult) -> None:
         result.checkpoints_read += 1
 
 
+def kill_at(moment: int, ranks: Ranks, run: Path, generator: random.Random, result: SoakResult) -> bool:
+    """Kills one process or both soon after a step, or while a checkpoint is saved; False if the run ended before."""
+    saving = generator.random() < 0.5
+    if not wait_for(lambda: max(records(run), default=0) >= moment, ranks):
+        return False
+    if saving:
+        wait_for(lambda: any(run.glob(f"{TEMPORARY_PREFIX}*")), ranks, seconds=20)
+    else:
+        time.sleep(generator.uniform(0, 0.5))
+    result.kills_while_saving += any(run.glob(f"{TEMPORARY_PREFIX}*"))
+    victims = ranks.processes if generator.random() < 0.5 else [generator.choice(ranks.processes)]
+    for process in victims:
+        process.kill()
+    ranks.wait(timeout=20)
+    result.kills += 1
+    read_checkpoints(run, result)
+    last = max((step_of(path) for path in find_checkpoints(run)), default=0)
+    result.steps_done_again += max(records(run), default=0) - last
+    return True
+
+
 def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: int) -> SoakResult:
     """One run without a stop, one with `kills` kills at random moments, and what tells them apart."""
     generator = random.Random(seed)
     result = SoakResult(steps=steps)
     common = [*arguments, f"loop.max_steps={steps}"]
     folder.mkdir(parents=True, exist_ok=True)
-    whole, killed = folder / "whole", folder / "killed"
-    log = folder / "log.txt"
+    whole, killed, log = folder / "whole", folder / "killed", folder / "log.txt"
     # one that was killed before its first checkpoint starts anew
     go_on = [f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
     statuses = start([*common, f"loop.output_dir={whole}"], log).wait(timeout=3600)
@@ -174,27 +191,12 @@ def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: i
         result.problems.append(f"the uninterrupted run ended with {statuses}; see {log.name}")
         return result
 
-    moments = sorted(generator.sample(range(1, steps - 1), kills))
-    for moment in moments:
+    for moment in sorted(generator.sample(range(1, steps - 1), kills)):
         ranks = start([*common, *go_on], log)
         result.resumes += bool(find_checkpoints(killed))
-        saving = generator.random() < 0.5
-        if not wait_for(lambda moment=moment: max(records(killed), default=0) >= moment, ranks):
+        if not kill_at(moment, ranks, killed, generator, result):
             result.problems.append(f"the run ended by itself before step {moment}; see {log.name}")
             break
-        if saving:
-            wait_for(lambda: any(killed.glob(f"{TEMPORARY_PREFIX}*")), ranks, seconds=20)
-        else:
-            time.sleep(generator.uniform(0, 0.5))
-        result.kills_while_saving += any(killed.glob(f"{TEMPORARY_PREFIX}*"))
-        victims = ranks.processes if generator.random() < 0.5 else [generator.choice(ranks.processes)]
-        for process in victims:
-            process.kill()
-        ranks.wait(timeout=20)
-        result.kills += 1
-        read_checkpoints(killed, result)
-        last = max((step_of(path) for path in find_checkpoints(killed)), default=0)
-        result.steps_done_again += max(records(killed), default=0) - last
 
     statuses = start([*common, *go_on], log).wait(3600)
     result.resumes += 1

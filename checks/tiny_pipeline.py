@@ -17,9 +17,8 @@ def build_pipeline(seed: int = 0, width: int = 24, num_layers: int = 2, vocab_si
     vocabulary = {f"w{index}": index for index in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backbone = GPT2Config(
-        vocab_size, n_positions=16, n_embd=width, n_layer=num_layers, n_head=2, bos_token_id=1, eos_token_id=1
-    )
+    layers = {"n_embd": width, "n_layer": num_layers, "n_head": 2, "n_positions": 16}
+    backbone = GPT2Config(vocab_size=vocab_size, bos_token_id=1, eos_token_id=1, **layers)
     with tempfile.TemporaryDirectory() as folder:
         GPT2Model(backbone).save_pretrained(folder)
         token_encoder = ldlm_hf.LDLMTokenEncoder.from_backbone(folder)
@@ -35,7 +34,7 @@ def build_pipeline(seed: int = 0, width: int = 24, num_layers: int = 2, vocab_si
     pipeline = ldlm_hf.LDLMPipeline(
         transformer=ldlm_hf.LDLMTransformer1DModel(16, num_layers, 2, width // 2, sample_size=6),
         latent_decoder=ldlm_hf.LDLMLatentDecoder(ldlm_hf.LDLMLatentDecoderConfig(**latent_sizes)),
-        token_decoder=ldlm_hf.LDLMTokenDecoder(ldlm_hf.LDLMTokenDecoderConfig(vocab_size, **sizes)),
+        token_decoder=ldlm_hf.LDLMTokenDecoder(ldlm_hf.LDLMTokenDecoderConfig(vocab_size=vocab_size, **sizes)),
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0"),
         scheduler=ldlm_hf.TangentEulerMaruyamaScheduler(),
         token_encoder=token_encoder,

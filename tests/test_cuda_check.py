@@ -28,6 +28,7 @@ def cuda_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_part_holds_on_the_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--output", str(tmp_path / "cuda.md")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -72,6 +73,7 @@ def test_a_part_that_raises_leaves_its_error_in_the_report(cuda_check: ModuleTyp
     assert "FAILED" in report and "misaligned address" in report
 
 
+@pytest.mark.slow
 def test_other_checks_find_no_package_cuda_in_their_folder() -> None:
     code = "import torch\ntry:\n    import cuda.bindings\nexcept ImportError as error:\n    print('no package', error)"
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}

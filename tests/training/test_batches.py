@@ -164,8 +164,7 @@ def stream_batches(stream: StreamedTokenChunks, num_workers: int, device_batch_s
     return TrainingBatches(stream, batch_size, device_batch_size, stream.rank, stream.world_size, 0, num_workers)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (2, 1), (3, 0), (3, 2)])
 def test_a_stream_goes_on_exactly_after_every_kind_of_stop(load_stream, world_size: int, num_workers: int) -> None:
     rank = world_size - 1
     expected = take(stream_batches(load_stream(rank, world_size), num_workers), 40)

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 
 def command(repository: Path, output_dir: Path, *more: str) -> list[str]:
     """A short run of the demo: six steps of eight sequences, a checkpoint every second one."""
@@ -44,6 +46,7 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(repository: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -50,6 +50,7 @@ def teacher(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> Path:
     return tmp_path / "run" / "pipeline"
 
 
+@pytest.mark.slow
 def test_a_flow_map_learns_and_samples_in_few_steps(
     run_script: Run, shared: list[str], teacher: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_teachers_latents_follow_what_it_teaches(make_pipeline: Callable[...
     assert not torch.allclose(followed(2.0), followed(1.0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_progressive_students_halve_their_teachers_steps(
     run_script: Run, shared: list[str], teacher: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ print(LDLMPipeline.from_pretrained(sys.argv[1])(num_inference_steps=2).sequences
 """
 
 
+@pytest.mark.slow
 def test_a_run_pushes_its_checkpoints_and_its_pipeline(
     tiny_overrides: list[str], tmp_path: Path, repository: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_accumulated_passes_give_the_losses_of_one_pass(
     assert_same_losses(tmp_path / "accumulated", tmp_path / "one", range(1, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["training/train_joint.py", "tests/training/sharded_on_cpu.py"])
 def test_two_processes_give_the_losses_of_one(
     one_process: list[str], tmp_path: Path, repository: Path, script: str
@@ -71,6 +72,7 @@ def test_two_processes_give_the_losses_of_one(
     assert len(sharded) == (2 if "sharded" in script else 0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(
     run_script: Run, one_process: list[str], tmp_path: Path, repository: Path
 ) -> None:
@@ -83,6 +85,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_same_losses(run, tmp_path / "one", range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_stream_does_not_go_on_with_another_number_of_processes(
     run_script: Run, tiny_overrides: list[str], tmp_path: Path, repository: Path
 ) -> None:
@@ -101,6 +104,7 @@ def test_a_stream_does_not_go_on_with_another_number_of_processes(
         run_script("train_joint", *settings, "--resume_from_checkpoint", "latest")
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_step(tiny_overrides: list[str], tmp_path: Path) -> None:
     """The short form of `make soak`."""
     settings = [*tiny_overrides, "loop.checkpointing_steps=4", "evaluation.num_samples=0"]
@@ -112,6 +116,7 @@ def test_a_kill_loses_no_step(tiny_overrides: list[str], tmp_path: Path) -> None
     assert result != SoakResult()
 
 
+@pytest.mark.slow
 def test_signals_and_full_disks(tiny_overrides: list[str], tmp_path: Path) -> None:
     settings = [*tiny_overrides, "loop.max_steps=1000000", "loop.checkpointing_steps=4"]
     assert "exit status 0" in asked_to_stop(settings, tmp_path, signal.SIGUSR1)

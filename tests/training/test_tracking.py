@@ -68,6 +68,7 @@ def check_picture(picture: Image.Image) -> None:
     assert 0.5 < (pixels == 255).all(-1).mean() < 0.99, "with lines and letters"
 
 
+@pytest.mark.slow
 def test_tensorboard(written: Path) -> None:
     events = EventAccumulator(str(written / "my-run" / "ldlm")).Reload()
     assert [(item.step, item.value) for item in events.Scalars("loss")] == [
@@ -84,6 +85,7 @@ def test_tensorboard(written: Path) -> None:
     check_picture(Image.open(image_file))
 
 
+@pytest.mark.slow
 def test_wandb(written: Path) -> None:
     folders = list((written / "wandb" / "wandb").glob("offline-run-*"))
     numbers = []
@@ -103,6 +105,7 @@ def test_wandb(written: Path) -> None:
     assert sorted(numbers) == [(1, 1), (2, 2)]
 
 
+@pytest.mark.slow
 def test_trackio(written: Path) -> None:
     with closing(sqlite3.connect(written / "trackio" / "ldlm.db")) as store:
         rows = store.execute("select run_name, run_id, step, metrics from metrics order by step").fetchall()
@@ -121,6 +124,7 @@ def test_trackio(written: Path) -> None:
     check_picture(Image.open(written / "trackio" / "media" / pictures[0]))
 
 
+@pytest.mark.slow
 def test_no_process_is_left(written: Path) -> None:
     """wandb's service inherits the folder that its run was started in."""
 

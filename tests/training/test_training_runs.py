@@ -119,7 +119,7 @@ def test_dry_run_prints_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_resumed_run_has_the_losses_of_one_that_was_not_stopped(
     run_script: Run, tiny_overrides: list[str], tmp_path: Path, workers: int
 ) -> None:
@@ -396,7 +396,7 @@ def test_variants_are_settings(run_script: Run, tiny_overrides: list[str], tmp_p
     assert LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")(num_inference_steps=2).texts
 
 
-@pytest.mark.parametrize("reads", ["hidden_states", "latents"])
+@pytest.mark.parametrize("reads", [pytest.param("hidden_states", marks=pytest.mark.slow), "latents"])
 def test_token_decoder_can_be_trained_afterwards(
     run_script: Run, tiny_overrides: list[str], tmp_path: Path, reads: str
 ) -> None:
@@ -488,6 +488,7 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(
     assert [row["step"] for row in records(tmp_path / "run")] == [2]
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_timestep_sampler(tiny_overrides: list[str], tmp_path: Path, repository: Path) -> None:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
