@@ -42,9 +42,9 @@ if __name__ == "cuda":
     raise ImportError("checks/cuda.py is not the package `cuda`")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# instead of this script's folder, where torch would find this file when it imports NVIDIA's package `cuda`
-sys.path[0] = str(REPOSITORY / "training")
-sys.path.insert(1, str(REPOSITORY))
+if __name__ == "__main__":
+    # instead of this script's folder, where torch would find this file when it imports NVIDIA's package `cuda`
+    sys.path[:1] = [str(REPOSITORY / "training"), str(REPOSITORY)]
 
 import torch  # noqa: E402
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler  # noqa: E402
@@ -681,11 +681,11 @@ def measured(scale: Scale, measure: Callable[[Case], Any], workload: str, length
         reset_peak(scale)
         torch._dynamo.reset()
         setting = Case(
-            workload,
-            scale.geometry,
-            length,
-            batch,
-            "bfloat16",
+            workload=workload,
+            geometry=scale.geometry,
+            length=length,
+            batch_size=batch,
+            dtype="bfloat16",
             device=str(scale.device),
             repeats=scale.repeats,
             profile=False,

@@ -20,7 +20,6 @@ SCRIPT = REPOSITORY / "checks" / "cuda.py"
 
 @pytest.fixture
 def cuda_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setattr(sys, "path", list(sys.path))
     specification = importlib.util.spec_from_file_location("cuda_check", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     monkeypatch.setitem(sys.modules, "cuda_check", module)
