@@ -6,13 +6,14 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from ldlm_hf.training import devices, launch
+from ldlm_hf.training import launch
+from ldlm_hf.training.devices import build_accelerator
 from ldlm_hf.training.recipes.joint import JointRecipe
 from ldlm_hf.training.settings import LoopSettings
 
 
 def build_sharded_accelerator(settings: LoopSettings) -> Accelerator:
-    accelerator = devices.build_accelerator(settings)
+    accelerator = build_accelerator(settings)
     # as in training/accelerate/fsdp.yaml
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -26,4 +27,4 @@ def build_sharded_accelerator(settings: LoopSettings) -> Accelerator:
 
 
 launch.build_accelerator = build_sharded_accelerator
-launch.run(JointRecipe, "")
+launch.run(JointRecipe, __doc__)

@@ -330,8 +330,8 @@ def test_the_pipeline_is_saved_before_what_may_fail(
 
 def test_samples_of_a_run_are_those_of_an_evaluation_in_any_batches(make_pipeline: Callable) -> None:
     pipe = make_pipeline()
-    whole, texts = sample(pipe, 5, num_inference_steps=3, seed=2, batch_size=5)
-    split = sample(pipe, 5, num_inference_steps=3, seed=2, batch_size=2)
+    whole, texts = sample(pipe, 5, 3, seed=2, batch_size=5)
+    split = sample(pipe, 5, 3, seed=2, batch_size=2)
     assert torch.equal(whole, split[0]) and texts == split[1]
     assert len({tuple(row) for row in whole.tolist()}) == 5
     # as evaluate.py makes sample 4 of seed 2
