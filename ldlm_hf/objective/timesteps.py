@@ -237,7 +237,7 @@ class AdaptiveTimestepSampler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the state of another sampler with as many bins; ValueError if it has not."""
+        """Loads the state of a sampler with as many bins; ValueError for another number."""
         if state_dict.get("num_bins") != self.num_bins:
             raise ValueError(
                 f"This state is of a timestep sampler with num_bins={state_dict.get('num_bins')}, not "
