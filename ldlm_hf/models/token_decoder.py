@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from .latent_encoder import check_attention_heads
 from .layers import RMSNorm, TokenDecoderLayer, checkpoint_layer, initialize_layer
 from .pretrained_model import LDLMPreTrainedModel

@@ -25,8 +25,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ..loading.checks import check_settings
 from ..loading.pretrained_sources import resolve_pretrained_source
-from ..loading.safe_loading import SafeLoadingMixin, check_settings
+from ..loading.safe_loading import SafeLoadingMixin
 from .statistics import mean_and_std
 
 

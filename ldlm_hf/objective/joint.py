@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder

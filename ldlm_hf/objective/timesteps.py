@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 
 
 @dataclass

@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
+from ..loading.checks import whole_number
 from ..loading.repository import (
     check_saveable,
     keep_card,
@@ -33,7 +34,6 @@ from ..loading.repository import (
     write_repository_code,
 )
 from ..loading.safe_loading import check_model_index, check_serialization
-from ..loading.whole_numbers import whole_number
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder

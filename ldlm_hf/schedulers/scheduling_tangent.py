@@ -20,8 +20,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..loading.checks import whole_number
 from ..loading.safe_loading import read_json
-from ..loading.whole_numbers import whole_number
 from .tangent import alpha_sigma, learned_time_grid, log_snr_time_grid, uniform_time_grid
 
 

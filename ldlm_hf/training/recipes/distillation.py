@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ...data import DataSettings
-from ...loading.safe_loading import check_settings
+from ...loading.checks import check_settings
 from ...models.transformer_ldlm import LDLMTransformer1DModel
 from ...objective import DistillationObjective
 from ...objective.flow_map import BY_STUDENT, BY_TEACHER, DIAGONAL

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ...data import DataSettings
-from ...loading.safe_loading import check_settings
+from ...loading.checks import check_settings
 from ...loading.settings_reader import arguments_of
 from ...models.latent_decoder import LDLMLatentDecoder
 from ...models.latent_encoder import LDLMLatentEncoder
