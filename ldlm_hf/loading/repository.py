@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .remote_code import class_source
-from .safe_loading import check_adapters, is_loaded, weights_patterns
+from .safe_loading import check_adapters, component_classes, is_loaded, weights_patterns
 
 
 # see ldlm_hf.loading.remote_code.py for why these names are a format
@@ -65,7 +64,6 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
 
 def check_saveable(pipeline: DiffusionPipeline) -> None:
     """Raises ValueError for a component that would not be saved, or not load with the pipeline again."""
-    parameters = inspect.signature(type(pipeline).__init__).parameters
     for name, component in pipeline.components.items():
         if component is None:
             continue
@@ -74,12 +72,13 @@ def check_saveable(pipeline: DiffusionPipeline) -> None:
         component_class = uncompiled_class(component)
         is_ours = class_source(component_class) is not None
         library = COMPONENT_MODULE if is_ours else component_class.__module__.partition(".")[0]
-        annotation = str(parameters[name].annotation)
-        if not is_loaded(annotation, library, component_class.__name__):
+        expected = component_classes(type(pipeline), name)
+        if not is_loaded(expected, library, component_class.__name__):
             raise ValueError(
                 f"{name} is a {component_class.__name__} of {component_class.__module__}, which "
-                f"{type(pipeline).__name__} does not load as its {name}, {annotation}. Put the model of such a class "
-                f"in its place (of a wrapper, the model inside), or save the component alone and set {name}=None."
+                f"{type(pipeline).__name__} does not load as its {name}, {' | '.join(expected)}. Put the model of "
+                f"such a class in its place (of a wrapper, the model inside), or save the component alone and set "
+                f"{name}=None."
             )
 
 

@@ -120,7 +120,7 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
     """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
 
     Args:
-        pipeline_class: class whose constructor's annotations name the classes of components.
+        pipeline_class: of the pipeline, see [`component_classes`].
         model_index: content of model_index.json.
     """
     parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
@@ -134,22 +134,29 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
         library, class_name = entry
         if library is None and class_name is None:
             continue
-        annotation = str(parameters[name].annotation)
-        if not is_loaded(annotation, library, class_name):
+        expected = component_classes(pipeline_class, name)
+        if not is_loaded(expected, library, class_name):
             raise ValueError(
                 f"model_index.json: {name}={reprlib.repr(entry)} is not what {pipeline_class.__name__} loads as its "
-                f"{name}, {annotation}. Load a component of another class yourself, and give all components to the "
-                "constructor."
+                f"{name}, {' | '.join(expected)}. Load a component of another class yourself, and give all components "
+                "to the constructor."
             )
 
 
-def is_loaded(annotation: str, library: Any, class_name: Any) -> bool:
-    """Whether a class of a library is loaded as a component whose parameter in the constructor is so annotated."""
-    classes = re.findall(r"\w+", annotation)
+def component_classes(pipeline_class: type[Any], name: str) -> list[str]:
+    """Names of the classes that a pipeline loads as a component: those of its constructor's annotation, or for any
+    `SchedulerMixin` those that `pipeline_class.scheduler_classes` lists.
+    """
+    annotation = inspect.signature(pipeline_class.__init__).parameters[name].annotation
+    classes = re.findall(r"\w+", str(annotation))
+    return [*pipeline_class.scheduler_classes, "None"] if "SchedulerMixin" in classes else classes
+
+
+def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
+    """Whether a class of a library is one of those that [`component_classes`] names."""
     if library == COMPONENT_LIBRARY:
         return class_name != "None" and class_name in classes
     if library == "diffusers":
-        # of its own classes those only that the annotation names
         return class_name in classes and is_scheduler(class_name)
     return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
 

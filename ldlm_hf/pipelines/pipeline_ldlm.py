@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -39,12 +38,8 @@ from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
+from ..schedulers import DIFFUSERS_SCHEDULERS, SCHEDULERS
 from ..schedulers.discrete import check_schedule, is_discrete, model_times
-from ..schedulers.scheduling_tangent_churn import TangentChurnScheduler
-from ..schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
-from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
-from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from ..schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
 from ..schedulers.tangent import alpha_sigma
 from .pipeline_output import LDLMPipelineOutput
 
@@ -117,6 +112,7 @@ class LDLMPipeline(DiffusionPipeline):
         "latent_encoder",
     ]
     _callback_tensor_inputs = ["latents", "clean_latents"]
+    scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
     max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
@@ -126,15 +122,7 @@ class LDLMPipeline(DiffusionPipeline):
         latent_decoder: LDLMLatentDecoder | None,
         token_decoder: LDLMTokenDecoder | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        scheduler: TangentEulerMaruyamaScheduler
-        | TangentDDIMScheduler
-        | TangentDPMSolverMultistepScheduler
-        | TangentChurnScheduler
-        | TangentFlowMapScheduler
-        | DDIMScheduler
-        | DPMSolverMultistepScheduler
-        | UniPCMultistepScheduler
-        | None,
+        scheduler: SchedulerMixin | None,
         token_encoder: LDLMTokenEncoder | None = None,
         latent_encoder: LDLMLatentEncoder | None = None,
     ):
