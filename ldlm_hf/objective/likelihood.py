@@ -23,7 +23,7 @@ from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers import tangent
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from .joint import token_cross_entropy
+from .reconstruction import token_cross_entropy
 from .timesteps import AdaptiveTimestepSampler, UniformTimestepSampler
 
 
