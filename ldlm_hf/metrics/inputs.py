@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ldlm_hf.loading.whole_numbers import whole_number
+from ldlm_hf.loading.checks import whole_number
 
 
 def check_positive_int(name: str, value: Any) -> int:

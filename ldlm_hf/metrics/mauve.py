@@ -9,7 +9,7 @@ import evaluate
 import numpy as np
 import torch
 
-from ldlm_hf.loading.whole_numbers import whole_number
+from ldlm_hf.loading.checks import whole_number
 from ldlm_hf.metrics.inputs import TextInputs, check_positive_int
 from ldlm_hf.metrics.judge import Judge, as_judge, at_last_token
 

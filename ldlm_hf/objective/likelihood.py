@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -23,7 +23,7 @@ from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers import tangent
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from .joint import token_cross_entropy
+from .reconstruction import token_cross_entropy
 from .timesteps import AdaptiveTimestepSampler, UniformTimestepSampler
 
 

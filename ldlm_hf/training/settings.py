@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from ..data import DataSettings
 from ..evaluation.samplers import OWN, Sampler
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from ..loading.settings_reader import arguments_of
 from ..models.latent_decoder import LDLMLatentDecoderConfig
 from ..models.latent_encoder import LDLMLatentEncoderConfig

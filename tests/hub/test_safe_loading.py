@@ -30,7 +30,8 @@ from ldlm_hf import (
     LDLMTransformer1DModel,
     TangentEulerMaruyamaScheduler,
 )
-from ldlm_hf.loading.safe_loading import check_settings, limited_construction, read_json
+from ldlm_hf.loading.checks import check_settings
+from ldlm_hf.loading.safe_loading import limited_construction, read_json
 from loopback_hub import LoopbackHub
 
 

@@ -15,13 +15,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ...data import DataSettings
-from ...loading.safe_loading import check_settings
+from ...loading.checks import check_settings
 from ...loading.settings_reader import arguments_of
 from ...models.latent_decoder import LDLMLatentDecoder
 from ...models.latent_encoder import LDLMLatentEncoder
 from ...models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
 from ...models.token_encoder import LDLMTokenEncoder
-from ...objective.joint import layers_to_shard, token_cross_entropy
+from ...objective.base import Objective
+from ...objective.reconstruction import token_cross_entropy
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ..components import build_token_decoder, load_part
 from ..randomness import RowRandomness
@@ -66,7 +67,7 @@ class TokenDecoderSettings:
         check_decay(self.optimizer, self.loop)
 
 
-class TokenDecoderObjective(nn.Module):
+class TokenDecoderObjective(Objective):
     """Token loss (Eq. 3) of a token decoder on frozen encoders' noisy latents, decoded to hidden states or not."""
 
     def __init__(
@@ -83,10 +84,6 @@ class TokenDecoderObjective(nn.Module):
         self.latent_decoder = None if latent_decoder is None else latent_decoder.requires_grad_(False)
         self.token_decoder = token_decoder
         self.decoder_noise = decoder_noise
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        return layers_to_shard(self)
 
     def forward(
         self,
