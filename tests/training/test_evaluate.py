@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from figures import over_evaluations, pareto, smoothness
 from figures.pareto import pareto_frontier
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TangentDDIMScheduler, TokenEntropy
-from ldlm_hf.evaluation import run as pipeline_evaluation
+from ldlm_hf.evaluation import run as evaluation_run
 from ldlm_hf.evaluation.folder_lock import lock_folder
 from ldlm_hf.evaluation.part_cache import FinishedParts, module_digest, remove_unfinished
 from ldlm_hf.evaluation.real_text import repeated_words, shuffled_words
@@ -73,7 +73,7 @@ def run(run_script: Run, command: list[str], tmp_path: Path) -> Callable[..., di
     """Evaluates into a folder of `tmp_path`, with more or other options; gives the results."""
 
     def evaluate_into(folder: str, *more: str, arguments: list[str] = command) -> dict[str, Any]:
-        run_script("pipeline_evaluation", *arguments, "--output_dir", str(tmp_path / folder), *more)
+        run_script("evaluate", *arguments, "--output_dir", str(tmp_path / folder), *more)
         return read(tmp_path / folder)
 
     return evaluate_into
@@ -238,7 +238,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
 
     # and again while it scores
     scored = []
-    score_set = pipeline_evaluation.score_set
+    score_set = evaluation_run.score_set
 
     def watched(*arguments: Any) -> Any:
         if len(scored) == 3:
@@ -247,11 +247,11 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
         return score_set(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_evaluation, "score_set", watched)
+        patch.setattr(evaluation_run, "score_set", watched)
         with pytest.raises(Killed):
             run("killed", "--controls")
     assert Counter(made) == ALL_SAMPLES
-    monkeypatch.setattr(pipeline_evaluation, "score_set", lambda *a: (scored.append(a[1]), score_set(*a))[1])
+    monkeypatch.setattr(evaluation_run, "score_set", lambda *a: (scored.append(a[1]), score_set(*a))[1])
     resumed = run("killed", "--controls")
     assert Counter(made) == ALL_SAMPLES
     # real text, two controls, four sets: each once
@@ -317,7 +317,7 @@ def test_processes_on_devices_of_several_kinds_are_refused(
     run: Callable, made: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The times of a set would be of neither; here another process has told of its device."""
-    monkeypatch.setattr(pipeline_evaluation, "gather_object", lambda mine: [*mine, "another processor"])
+    monkeypatch.setattr(evaluation_run, "gather_object", lambda mine: [*mine, "another processor"])
     with pytest.raises(ValueError, match=r"several kinds \(.*another processor.*launch them on one kind"):
         run("out", "--judge", "none", "--steps", "1")
     assert not made
@@ -348,7 +348,7 @@ def test_a_pipeline_that_changes_during_its_evaluation_is_refused(
     run: Callable, make_pipeline: Callable[..., LDLMPipeline], pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its samples would be kept under the name of what was there before."""
-    plan = pipeline_evaluation.plan
+    plan = evaluation_run.plan
 
     def plan_and_train(*arguments: Any) -> Any:
         pipeline = make_pipeline()
@@ -358,7 +358,7 @@ def test_a_pipeline_that_changes_during_its_evaluation_is_refused(
         return plan(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_evaluation, "plan", plan_and_train)
+        patch.setattr(evaluation_run, "plan", plan_and_train)
         with pytest.raises(OSError, match="has changed since this evaluation has begun"):
             run("out", "--judge", "none", "--steps", "1")
     assert run("out", "--judge", "none", "--steps", "1")["pipelines"]
@@ -373,7 +373,7 @@ def test_reference_features_are_made_once_for_all_evaluations(
     def never(*_: Any) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(pipeline_evaluation, "text_features", never)
+    monkeypatch.setattr(evaluation_run, "text_features", never)
     assert without_times(run("second", *shared)) == without_times(first)
     with pytest.raises(AssertionError, match="made again"):
         run("third", "data.holdout_documents=7", *shared)
@@ -464,7 +464,7 @@ def test_a_blank_reference_is_refused(run: Callable, tmp_path: Path) -> None:
 def test_bad_command_lines(run_script: Run, command: list[str], bad: list[str], tmp_path: Path) -> None:
     output = ["--output_dir", str(tmp_path / "out")] if bad else []
     with pytest.raises(SystemExit):
-        run_script("pipeline_evaluation", *command, *bad, *output)
+        run_script("evaluate", *command, *bad, *output)
 
 
 def test_pipelines_that_do_not_go_together(
@@ -656,7 +656,7 @@ def test_results_are_there_when_everything_else_is(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_evaluation, "plot_pareto", fails)
+        patch.setattr(evaluation_run, "plot_pareto", fails)
         with pytest.raises(OSError, match="disk is full"):
             run("out", "--seeds", "1", "--steps", "1")
     assert not (tmp_path / "out" / "results.json").exists()
