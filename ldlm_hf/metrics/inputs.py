@@ -61,7 +61,7 @@ def check_token_sequence(name: str, sequence: Any) -> list[int]:
 
 
 def check_token_sequences(predictions: Any) -> list[list[int]]:
-    """Returns sequences of token ids, a list of lists or a 2-D array or tensor, as lists; a `ValueError` for all else."""
+    """Returns sequences of token ids as lists; a `ValueError` for anything but a list of lists or a 2-D array."""
     if predictions is None or len(predictions) == 0:
         raise ValueError("`predictions` is empty: pass at least one sequence of token ids.")
     return [check_token_sequence(f"predictions[{index}]", sequence) for index, sequence in enumerate(predictions)]

@@ -17,20 +17,15 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from PIL import Image
 
-from ldlm_hf.hub.model_card import (
-    NUM_SAMPLES,
-    Run,
-    RunResults,
-    Sample,
-    Source,
-    TextScores,
-    duration,
-    fenced,
-    main,
-    read_run,
-    write_card,
-)
+from ldlm_hf.hub.model_card import NUM_SAMPLES, duration, fenced, main, write_card
+from ldlm_hf.hub.run_files import Run, RunResults, Sample, Source, TextScores, read_run
 from ldlm_hf.hub.training_curves import MAX_POINTS, PANELS, group_means, plot_training_curves, series
+
+
+def text_scores(num_texts: int, *values: float) -> TextScores:
+    """Scores in the order of a card's columns; those that are left out were not measured."""
+    names = ("entropy", "diversity", "generative_perplexity", "mauve")
+    return TextScores(num_texts, dict(zip(names, values, strict=False)))
 
 
 SETTINGS = {
@@ -59,8 +54,8 @@ RESULTS = RunResults(
     num_held_out=64,
     judge={"name": "org/judge", "max_length": 1024, "add_bos": False},
     mauve={"num_texts": 500, "num_buckets": 3, "max_length": 1024, "seed": 25},
-    sample_scores=TextScores(500, 1.5, 0.75, 321.0625, 0.5),
-    real_scores=TextScores(500, 1.75, 0.875, 123.5, 0.96875),
+    sample_scores=text_scores(500, 1.5, 0.75, 321.0625, 0.5),
+    real_scores=text_scores(500, 1.75, 0.875, 123.5, 0.96875),
     samples=[Sample(f"text number {number}", 100.0 + number, 1.0 + number / 100) for number in range(30)],
 )
 
@@ -132,8 +127,8 @@ def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
 
 def test_the_mauve_of_few_texts_is_left_out_with_the_reason(tmp_path: Path) -> None:
     few = {
-        "sample_scores": TextScores(499, 1.5, 0.75, 321.0, 0.5),
-        "real_scores": TextScores(499, 1.75, 0.875, 99.0, 0.9),
+        "sample_scores": text_scores(499, 1.5, 0.75, 321.0, 0.5),
+        "real_scores": text_scores(499, 1.75, 0.875, 99.0, 0.9),
     }
     run = make_run(tmp_path / "few", replace(RESULTS, **few))
     card = write_card(read_run(run), run / "pipeline")
@@ -142,7 +137,7 @@ def test_the_mauve_of_few_texts_is_left_out_with_the_reason(tmp_path: Path) -> N
     assert "MAUVE is left out: it was measured on 499 texts of one seed" in card.text
     assert "Not measured" not in card.text
     # the run keeps what it has measured
-    assert read_run(run).results.sample_scores.mauve == 0.5
+    assert read_run(run).results.sample_scores.values["mauve"] == 0.5
     card = write_card(read_run(make_run(tmp_path / "many")), tmp_path / "card")
     assert "of the samples 500 texts of one seed, 7" in card.text
 
@@ -203,8 +198,8 @@ def test_what_was_not_measured_is_left_out_and_named(tmp_path: Path) -> None:
         RESULTS,
         judge=None,
         mauve=None,
-        sample_scores=TextScores(500, 1.5, 0.75),
-        real_scores=TextScores(10, 1.75, 0.875),
+        sample_scores=text_scores(500, 1.5, 0.75),
+        real_scores=text_scores(10, 1.75, 0.875),
         samples=[Sample("w", None, 0.5)],
     )
     run = make_run(tmp_path / "small", results)

@@ -20,7 +20,7 @@ def pareto_frontier(points: list[tuple[float, float]]) -> list[int]:
 
     A point beats another if its perplexity is not higher and its entropy not lower, and one of the two is better.
     """
-    frontier = []
+    frontier: list[int] = []
     best_perplexity = float("inf")
     # by falling entropy, then rising perplexity: a point is on the frontier if it is better than all before it
     for index in sorted(range(len(points)), key=lambda index: (-points[index][1], points[index][0])):
@@ -77,7 +77,7 @@ def plot_pareto(results: list[dict[str, Any]]) -> Figure:
             axes.annotate(
                 f"{one['steps']:,}", (entropy, perplexity), xytext=(7, 5), textcoords="offset points", fontsize="small"
             )
-    drawn = set()
+    drawn: set[tuple[float, float]] = set()
     for one in results:
         point = one["real_text"]["entropy"], one["real_text"]["generative_perplexity"]
         if point not in drawn and None not in point:

@@ -9,15 +9,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from figures.over_evaluations import PANELS, draw_curve
+from figures.over_evaluations import draw_curve
 from figures.style import run_style
 from ldlm_hf.evaluation.markdown import cell, markdown_table
 from ldlm_hf.hub.training_curves import WIDTH
+from ldlm_hf.metrics.registry import MAIN_COLUMNS
 from ldlm_hf.schedulers.scheduling_tangent import TIME_GRIDS
 
 
-# digits behind the point
-SCORES = {"generative_perplexity": 0, "entropy": 3, "diversity": 3, "mauve": 3}
 PANELS_A_ROW = 4
 # what a curve is called whose sampler names no grid: its scheduler's own
 OWN_GRID = "own"
@@ -88,15 +87,17 @@ def best_rows(
         ]
         if candidates:
             _, label, one = min(candidates, key=lambda candidate: candidate[0])
-            rows.append([str(budget), f"`{label}`", str(one["nfe"]), *[score_cell(one, name) for name in SCORES]])
+            rows.append(
+                [str(budget), f"`{label}`", str(one["nfe"]), *[score_cell(one, name) for name in MAIN_COLUMNS]]
+            )
         else:
-            rows.append([str(budget), "none", "", *[""] * len(SCORES)])
+            rows.append([str(budget), "none", "", *[""] * len(MAIN_COLUMNS)])
     return rows
 
 
 def score_cell(one: dict[str, Any] | None, score: str) -> str:
     """Mean and standard deviation over seeds."""
-    return "" if one is None else cell(one["mean"][score], one["std"][score], SCORES[score])
+    return "" if one is None else cell(one["mean"].get(score), one["std"].get(score), MAIN_COLUMNS[score].digits)
 
 
 def report(
@@ -111,10 +112,15 @@ def report(
     anchor = reference.sets[reference_nfe]
     lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
     real = results[0]["real_text"]
-    heading = ["at most", "sampler", "NFE", *[PANELS[score][0] for score in SCORES]]
+    heading = ["at most", "sampler", "NFE", *[score.heading for score in MAIN_COLUMNS.values()]]
     anchors = [
-        ["reference", f"`{reference.label}`", str(reference_nfe), *[score_cell(anchor, score) for score in SCORES]],
-        ["", "real text", "", *[cell(real[score], None, SCORES[score]) for score in SCORES]],
+        [
+            "reference",
+            f"`{reference.label}`",
+            str(reference_nfe),
+            *[score_cell(anchor, name) for name in MAIN_COLUMNS],
+        ],
+        ["", "real text", "", *[cell(real.get(name), None, score.digits) for name, score in MAIN_COLUMNS.items()]],
     ]
     lines = ["# Samplers", "", "## The best for each number of evaluations", ""]
     lines += [
@@ -126,10 +132,10 @@ def report(
     lines += [*markdown_table(heading, [*rows, *anchors]), "", "Highest MAUVE, whatever the entropy:", ""]
     rows = best_rows(samplers, budgets, "mauve", -1)
     lines += markdown_table(heading, [*rows, *anchors])
-    for score, digits in SCORES.items():
-        lines += ["", f"## {PANELS[score][0]}", "", f"Real text: {cell(real[score], None, digits)}.", ""]
+    for name, score in MAIN_COLUMNS.items():
+        lines += ["", f"## {score.heading}", "", f"Real text: {cell(real.get(name), None, score.digits)}.", ""]
         rows = [
-            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), score) for budget in budgets]]
+            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), name) for budget in budgets]]
             for sampler in samplers
         ]
         lines += markdown_table(["evaluations, at most", *map(str, budgets)], rows)
@@ -169,7 +175,7 @@ def plot_samplers(
                 draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
             if real_text[score] is not None:
                 axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
-            axes.set(xscale="log", yscale="log" if PANELS[score][1] else "linear")
+            axes.set(xscale="log", yscale="log" if MAIN_COLUMNS[score].is_logarithmic else "linear")
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
             if offset == 0:
@@ -178,7 +184,7 @@ def plot_samplers(
                 # the lowest panel of a column may stand above an empty place
                 axes.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
             if column == 0:
-                axes.set_ylabel(PANELS[score][0], fontsize="small")
+                axes.set_ylabel(MAIN_COLUMNS[score].heading, fontsize="small")
     for axes in panels.flatten():
         axes.set_visible(axes.has_data())
     drawn = {
