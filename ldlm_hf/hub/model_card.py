@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -221,9 +222,31 @@ def results_table(results: RunResults) -> str:
 def notes(run: Run) -> list[str]:
     """Lines below the table: what its numbers depend on, what is missing, and the held-out evaluation."""
     results = run.results
+    samples, real = results.sample_scores, results.real_scores
+    measured = measured_metrics(samples, real)
+    conditions = metric_conditions(run)
+    lines = [metric.meaning.format(**conditions) for metric in measured.values() if metric.meaning]
+    missing = {name: metric.title for name, metric in card_metrics().items() if name not in measured}
+    if results.mauve and missing.pop("mauve", None):
+        lines.append(
+            f"MAUVE is left out: it was measured on {conditions['num_samples']} texts of one seed, and cards give it "
+            f"from {MIN_MAUVE_TEXTS} texts on, below which their number decides more than the model."
+        )
+    if missing:
+        lines.append(f"Not measured: {', '.join(missing.values())}.")
+    if samples and real and samples.num_texts != real.num_texts:
+        lines.append("The two sets differ in size, so their diversity does not compare.")
+    if results.held_out:
+        values = "; ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.held_out.items())
+        lines.append(f"On {results.num_held_out:,} held-out sequences at the end of training: {values}.")
+    return lines
+
+
+def metric_conditions(run: Run) -> dict[str, Any]:
+    """What the meanings of the metrics name."""
+    results = run.results
     judge, mauve = results.judge or {}, results.mauve or {}
-    measured = measured_metrics(results.sample_scores, results.real_scores)
-    conditions = {
+    return {
         "highest_entropy": math.log(results.sequence_length),
         "judge": judge.get("name"),
         "judge_length": judge.get("max_length"),
@@ -234,29 +257,6 @@ def notes(run: Run) -> list[str]:
         "num_samples": results.sample_scores and results.sample_scores.num_texts,
         "seed": run.settings["loop"]["seed"],
     }
-    lines = [metric.meaning.format(**conditions) for metric in measured.values() if metric.meaning]
-    if mauve and "mauve" not in measured:
-        lines.append(
-            f"MAUVE is left out: it was measured on {conditions['num_samples']} texts of one seed, and cards give it "
-            f"from {MIN_MAUVE_TEXTS} texts on, below which their number decides more than the model."
-        )
-    missing = [
-        metric.title
-        for name, metric in card_metrics().items()
-        if name not in measured and not (name == "mauve" and mauve)
-    ]
-    if missing:
-        lines.append(f"Not measured: {', '.join(missing)}.")
-    if (
-        results.sample_scores
-        and results.real_scores
-        and results.sample_scores.num_texts != results.real_scores.num_texts
-    ):
-        lines.append("The two sets differ in size, so their diversity does not compare.")
-    if results.held_out:
-        values = "; ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.held_out.items())
-        lines.append(f"On {results.num_held_out:,} held-out sequences at the end of training: {values}.")
-    return lines
 
 
 def facts(run: Run) -> list[str]:
@@ -278,25 +278,32 @@ def facts(run: Run) -> list[str]:
         lines.append(
             f"{duration(results.seconds)} on {results.hardware}; evaluations and checkpoints on the way count."
         )
+    precision = {"no": "float32", "bf16": "bfloat16 autocast over float32 weights"}[loop["mixed_precision"]]
+    decay = run.settings["optimizer"]["ema_decay"]
+    lines.append(f"Precision: {precision}. Evaluated and saved is a moving average of the weights, decay {decay}.")
+    lines += origins(run)
+    if results.versions:
+        versions = ", ".join(f"{package} {version}" for package, version in results.versions.items())
+        lines.append(f"With {versions}.")
+    return lines
+
+
+def origins(run: Run) -> list[str]:
+    """Where the training text and the frozen models came from, a line each."""
     use_of_components = "Components that the token decoder was trained for, all of them frozen"
     if run.distillation:
         method = run.distillation.replace("_", " ")
         use_of_components = f"Teacher of the denoiser ({method}), whose other parts are kept as they are"
-    precision = {"no": "float32", "bf16": "bfloat16 autocast over float32 weights"}[loop["mixed_precision"]]
-    decay = run.settings["optimizer"]["ema_decay"]
-    lines.append(f"Precision: {precision}. Evaluated and saved is a moving average of the weights, decay {decay}.")
-    for source, role in (
-        (results.corpus, "Training text"),
-        (results.token_encoder, "Frozen token encoder"),
-        (results.components, use_of_components),
-    ):
-        if source is not None:
-            lines.append(f"{role}: `{source.name}`" + (" on the Hub." if source.is_hub_id else " (not on the Hub)."))
-    if results.versions:
-        lines.append(
-            "With " + ", ".join(f"{package} {version}" for package, version in results.versions.items()) + "."
-        )
-    return lines
+    sources = {
+        "Training text": run.results.corpus,
+        "Frozen token encoder": run.results.token_encoder,
+        use_of_components: run.results.components,
+    }
+    return [
+        f"{role}: `{source.name}` " + ("on the Hub." if source.is_hub_id else "(not on the Hub).")
+        for role, source in sources.items()
+        if source is not None
+    ]
 
 
 def duration(seconds: float) -> str:
