@@ -109,6 +109,19 @@ def test_results_are_read_as_they_were_saved(tmp_path: Path) -> None:
         assert RunResults.load(tmp_path / "results.json") == results
 
 
+def test_results_hold_the_scores_of_a_set_as_one_mapping(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    counts = {"num_blank_texts": 0, "num_unscored_texts": None, "num_nonfinite_texts": None}
+    scores = {"entropy": 1.5, "diversity": 0.75, "generative_perplexity": None}
+    replace(RESULTS, real_scores=TextScores(500, scores, num_blank_texts=0)).save(file)
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert list(values["real_scores"].items()) == [("num_texts", 500), *scores.items(), *counts.items()]
+    # what was written before a score was there has no value for it, and one of a score that is gone is kept
+    values["real_scores"] = {"num_texts": 3, "entropy": 1.0, "former": 2.0}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert RunResults.load(file).real_scores == TextScores(3, {"entropy": 1.0, "former": 2.0})
+
+
 def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "small")
     text = write_card(read_run(run), run / "pipeline").text

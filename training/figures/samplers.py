@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures.over_evaluations import draw_curve
@@ -166,25 +167,16 @@ def plot_samplers(
     panels = figure.subplots(2 * num_rows, PANELS_A_ROW, squeeze=False, sharex=True, sharey="row")
     for place, (family, members) in enumerate(families.items()):
         row, column = divmod(place, PANELS_A_ROW)
-        for offset, score in enumerate(scores):
-            axes = panels[2 * row + offset, column]
-            draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
-            for sampler in members:
-                grid = without_grid(sampler.label)[1]
-                style = run_style(ALL_GRIDS.index(grid))
-                draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
-            if real_text[score] is not None:
-                axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
-            axes.set(xscale="log", yscale="log" if MAIN_COLUMNS[score].is_logarithmic else "linear")
+        above, below = panels[2 * row, column], panels[2 * row + 1, column]
+        for axes, score in zip((above, below), scores, strict=True):
+            draw_family(axes, members, reference, score, real_text.get(score))
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
-            if offset == 0:
-                axes.set_title(family.removeprefix(f"{common}, ").replace(":", "\n"), fontsize="x-small")
-            else:
-                # the lowest panel of a column may stand above an empty place
-                axes.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
             if column == 0:
                 axes.set_ylabel(MAIN_COLUMNS[score].heading, fontsize="small")
+        above.set_title(family.removeprefix(f"{common}, ").replace(":", "\n"), fontsize="x-small")
+        # the lowest panel of a column may stand above an empty place
+        below.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
     for axes in panels.flatten():
         axes.set_visible(axes.has_data())
     drawn = {
@@ -201,6 +193,20 @@ def plot_samplers(
     )
     figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
     return figure
+
+
+def draw_family(
+    axes: Axes, members: Sequence[ScoredSampler], reference: ScoredSampler, score: str, real_value: float | None
+) -> None:
+    """A score of the samplers of one solver, a curve a time grid, over the reference's."""
+    draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
+    for sampler in members:
+        grid = without_grid(sampler.label)[1]
+        style = run_style(ALL_GRIDS.index(grid))
+        draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
+    if real_value is not None:
+        axes.axhline(real_value, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", yscale="log" if MAIN_COLUMNS[score].is_logarithmic else "linear")
 
 
 def without_grid(label: str) -> tuple[str, str]:
