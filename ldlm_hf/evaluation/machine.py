@@ -1,4 +1,4 @@
-"""Keeps the memory that torch has freed on the CPU for its next tensors."""
+"""The machine of a run: its processors, the versions of its packages, and how it treats freed memory."""
 
 from __future__ import annotations
 

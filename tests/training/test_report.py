@@ -34,7 +34,7 @@ from figures.report import write_report
 from figures.runs import moving_mean, plot_training, plot_warmup
 from figures.style import COLOURS, LINES, run_style
 from ldlm_hf import warmup_gate
-from ldlm_hf.hub.model_card import RunResults, Source, TextScores
+from ldlm_hf.hub.run_files import RunResults, Source, TextScores
 from ldlm_hf.loading.settings_reader import load_settings, to_yaml
 from ldlm_hf.training.settings import RunSettings
 
@@ -342,7 +342,7 @@ def test_report_of_a_finished_run_has_its_machine_and_scores(tmp_path: Path) -> 
         seconds=90.0,
         num_held_out=40,
         judge={"name": "org/judge", "max_length": 8, "add_bos": False},
-        sample_scores=TextScores(30, 1.5, 0.75, 321.06),
+        sample_scores=TextScores(30, {"entropy": 1.5, "diversity": 0.75, "generative_perplexity": 321.06}),
     ).save(tmp_path / "run" / "results.json")
     text = write_report(read_logged_runs([tmp_path / "run"]), tmp_path / "report")
     assert "| run | 40 | 0 | a processor | 1.5 minutes | – |" in text

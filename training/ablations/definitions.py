@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from ldlm_hf.evaluation.provenance import source
 from ldlm_hf.evaluation.report import COLUMNS
 from ldlm_hf.evaluation.samplers import OWN
-from ldlm_hf.hub.model_card import read_settings_and_log
+from ldlm_hf.hub.run_files import read_settings_and_log
 from ldlm_hf.loading.checks import check_settings
 from ldlm_hf.loading.settings_reader import (
     NULL,

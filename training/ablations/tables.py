@@ -50,7 +50,7 @@ class RowResults:
         Over training seeds, each one's mean over its sampling seeds; over the sampling seeds of a single one.
         """
         sets = [scores["pipelines"][0]["sets"][0] for _, scores in self.measured]
-        if not sets or any(one["mean"][name] is None for one in sets):
+        if not sets or any(one["mean"].get(name) is None for one in sets):
             return None, None
         if len(sets) == 1:
             return sets[0]["mean"][name], sets[0]["std"][name]
@@ -117,7 +117,7 @@ def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan:
     names = definition.columns
     header = ["", *(COLUMNS[name][0] for name in names), "held-out token accuracy ↑", "training seeds"]
     lines = [
-        [label, *(cell(scores[name], None, COLUMNS[name][1]) for name in names), "", ""]
+        [label, *(cell(scores.get(name), None, COLUMNS[name][1]) for name in names), "", ""]
         for label, scores in real_texts(rows).items()
     ]
     previous = None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ldlm_hf import warmup_gate
-from ldlm_hf.hub.model_card import RunResults, read_settings_and_log
+from ldlm_hf.hub.run_files import RunResults, read_settings_and_log
 from ldlm_hf.hub.training_curves import GRID_PREFIX, HELD_OUT_PREFIX, grid_points, series
 from ldlm_hf.loading.settings_reader import flatten, with_defaults
 from ldlm_hf.training.settings import MACHINE_SETTINGS, RunSettings

@@ -136,7 +136,9 @@ def numbers_section(runs: Sequence[LoggedRun], smoothing_steps: int) -> list[str
         for key, (_, digits) in logged.items():
             values = series(run.log, key)[1]
             cells.append(cell(values[-1] if values else None, None, digits))
-        cells += [cell(getattr(scores[run.name], name, None), None, metric.digits) for name, metric in metrics.items()]
+        measured = scores[run.name]
+        values_of_run = measured.values if measured else {}
+        cells += [cell(values_of_run.get(name), None, metric.digits) for name, metric in metrics.items()]
         rows.append(cells)
     titles = [title for title, _ in logged.values()] + [f"samples' {metric.title}" for metric in metrics.values()]
     lines = ["## Final numbers", "", *markdown_table(["run", "evaluated after step", *titles], rows), ""]
