@@ -214,7 +214,8 @@ def publish() -> dict[str, Any]:
     import ldlm_hf
     from tiny_pipeline import build_pipeline
 
-    first, pipe = build_pipeline(seed=1), build_pipeline(seed=0)
+    # so many layers that each component has more than one shard
+    first, pipe = (build_pipeline(seed, num_layers=4) for seed in (1, 0))
     published = {"v1": sample(first), "float32": sample(pipe)}
     first.push_to_hub("org/tiny")
     commit = HfApi().model_info("org/tiny").sha
