@@ -233,8 +233,7 @@ def ablate(tiny_config: Path, run_script: Callable, launched: list[list[str]], t
     def launch(command: list[str], log: Path) -> FinishedScript:
         launched.append(command)
         script, *arguments = command[command.index("--config_file") + 2 :]
-        # of the script evaluate.py only these lines are its own
-        module = {"evaluate": "pipeline_evaluation"}.get(Path(script).stem, Path(script).stem)
+        module = Path(script).stem
         with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
                 run_script(module, *arguments)
