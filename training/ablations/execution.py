@@ -85,11 +85,12 @@ class CommandRunner:
         is_stopped: whether it was.
     """
 
+    is_stopped = False
+
     def __init__(self, environment: Mapping[str, str], lock: TextIO):
         self.environment = environment
         self.lock = lock
         self.running: set[subprocess.Popen] = set()
-        self.is_stopped = False
 
     def run(self, command: list[str], log: Path) -> int:
         """Runs a command, its output appended to a file, and returns its exit status.
