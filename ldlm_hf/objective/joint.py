@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +282,15 @@ class JointObjective(nn.Module):
             token_accuracy=token_accuracy,
             latent_std=latents.detach().std(),
         )
+
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        """Arguments of `forward` for a batch of no particular text, to count what a pass costs."""
+        drawn = systematic_sample(batch_size, self.settings.self_conditioning_probability, offset=0.5)
+        return {
+            "input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long),
+            "timesteps": torch.full((batch_size,), 0.5),
+            "self_conditioned": drawn,
+        }
 
     def disturbed_hidden_states(
         self,
