@@ -26,11 +26,11 @@ from ldlm_hf import (
     TokenEntropy,
 )
 from ldlm_hf.evaluation.provenance import source, without_path
-from ldlm_hf.evaluation.run import write_results
 from ldlm_hf.evaluation.samples import sample_generator
 from ldlm_hf.hub.model_card import MIN_MAUVE_TEXTS, read_run
 from ldlm_hf.loading.settings_reader import to_yaml
 from ldlm_hf.metrics import load_judge
+from ldlm_hf.training.finish import finish_run
 from ldlm_hf.training.settings import DataSettings, EvaluationSettings, LoopSettings, ModelSettings, RunSettings
 from write_code import write_code
 
@@ -178,7 +178,7 @@ def test_results_hold_every_text_with_scores_of_its_own(
 ) -> None:
     pipeline = make_pipeline()
     held_out = random_tokens(40, seed=1)
-    write_results(
+    finish_run(
         pipeline,
         [{"input_ids": row} for row in held_out],
         settings,
@@ -231,9 +231,7 @@ def test_no_path_of_the_machine_gets_into_results_or_card(
     judge_folder: Path,
     tmp_path: Path,
 ) -> None:
-    write_results(
-        make_pipeline(), [{"input_ids": row} for row in random_tokens(25, seed=1)], settings, {}, seconds=2.0
-    )
+    finish_run(make_pipeline(), [{"input_ids": row} for row in random_tokens(25, seed=1)], settings, {}, seconds=2.0)
     for file in (tmp_path / "run" / "results.json", tmp_path / "run" / "pipeline" / "README.md"):
         text = file.read_text(encoding="utf-8")
         assert str(tmp_path) not in text and str(judge_folder.parent) not in text

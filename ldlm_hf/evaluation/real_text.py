@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data import DataSettings, TextCorpora, load_held_out
+from ..data import DataSettings, TextCorpora, TokenChunks, load_held_out
 from ..loading.settings_reader import load_settings
 from .scores import MIN_MAUVE_TEXTS
 
@@ -151,10 +151,11 @@ def training_sequences(dataset: Dataset, count: int) -> torch.Tensor:
     return held_out_sequences(dataset, count)
 
 
-def check_held_out(corpora: TextCorpora) -> None:
-    """Raises ValueError where the settings hold no text out."""
+def held_out_part(corpora: TextCorpora) -> TokenChunks:
+    """The held-out part of a corpus; ValueError where the settings hold no text out."""
     if corpora.validation is None:
         raise ValueError(
             "Evaluation needs held-out text, and the settings hold none out: set data.validation_split, "
             "data.holdout_documents or data.holdout_fraction."
         )
+    return corpora.validation

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import ldlm_hf
-
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..models.latent_decoder import LDLMLatentDecoder, LDLMLatentDecoderConfig
 from ..models.latent_encoder import LDLMLatentEncoder, LDLMLatentEncoderConfig
@@ -27,7 +25,7 @@ from .settings import ModelSettings, RunSettings
 
 
 # parts of a pipeline's folder, in the order in which text passes through them
-PARTS: dict[str, type] = {
+PARTS: dict[str, Any] = {
     "token_encoder": LDLMTokenEncoder,
     "latent_encoder": LDLMLatentEncoder,
     "latent_decoder": LDLMLatentDecoder,
@@ -42,9 +40,8 @@ def load_part(source: str, name: str) -> Any:
     """A part of a pipeline, or of what a run has left that trained no whole one: folder or Hub id."""
     part_class = PARTS[name]
     if name == "scheduler":
-        # whichever the pipeline has: ours, or one of diffusers'
-        class_name = part_class.load_config(source, subfolder=name)["_class_name"]
-        part_class = getattr(ldlm_hf if hasattr(ldlm_hf, class_name) else diffusers, class_name)
+        # whichever the pipeline has: one of diffusers', where ours are registered too
+        part_class = getattr(diffusers, part_class.load_config(source, subfolder=name)["_class_name"])
     return part_class.from_pretrained(source, subfolder=name)
 
 

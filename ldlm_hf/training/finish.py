@@ -21,7 +21,7 @@ from ..metrics import load_judge
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .components import count_parameters
 from .journal import samples_text
-from .settings import MACHINE_SETTINGS, TrainingSettings
+from .settings import MACHINE_SETTINGS, RunSettings, TrainingSettings
 
 
 def finish_run(
@@ -99,6 +99,8 @@ def describe(settings: TrainingSettings, sequence_length: int) -> RunResults:
         changed_settings={key: without_path(values[key]) for key in keys if key not in MACHINE_SETTINGS},
         sequence_length=sequence_length,
         corpus=source(settings.data.source),
-        token_encoder=None if settings.components else source(settings.model.backbone),
+        token_encoder=source(settings.model.backbone)
+        if isinstance(settings, RunSettings) and not settings.components
+        else None,
         components=source(settings.components) if settings.components else None,
     )

@@ -8,12 +8,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import ModelMixin
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DataSettings, TextCorpora, load_corpora
+from ..data import DataSettings, StreamedTokenChunks, TokenChunks, load_corpora
 from ..evaluation.markdown import human_count
-from ..evaluation.real_text import check_held_out
+from ..evaluation.real_text import held_out_part
 from ..evaluation.samplers import Sampler
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..loading.settings_reader import load_settings, to_yaml
@@ -40,7 +41,7 @@ def run(recipe_class: type[PipelineRecipe], description: str) -> None:
         ValueError, OSError: before any training, where settings, text or folders would stop it later.
     """
     arguments = parse_arguments(description)
-    settings = load_settings(recipe_class.settings_class, arguments.config, arguments.overrides)
+    settings: TrainingSettings = load_settings(recipe_class.settings_class, arguments.config, arguments.overrides)
     accelerator = build_accelerator(settings.loop)
     # every rank starts from the same weights
     set_seed(settings.loop.seed)
@@ -51,13 +52,13 @@ def run(recipe_class: type[PipelineRecipe], description: str) -> None:
         return
 
     checkpoint, uploads = prepare_run(arguments, settings, accelerator, recipe.expected_scheduler())
-    corpora = load_text(settings.data, recipe.tokenizer, recipe.sequence_length, accelerator)
-    recipe.build(corpora)
+    train, held_out = load_text(settings.data, recipe.tokenizer, recipe.sequence_length, accelerator)
+    recipe.build(train, held_out)
     speed_up(recipe.module, settings.loop)
     print_overview(settings, recipe.module, recipe.sequence_length, accelerator)
     loop = TrainingLoop(
         recipe,
-        corpora.train,
+        train,
         estimate(recipe.module, settings.loop, recipe.sequence_length, accelerator),
         accelerator,
         settings,
@@ -77,7 +78,7 @@ def run(recipe_class: type[PipelineRecipe], description: str) -> None:
         return
     finish_run(
         pipeline,
-        corpora.validation,
+        held_out,
         settings,
         evaluation.values,
         loop.state.seconds,
@@ -186,9 +187,9 @@ def speed_up(objective: nn.Module, settings: LoopSettings) -> None:
     """Applies the settings `gradient_checkpointing` and `compile` to all trained components."""
     for _, module in trained_components(objective):
         if settings.gradient_checkpointing:
-            if hasattr(module, "enable_gradient_checkpointing"):
+            if isinstance(module, ModelMixin):
                 module.enable_gradient_checkpointing()
-            elif module.supports_gradient_checkpointing:
+            elif isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
                 module.gradient_checkpointing_enable({"use_reentrant": False})
         if settings.compile:
             compile_blocks(module)
@@ -196,7 +197,7 @@ def speed_up(objective: nn.Module, settings: LoopSettings) -> None:
 
 def load_text(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int, accelerator: Accelerator
-) -> TextCorpora:
+) -> tuple[TokenChunks | StreamedTokenChunks, TokenChunks]:
     """Training and held-out text; one process builds the cache."""
     with accelerator.main_process_first():
         corpora = load_corpora(
@@ -206,5 +207,4 @@ def load_text(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-    check_held_out(corpora)
-    return corpora
+    return corpora.train, held_out_part(corpora)

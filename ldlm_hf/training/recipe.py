@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data import TextCorpora
 from ..evaluation.real_text import held_out_sequences
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .randomness import RowRandomness
@@ -122,9 +122,9 @@ class PipelineRecipe(Recipe):
             ValueError, OSError: they are not there, or do not fit the settings.
         """
 
-    def build(self, corpora: TextCorpora) -> None:
-        """Completes the module, with what is measured on the training text."""
-        self.held_out = held_out_sequences(corpora.validation, self.settings.evaluation.num_sequences)
+    def build(self, train: Dataset[dict[str, torch.Tensor]], held_out: Dataset[dict[str, torch.Tensor]]) -> None:
+        """Completes the module, with what is measured on the training text, and chooses the held-out sequences."""
+        self.held_out = held_out_sequences(held_out, self.settings.evaluation.num_sequences)
 
     def trained_parts(self) -> nn.Module:
         """A module whose children are the trained components, before any text was read."""

@@ -373,7 +373,7 @@ def add_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Call
 
 
 UNFIT_SOURCES = {
-    "renamed": ("from ldlm_hf.hub import repository as other\nclass Thing: x = other.CARD", "keep their names"),
+    "renamed": ("from ldlm_hf.loading import repository as other\nclass Thing: x = other.CARD", "keep their names"),
     "imported_late": ("class Thing:\n    def f(self):\n        from . import models", "import at the top"),
     "conditional": ("if True:\n    y = 1\nclass Thing: pass", "only imports, functions, classes"),
     "unpacked": ("x, y = 1, 2\nclass Thing: pass", "assignments of plain names"),

@@ -7,11 +7,13 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from ldlm_hf.training import launch
-from ldlm_hf.training.recipes import joint as train_joint
+from ldlm_hf.training.devices import build_accelerator
+from ldlm_hf.training.recipes.joint import JointRecipe
+from ldlm_hf.training.settings import LoopSettings
 
 
-def build_sharded_accelerator(settings: launch.LoopSettings) -> Accelerator:
-    accelerator = launch.build_accelerator(settings)
+def build_sharded_accelerator(settings: LoopSettings) -> Accelerator:
+    accelerator = build_accelerator(settings)
     # as in training/accelerate/fsdp.yaml
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -24,5 +26,5 @@ def build_sharded_accelerator(settings: launch.LoopSettings) -> Accelerator:
     return accelerator
 
 
-train_joint.build_accelerator = build_sharded_accelerator
-train_joint.main()
+launch.build_accelerator = build_sharded_accelerator
+launch.run(JointRecipe, __doc__)

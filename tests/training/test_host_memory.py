@@ -5,19 +5,15 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-
-TRAINING = Path(__file__).parents[2] / "training"
 
 
 # prints the page faults of a tensor of 32 MiB behind one of 64 MiB that has been freed
 COUNT_FAULTS = """
 import resource
 import torch
-from host_memory import keep_freed_memory
+from ldlm_hf.evaluation.machine import keep_freed_memory
 
 if {keep}:
     assert keep_freed_memory()
@@ -30,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def page_faults(keep: bool) -> int:
     command = [sys.executable, "-c", COUNT_FAULTS.format(keep=keep)]
-    return int(subprocess.run(command, cwd=TRAINING, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

@@ -28,7 +28,7 @@ GRID = [(0.05, 0.5), (0.5, 0.3), (1.0, 0.9)]
 WRITE = f"""
 import sys
 from accelerate import Accelerator
-from tracking import check_trackers, log_figure, log_samples, loss_over_time_figure, start_trackers
+from ldlm_hf.training.tracking import check_trackers, log_figure, log_samples, loss_over_time_figure, start_trackers
 
 folder, names = sys.argv[1], ["tensorboard", "wandb", "trackio"]
 check_trackers(names)
@@ -49,7 +49,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     folder = tmp_path_factory.mktemp("trackers")
     (folder / "wandb").mkdir()
     environment = os.environ | {
-        "PYTHONPATH": f"{repository}:{repository / 'training'}",
+        "PYTHONPATH": str(repository),
         "OMP_NUM_THREADS": "1",
         "TRACKIO_DIR": str(folder / "trackio"),
         "WANDB_DIR": str(folder / "wandb"),

@@ -27,7 +27,7 @@ from ldlm_hf.training.loop import TrainingLoop, learning_rate_at, split_batch
 from ldlm_hf.training.randomness import RowRandomness
 from ldlm_hf.training.recipe import Evaluation, Recipe, StepLosses
 from ldlm_hf.training.run_folder import check_output_dir
-from ldlm_hf.training.settings import EvaluationSettings, LoopSettings, OptimizerSettings, RunSettings
+from ldlm_hf.training.settings import LoopSettings, OptimizerSettings, RunSettings
 
 
 Run = Callable[..., None]
@@ -330,8 +330,8 @@ def test_the_pipeline_is_saved_before_what_may_fail(
 
 def test_samples_of_a_run_are_those_of_an_evaluation_in_any_batches(make_pipeline: Callable) -> None:
     pipe = make_pipeline()
-    whole, texts = sample(pipe, EvaluationSettings(batch_size=5, num_inference_steps=3), 5, seed=2)
-    split = sample(pipe, EvaluationSettings(batch_size=2, num_inference_steps=3), 5, seed=2)
+    whole, texts = sample(pipe, 5, 3, seed=2, batch_size=5)
+    split = sample(pipe, 5, 3, seed=2, batch_size=2)
     assert torch.equal(whole, split[0]) and texts == split[1]
     assert len({tuple(row) for row in whole.tolist()}) == 5
     # as evaluate.py makes sample 4 of seed 2
@@ -452,6 +452,9 @@ class Linear(nn.Module):
 class SometimesInfinite(Recipe):
     """A loss that is infinite at step 1 and fine at the others."""
 
+    def __init__(self) -> None:
+        self.module = Linear()
+
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
         scale = torch.inf if step == 1 else 1.0
         return StepLosses(total=(module.weight * scale).sum(), values={})
@@ -466,13 +469,13 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(
     settings: RunSettings = load_settings(RunSettings, None, tiny_overrides)
     dataset = [{"input_ids": torch.arange(8)}] * 16
     estimate = RunEstimate(PassFlops((), 1), 64, 4, DevicePeak(1.0, "none"), 1)
-    loop = TrainingLoop(SometimesInfinite(Linear()), dataset, estimate, Accelerator(cpu=True), settings)
+    loop = TrainingLoop(SometimesInfinite(), dataset, estimate, Accelerator(cpu=True), settings)
     weights, moments, counts = [], [], []
     for _ in range(3):
         loop.train_step()
-        loop.step += 1
-        state = next(iter(loop.optimizer.state.values()))
-        weights.append(loop.parameters[0].detach().clone())
+        loop.state.step += 1
+        state = next(iter(loop.state.optimizer.state.values()))
+        weights.append(loop.state.parameters[0].detach().clone())
         moments.append(state["exp_avg"].clone())
         counts.append(int(state["step"]))
     assert torch.equal(weights[0], weights[1])
@@ -481,7 +484,7 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(
     assert torch.isfinite(weights[2]).all()
     assert counts == [1, 1, 2]
     loop.read_back()
-    assert (loop.nonfinite_steps, loop.nonfinite_in_a_row) == (1, 0)
+    assert (loop.state.nonfinite_steps, loop.nonfinite_in_a_row) == (1, 0)
     assert [row["step"] for row in records(tmp_path / "run")] == [2]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -138,7 +139,7 @@ class DistillationRecipe(PipelineRecipe):
 
     def __init__(self, settings: DistillationSettings, accelerator: Accelerator):
         super().__init__(settings, accelerator)
-        self.decoders: dict[str, nn.Module] = {}
+        self.decoders: dict[str, Any] = {}
         self.teacher_latents: torch.Tensor | None = None
 
     def load(self) -> None:
@@ -235,7 +236,7 @@ def follow_teacher(objective: DistillationObjective, noise: torch.Tensor) -> tor
     return clean_latents
 
 
-def load_objective(settings: DistillationSettings) -> tuple[DistillationObjective, dict[str, nn.Module]]:
+def load_objective(settings: DistillationSettings) -> tuple[DistillationObjective, dict[str, Any]]:
     """The objective of a new student, and the frozen decoders of its pipeline.
 
     Raises:

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
+from torch.utils.data import Dataset
 
-from ...data import TextCorpora
 from ...evaluation.real_text import training_sequences
 from ...models.statistics import mean_and_std
 from ...models.token_encoder import LDLMTokenEncoder
-from ...objective import JointObjective, warmup_gate
+from ...objective import AdaptiveTimestepSampler, JointObjective, warmup_gate
 from ...objective.joint import systematic_sample
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ...schedulers.scheduling_tangent import TangentScheduler
@@ -71,8 +71,8 @@ class JointRecipe(PipelineRecipe):
             return scheduler
         return TangentEulerMaruyamaScheduler.from_config(scheduler.config, timestep_cdf=[0.0, 1.0])
 
-    def build(self, corpora: TextCorpora) -> None:
-        super().build(corpora)
+    def build(self, train: Dataset[dict[str, torch.Tensor]], held_out: Dataset[dict[str, torch.Tensor]]) -> None:
+        super().build(train, held_out)
         settings = self.settings
         has_statistics = (
             self.module.latent_encoder.config.standardize_latents
@@ -80,7 +80,7 @@ class JointRecipe(PipelineRecipe):
             else self.token_encoder.is_fitted
         )
         if not has_statistics:
-            sequences = training_sequences(corpora.train, settings.model.statistics_sequences)
+            sequences = training_sequences(train, settings.model.statistics_sequences)
             batches = sequences.split(settings.evaluation.batch_size)
             if settings.stage == "diffusion":
                 standardize_latents(self.module, batches, self.device)
@@ -186,7 +186,7 @@ class JointRecipe(PipelineRecipe):
 
     def with_timestep_cdf(self, scheduler: TangentScheduler) -> TangentScheduler:
         """The scheduler with F(t) at the edges of the bins in its configuration, for the learned time grid."""
-        if not self.timestep_sampler.is_active:
+        if not isinstance(self.timestep_sampler, AdaptiveTimestepSampler) or not self.timestep_sampler.is_active:
             return scheduler
         cdf = self.timestep_sampler.cdf(self.timestep_sampler.edges)
         # `register_to_config` would not do: a value that was a default is left out where a scheduler is made from it
