@@ -116,11 +116,11 @@ def count_flops(objective: nn.Module, sequence_length: int) -> PassFlops:
             arguments of its `forward`, which returns losses with a `total`.
         sequence_length: tokens L of each example.
     """
-    objective = meta_copy(objective)
-    counter = ProductCounter(objective)
+    copied = meta_copy(objective)
+    counter = ProductCounter(copied)
     # the objective may draw on the CPU
     with torch.random.fork_rng(devices=[]), torch.device("meta"), counter:
-        losses = objective(**objective.example_inputs(NUM_EXAMPLES, sequence_length))
+        losses = copied(**copied.example_inputs(NUM_EXAMPLES, sequence_length))
         counter.is_backward = True
         losses.total.backward()
     parts = tuple(PartFlops(name, *flops) for name, flops in counter.flops.items())
@@ -162,7 +162,7 @@ class ProductCounter(TorchFunctionMode):
             for layer in component.modules():
                 layer.register_forward_pre_hook(partial(self.enter, name, is_trained))
                 if getattr(layer, "gradient_checkpointing", False):
-                    layer._gradient_checkpointing_func = self.checkpoint
+                    layer._gradient_checkpointing_func = self.checkpoint  # type: ignore[assignment]
 
     def checkpoint(self, *call: Any) -> Any:
         """Calls a block by gradient checkpointing; torch switches the counter off within `backward`, and it is needed
@@ -208,7 +208,7 @@ def attention_flops(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> float:
-    """FLOPs of QK^T and PV, with the signature of torch's attention; above the diagonal there is nothing to compute."""
+    """FLOPs of QK^T and PV, with the arguments of torch's attention; a causal one computes half of them."""
     rows = query.shape[:-1].numel()
     return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]) * (0.5 if is_causal else 1)
 

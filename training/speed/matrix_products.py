@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +62,7 @@ class MatrixProductRecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: dict[MatrixProduct, float] = Counter()
+        self.counts: dict[MatrixProduct, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -84,7 +83,7 @@ class MatrixProductRecorder(TorchDispatchMode):
             raise NotImplementedError(f"{operator} computes matrix products that the recorder does not know.")
         for product in products:
             if product.flops:
-                self.counts[product] += share
+                self.counts[product] = self.counts.get(product, 0.0) + share
         return func(*args, **kwargs)
 
 
