@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaS
 from .augmentations import AUGMENTATIONS, add_feature_noise, drop_latents, mask_tokens
 from .base import Objective, squared_errors
 from .diffusion import diffusion_losses
-from .draws import Generators, draw_examples, normal_like
+from .draws import Generators, draw_examples, normal_like, systematic_sample
 from .reconstruction import ReconstructionLosses, token_cross_entropy
 from .warmup import scale_gradient
 
@@ -274,6 +275,15 @@ class JointObjective(Objective):
             token_accuracy=reconstruction.token_accuracy,
             latent_std=latents.detach().std(),
         )
+
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        """Arguments of `forward` for a batch of no particular text, to count what a pass costs."""
+        drawn = systematic_sample(batch_size, self.settings.self_conditioning_probability, offset=0.5)
+        return {
+            "input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long),
+            "timesteps": torch.full((batch_size,), 0.5),
+            "self_conditioned": drawn,
+        }
 
     def disturbed_hidden_states(
         self, input_ids: torch.Tensor, hidden_states: torch.Tensor, generator: Generators

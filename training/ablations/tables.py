@@ -48,7 +48,7 @@ class RowResults:
         sets = [scores["pipelines"][0]["sets"][0] for scores in self.measured.values()]
         means = [one["mean"].get(name) for one in sets]
         if len(sets) == 1:
-            return means[0], sets[0]["std"][name]
+            return means[0], sets[0]["std"].get(name)
         return mean_and_deviation([] if None in means else means)
 
     def held_out_accuracy(self) -> tuple[float | None, float | None]:

@@ -7,7 +7,7 @@ both from latents with decoder noise, as in joint training.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -67,6 +67,13 @@ class TokenDecoderSettings:
         check_decay(self.optimizer, self.loop)
 
 
+class TokenDecoderLosses(NamedTuple):
+    """Mean cross-entropy in nats a token, with its graph, and accuracy."""
+
+    total: torch.Tensor
+    accuracy: torch.Tensor
+
+
 class TokenDecoderObjective(Objective):
     """Token loss (Eq. 3) of a token decoder on frozen encoders' noisy latents, decoded to hidden states or not."""
 
@@ -85,13 +92,17 @@ class TokenDecoderObjective(Objective):
         self.token_decoder = token_decoder
         self.decoder_noise = decoder_noise
 
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        """Arguments of `forward` for a batch of no particular text, to count what a pass costs."""
+        return {"input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long)}
+
     def forward(
         self,
         input_ids: torch.Tensor,
         decoder_noise: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy in nats a token and accuracy on token ids (B, L), at the noise of training or another."""
+    ) -> TokenDecoderLosses:
+        """Loss and accuracy on token ids (B, L), at the noise of training or another."""
         noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
         with torch.no_grad():
             hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
@@ -102,7 +113,8 @@ class TokenDecoderObjective(Objective):
             decoded = latents
             if self.latent_decoder is not None:
                 decoded = self.latent_decoder(latents, return_dict=True).hidden_states
-        return token_cross_entropy(self.token_decoder(decoded, return_dict=True).logits, input_ids)
+        logits = self.token_decoder(decoded, return_dict=True).logits
+        return TokenDecoderLosses(*token_cross_entropy(logits, input_ids))
 
 
 class TokenDecoderRecipe(PipelineRecipe):
