@@ -118,9 +118,11 @@ def count_flops(objective: nn.Module, sequence_length: int) -> PassFlops:
     """
     copied = meta_copy(objective)
     counter = ProductCounter(copied)
+    with torch.device("meta"):
+        inputs = copied.example_inputs(NUM_EXAMPLES, sequence_length)
     # the objective may draw on the CPU
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), counter:
-        losses = copied(**copied.example_inputs(NUM_EXAMPLES, sequence_length))
+    with torch.random.fork_rng(devices=[]), counter:
+        losses = copied(**inputs)
         counter.is_backward = True
         losses.total.backward()
     parts = tuple(PartFlops(name, *flops) for name, flops in counter.flops.items())

@@ -133,6 +133,14 @@ def test_variants(make_components: Callable) -> None:
     assert without_token_decoder == {name: part for name, part in parts.items() if name != "token_decoder"}
 
 
+def test_an_autoencoder_of_masked_text_reads_it_twice(make_components: Callable) -> None:
+    settings = JointObjectiveSettings(token_masking=0.3, mask_token_id=1, reconstruction="hidden+token")
+    components = make_components() | {"transformer": None}
+    parts = counted(JointObjective(**components, settings=settings, stage="autoencoder"))
+    assert parts["token_encoder"].forward == 2 * by_hand()["token_encoder"][0]
+    assert "transformer" not in parts
+
+
 def test_gradient_checkpointing_is_told_apart(make_components: Callable) -> None:
     objective = JointObjective(**make_components())
     plain = flops.count_flops(objective, LENGTH)
