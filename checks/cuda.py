@@ -77,7 +77,7 @@ from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
 from ldlm_hf.training.recipes.distillation import DistillationRecipe, DistillationSettings  # noqa: E402
 from ldlm_hf.training.recipes.joint import JointRecipe  # noqa: E402
 from ldlm_hf.training.settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
-from speed.measuring import measure_case, measure_peers, peer_rows  # noqa: E402
+from speed.measuring import Measurement, measure_case, measure_peers, peer_rows  # noqa: E402
 from speed.report import describe_machine  # noqa: E402
 from speed.workloads import (  # noqa: E402
     GEOMETRIES,
