@@ -20,7 +20,6 @@ from functools import partial
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
-from typing import Any
 
 
 def load_hidden_package() -> None:
@@ -46,7 +45,7 @@ def positive(text: str) -> int:
     return value
 
 
-def parse_arguments() -> dict[str, Any]:
+def parse_arguments() -> argparse.Namespace:
     """The options that are given; `EvaluationOptions` has the defaults of the others."""
     parser = argparse.ArgumentParser(
         description="Samples pipelines and scores the samples beside real text.", argument_default=argparse.SUPPRESS
@@ -86,7 +85,7 @@ def parse_arguments() -> dict[str, Any]:
         metavar="data.key=value",
         help="settings of the text, over those of the file",
     )
-    return vars(parser.parse_intermixed_args())
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
@@ -95,7 +94,7 @@ def main() -> None:
     from ldlm_hf.evaluation.real_text import load_data_settings
     from ldlm_hf.evaluation.run import evaluate_pipelines
 
-    arguments = parse_arguments()
+    arguments = vars(parse_arguments())
     data = load_data_settings(arguments.pop("config"), arguments.pop("overrides"))
     options = EvaluationOptions(**arguments)
     evaluate_pipelines(options, data, partial(draw_figures, folder=options.output_dir))

@@ -23,7 +23,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from figures import evaluation as figures_of_evaluation
-from figures import over_evaluations, pareto, result_files, smoothness
+from figures import over_evaluations, pareto, smoothness
 from figures.pareto import pareto_frontier
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TangentDDIMScheduler, TokenEntropy
 from ldlm_hf.evaluation import plan as evaluation_plan
@@ -597,7 +597,7 @@ def test_text_of_a_training_configuration(
     assert results["settings"]["data"]["holdout_documents"] == 8
 
 
-def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_figures_from_any_number_of_results(run: Callable, run_script: Run, tmp_path: Path) -> None:
     results = run("a", "--seeds", "1", "--steps", "1", "--interpolation", "--num_positions", "3")
     others = {
         "b": results,
@@ -619,11 +619,9 @@ def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.M
     assert f"roughness {entry['interpolation']['roughness']:+.3f}" in line.get_label()
 
     first = str(tmp_path / "a" / "results.json")
-    for script in (pareto, smoothness):
-        figure = tmp_path / "figures" / script.__name__
-        monkeypatch.setattr(sys, "argv", ["", first, str(tmp_path / "b.json"), "--output", f"{figure}.png"])
-        result_files.draw("", getattr(script, f"plot_{script.__name__}"))
-        assert figure.with_suffix(".png").is_file()
+    for script in ("pareto", "smoothness", "over_evaluations"):
+        run_script(script, first, str(tmp_path / "b.json"), "--output", str(tmp_path / "figures" / f"{script}.png"))
+        assert (tmp_path / "figures" / f"{script}.png").is_file()
     for name, expected in (
         ("another_judge", "different judges"),
         ("longer_texts", "different lengths"),
@@ -631,9 +629,8 @@ def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.M
         ("no_results", "does not hold the results"),
         ("nowhere", "is not there"),
     ):
-        monkeypatch.setattr(sys, "argv", ["", first, str(tmp_path / f"{name}.json"), "--output", str(tmp_path / "x")])
         with pytest.raises((ValueError, OSError), match=expected):
-            result_files.draw("", pareto.plot_pareto)
+            run_script("pareto", first, str(tmp_path / f"{name}.json"), "--output", str(tmp_path / "x"))
     del results["pipelines"][0]["interpolation"]
     with pytest.raises(ValueError, match="evaluate with --interpolation"):
         smoothness.plot_smoothness([results])
