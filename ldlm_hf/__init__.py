@@ -21,6 +21,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
 
 from .registration import register
+from .schedulers import SCHEDULERS
 
 
 __version__ = "0.1.0"
@@ -52,13 +53,9 @@ _MODULES = {
     "pipelines.pipeline_output": ["LDLMPipelineOutput"],
     "schedulers.discrete": ["diffusers_config"],
     "schedulers.scheduling_tangent": ["TangentScheduler", "TangentSchedulerOutput"],
-    "schedulers.scheduling_tangent_churn": ["TangentChurnScheduler"],
-    "schedulers.scheduling_tangent_ddim": ["TangentDDIMScheduler"],
-    "schedulers.scheduling_tangent_dpmsolver_multistep": ["TangentDPMSolverMultistepScheduler"],
-    "schedulers.scheduling_tangent_euler_maruyama": ["TangentEulerMaruyamaScheduler"],
-    "schedulers.scheduling_tangent_flow_map": ["TangentFlowMapScheduler"],
 }
 _MODULE_OF_NAME = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF_NAME |= {name: f"schedulers.{module}" for name, module in SCHEDULERS.items()}
 
 if TYPE_CHECKING:
     from .data import DataSettings, load_corpora
@@ -87,11 +84,17 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_output import LDLMPipelineOutput
     from .schedulers.discrete import diffusers_config
     from .schedulers.scheduling_tangent import TangentScheduler, TangentSchedulerOutput
-    from .schedulers.scheduling_tangent_churn import TangentChurnScheduler
-    from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
-    from .schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
-    from .schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-    from .schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
+
+    # a solver that is not named here is Any to a type checker
+    from .schedulers.scheduling_tangent_churn import TangentChurnScheduler as TangentChurnScheduler
+    from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler as TangentDDIMScheduler
+    from .schedulers.scheduling_tangent_dpmsolver_multistep import (
+        TangentDPMSolverMultistepScheduler as TangentDPMSolverMultistepScheduler,
+    )
+    from .schedulers.scheduling_tangent_euler_maruyama import (
+        TangentEulerMaruyamaScheduler as TangentEulerMaruyamaScheduler,
+    )
+    from .schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler as TangentFlowMapScheduler
 
 
 def __getattr__(name: str) -> Any:
@@ -134,11 +137,6 @@ __all__ = [
     "NGramDiversity",
     "PreTrainedModel",
     "SchedulerMixin",
-    "TangentChurnScheduler",
-    "TangentDDIMScheduler",
-    "TangentDPMSolverMultistepScheduler",
-    "TangentEulerMaruyamaScheduler",
-    "TangentFlowMapScheduler",
     "TangentScheduler",
     "TangentSchedulerOutput",
     "TimestepSamplerSettings",
@@ -150,5 +148,6 @@ __all__ = [
     "scale_gradient",
     "warmup_gate",
 ]
+__all__ += SCHEDULERS
 
 register(sys.modules[__name__])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .loading.whole_numbers import whole_number
+from .loading.checks import whole_number
 from .pipelines.pipeline_ldlm import LDLMPipeline
 
 

@@ -19,6 +19,7 @@ from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 
 from .loading.repository import PIPELINE_MODULE
 from .loading.safe_loading import MAX_JSON_BYTES, check_tokenizer, read_json
+from .schedulers import SCHEDULERS
 
 
 # the base classes of components, with the methods that save and load them
@@ -110,33 +111,14 @@ def register(package: ModuleType) -> None:
     loadable_classes[name] = dict.fromkeys(BASE_CLASSES, SAVE_AND_LOAD)
     setattr(diffusers.pipelines, name, package)
 
-    from .models.transformer_ldlm import LDLMTransformer1DModel
-    from .pipelines.pipeline_ldlm import LDLMPipeline
-    from .schedulers.scheduling_tangent_churn import TangentChurnScheduler
-    from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
-    from .schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
-    from .schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-    from .schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
-
-    schedulers = (
-        TangentChurnScheduler,
-        TangentDDIMScheduler,
-        TangentDPMSolverMultistepScheduler,
-        TangentEulerMaruyamaScheduler,
-        TangentFlowMapScheduler,
-    )
-    for native_class in (LDLMPipeline, LDLMTransformer1DModel, *schedulers):
-        setattr(diffusers, native_class.__name__, native_class)
+    for native_class in (PIPELINE, "LDLMTransformer1DModel", *SCHEDULERS):
+        setattr(diffusers, native_class, getattr(package, native_class))
     require(diffusers.DiffusionPipeline, "_dict_from_json_file")
     diffusers.DiffusionPipeline._dict_from_json_file = classmethod(read_index)
     pipeline_utils._identify_model_variants = identify_model_variants
 
-    from .models.latent_decoder import LDLMLatentDecoder
-    from .models.latent_encoder import LDLMLatentEncoder
-    from .models.token_decoder import LDLMTokenDecoder
-    from .models.token_encoder import LDLMTokenEncoder
-
-    for model_class in (LDLMTokenEncoder, LDLMLatentEncoder, LDLMLatentDecoder, LDLMTokenDecoder):
+    for auto_class in ("LDLMTokenEncoder", "LDLMLatentEncoder", "LDLMLatentDecoder", "LDLMTokenDecoder"):
+        model_class = getattr(package, auto_class)
         config_class = model_class.config_class
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         transformers.AutoModel.register(config_class, model_class, exist_ok=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import runpy
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ from ldlm_hf import (
     LDLMTransformer1DModel,
     TangentEulerMaruyamaScheduler,
 )
+from loopback_hub import LoopbackHub
 
 
 torch.set_num_threads(1)
@@ -172,5 +177,74 @@ def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         PartialState._reset_state()
         monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
         runpy.run_path(str(REPOSITORY / "training" / f"{command}.py"), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def tiny_overrides(backbone_folders: dict[str, Path], tiny_tokenizer, tmp_path: Path) -> list[str]:
+    """Settings of a run that takes a second: L = 8, four steps of eight sequences, `tmp_path/run`."""
+    tiny_tokenizer.save_pretrained(backbone_folders["gpt2"])
+    generator = random.Random(0)
+    lines = [" ".join(f"w{generator.randint(2, 39)}" for _ in range(60)) for _ in range(40)]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    layers = "hidden_size: 24, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48"
+    return [
+        f"model.backbone={backbone_folders['gpt2']}",
+        "model.sequence_length=8",
+        "model.statistics_sequences=32",
+        f"model.latent_encoder={{{layers}}}",
+        f"model.latent_decoder={{{layers}}}",
+        f"model.token_decoder={{{layers}}}",
+        "model.transformer={num_layers: 1, num_attention_heads: 2, attention_head_dim: 12}",
+        f"data.source={tmp_path / 'corpus.txt'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.holdout_documents=8",
+        "objective.decoder_noise=0.5",
+        "timestep_sampler.update_every=2",
+        "warmup.steps=2",
+        "optimizer.lr_warmup_steps=2",
+        f"loop.output_dir={tmp_path / 'run'}",
+        "loop.max_steps=4",
+        "loop.batch_size=8",
+        "loop.logging_steps=1",
+        "loop.mixed_precision=no",
+        "loop.trackers=[]",
+        # which is measured otherwise
+        "loop.peak_tflops=1",
+        "evaluation.every=0",
+        "evaluation.num_sequences=16",
+        "evaluation.num_samples=4",
+        "evaluation.num_inference_steps=3",
+        "evaluation.judge=null",
+    ]
+
+
+@pytest.fixture
+def loopback_hub() -> Iterator[LoopbackHub]:
+    """A running server. The access token `hf_org` is that of the user `org`, `hf_other` that of `other`."""
+    with LoopbackHub({"hf_org": "org", "hf_other": "other"}) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Runs code in a fresh process and returns what its last line of output says, as JSON.
+
+    With `installed=False` the process imports from every place that this one does, except those that hold `ldlm_hf`.
+    It leaves `.pth` files unread (-S), by which an editable installation shows itself.
+    """
+
+    def run(code: str, *arguments: str | Path, installed: bool) -> Any:
+        home = tmp_path_factory.mktemp("home")
+        places = [place for place in sys.path if place and not (Path(place) / "ldlm_hf").exists()]
+        environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment.pop("HF_MODULES_CACHE", None)
+        if not installed:
+            environment["PYTHONPATH"] = os.pathsep.join(places)
+        command = [sys.executable, *([] if installed else ["-S"]), "-c", code, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=home, env=environment)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
 
     return run

@@ -33,7 +33,8 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(file): file for file in [*LIBRARY, *COMMANDS, *PARTS_OF_COMMANDS]}
+# `evaluate` is the package, which training/evaluate.py shares its name with
+MODULES = {module_name(file): file for file in [*LIBRARY, *COMMANDS, *PARTS_OF_COMMANDS] if file.stem != "evaluate"}
 
 
 def imported(file: Path, tree: ast.AST) -> Iterator[str]:
@@ -81,8 +82,7 @@ def test_no_room_imports_from_a_floor_above_it(file: Path) -> None:
 def test_no_module_imports_a_command() -> None:
     commands = {module_name(file) for file in COMMANDS}
     for file in MODULES.values():
-        # `evaluate` is the package, which training/evaluate.py shares its name with
-        assert not of_file(file) & (commands - {"evaluate"}), file
+        assert not of_file(file) & commands, file
 
 
 def test_imports_have_no_circle() -> None:

@@ -27,7 +27,8 @@ from ldlm_hf import (
 )
 from ldlm_hf.evaluation.provenance import source, without_path
 from ldlm_hf.evaluation.samples import sample_generator
-from ldlm_hf.hub.model_card import MIN_MAUVE_TEXTS, read_run
+from ldlm_hf.hub.model_card import MIN_MAUVE_TEXTS
+from ldlm_hf.hub.run_files import read_run
 from ldlm_hf.loading.settings_reader import to_yaml
 from ldlm_hf.metrics import load_judge
 from ldlm_hf.training.finish import finish_run
@@ -205,14 +206,14 @@ def test_results_hold_every_text_with_scores_of_its_own(
             assert sample.perplexity == pytest.approx(alone, rel=1e-4)
 
     assert results.sample_scores.num_texts == results.real_scores.num_texts == 20
-    assert results.sample_scores.diversity == NGramDiversity().compute(predictions=sequences)["diversity"]
-    assert results.real_scores.diversity == NGramDiversity().compute(predictions=held_out[::2])["diversity"]
+    assert results.sample_scores.values["diversity"] == NGramDiversity().compute(predictions=sequences)["diversity"]
+    assert results.real_scores.values["diversity"] == NGramDiversity().compute(predictions=held_out[::2])["diversity"]
     real_texts = pipeline.tokenizer.batch_decode(held_out[::2])
     real_perplexity = GenerativePerplexity().compute(predictions=real_texts, judge=judge)["perplexity"]
-    assert results.real_scores.generative_perplexity == pytest.approx(real_perplexity, rel=1e-4)
+    assert results.real_scores.values["generative_perplexity"] == pytest.approx(real_perplexity, rel=1e-4)
     # 40 held-out texts: 20 in the table, 20 others as the references of MAUVE
     for scores in (results.sample_scores, results.real_scores):
-        assert 0 <= scores.mauve <= 1 + 1e-9
+        assert 0 <= scores.values["mauve"] <= 1 + 1e-9
     assert results.mauve["num_texts"] == 20
     assert results.held_out == {"diffusion_loss": 0.5}
     assert results.parameters["transformer"] == sum(weight.numel() for weight in pipeline.transformer.parameters())

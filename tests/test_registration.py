@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import importlib
 import subprocess
 import sys
 import types
@@ -12,6 +14,7 @@ from diffusers.pipelines import pipeline_loading_utils
 
 import ldlm_hf
 from ldlm_hf.registration import register, require
+from ldlm_hf.schedulers import SCHEDULERS
 
 
 def test_diffusers_knows_the_package():
@@ -23,7 +26,7 @@ def test_diffusers_knows_the_package():
     assert diffusers.pipelines.ldlm_hf is ldlm_hf
 
 
-@pytest.mark.parametrize("name", ["LDLMPipeline", "TangentEulerMaruyamaScheduler", "LDLMTransformer1DModel"])
+@pytest.mark.parametrize("name", ["LDLMPipeline", "LDLMTransformer1DModel", *SCHEDULERS])
 def test_native_classes_are_attributes_of_diffusers(name: str):
     assert getattr(diffusers, name) is getattr(ldlm_hf, name)
 
@@ -99,6 +102,23 @@ def test_public_names():
         assert name in dir(ldlm_hf)
     with pytest.raises(AttributeError, match="NoSuchName"):
         ldlm_hf.NoSuchName  # noqa: B018
+
+
+def test_every_file_of_a_solver_is_listed():
+    files = {file.stem for file in (Path(ldlm_hf.__file__).parent / "schedulers").glob("scheduling_tangent_*.py")}
+    assert files == set(SCHEDULERS.values())
+    assert set(SCHEDULERS) <= set(ldlm_hf.__all__)
+
+
+def test_type_checkers_know_the_public_names():
+    """What they read is written out: each name is that of the package, and only solvers may be left out."""
+    tree = ast.parse(Path(ldlm_hf.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    named = {alias.name: node.module for node in block.body for alias in node.names}
+    for name, module in named.items():
+        assert getattr(importlib.import_module(f"ldlm_hf.{module}"), name) is getattr(ldlm_hf, name)
+    base_classes = {"ModelMixin", "PreTrainedModel", "SchedulerMixin"}
+    assert set(named) <= set(ldlm_hf.__all__) <= set(named) | set(SCHEDULERS) | base_classes
 
 
 def test_importing_the_package_imports_no_evaluation_library():

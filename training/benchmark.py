@@ -18,7 +18,7 @@ QK^T and PV, in the backward pass the four products that its gradients need (a c
 that a fused kernel computes a second time do not count). Each distinct product is then timed alone, its output
 allocated beforehand, in the same process and in turns with the workload, so that a machine whose speed drifts or that
 others use slows both. `ratio` is the median over the turns of measured time over floor. The process keeps freed memory
-for its next tensors, as the training scripts do on the CPU (`host_memory.py`).
+for its next tensors, as the training scripts do on the CPU (`ldlm_hf/evaluation/machine.py`).
 
 Peak memory is that of a fresh process that did nothing but this workload: resident set on CPU, allocator on CUDA.
 
@@ -36,79 +36,69 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from speed.benchmark import (
-    DTYPES,
-    GEOMETRIES,
-    WORKLOADS,
-    Case,
+from speed.measuring import (
     Measurement,
     SamplerTiming,
-    describe_machine,
     in_fresh_process,
     measure_case,
     measure_peers,
     peer_rows,
-    print_report,
     whole_sampling,
 )
+from speed.report import describe_machine, report_text
+from speed.workloads import DTYPES, GEOMETRIES, WORKLOADS, Case
+
+
+def positive(text: str) -> int:
+    """A whole number of the command line; argparse reports the ValueError of any other text."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="paper")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 1024], help="sequence lengths L")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument(
-        "--sampling_tokens", type=int, default=1024, help="tokens of a sampling step: batch size x L, at least one L"
-    )
-    parser.add_argument("--training_tokens", type=int, default=2048, help="tokens of a training step, likewise")
-    parser.add_argument("--num_inference_steps", type=int, default=128, help="for the arithmetic of whole sampling")
-    parser.add_argument(
-        "--peer_lengths", nargs="+", type=int, default=[1024], help="sequence lengths L with the peers"
-    )
-    parser.add_argument("--peer_batch_size", type=int, default=16, help="samples of a batch with the peers")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--geometry", choices=GEOMETRIES, default="paper")
+    add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    add("--lengths", nargs="+", type=positive, default=[128, 1024], help="sequence lengths L")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    add("--sampling_tokens", type=positive, default=1024, help="tokens of a sampling step: batch size x L, or one L")
+    add("--training_tokens", type=positive, default=2048, help="tokens of a training step, likewise")
+    add("--num_inference_steps", type=positive, default=128, help="for the arithmetic of whole sampling")
+    add("--peer_lengths", nargs="+", type=positive, default=[1024], help="sequence lengths L with the peers")
+    add("--peer_batch_size", type=positive, default=16, help="samples of a batch with the peers")
+    add(
         "--nfe",
         nargs="+",
-        type=int,
+        type=positive,
         default=[2**power for power in range(11)],
         help="numbers of steps, for the arithmetic of the time a sample with the peers",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="turns of a workload and its products; medians count")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--profile", action="store_true", help="list the operators that take the time")
-    parser.add_argument("--compile", action="store_true", help="compile the models' blocks")
-    parser.add_argument("--output", type=Path, help="write everything as JSON to this file")
-    arguments = parser.parse_args()
-    for name in ("sampling_tokens", "training_tokens", "num_inference_steps", "peer_batch_size", "repeats"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)} must be at least 1.")
-    for name in ("lengths", "peer_lengths", "nfe"):
-        if min(getattr(arguments, name)) < 1:
-            parser.error(f"--{name} {min(getattr(arguments, name))} must be at least 1.")
-    return arguments
+    add("--repeats", type=positive, default=3, help="turns of a workload and its products; medians count")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--profile", action="store_true", help="list the operators that take the time")
+    add("--compile", action="store_true", help="compile the models' blocks")
+    add("--output", type=Path, help="write everything as JSON to this file")
+    return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    machine = describe_machine(torch.device(arguments.device))
-    report: dict[str, Any] = {"geometry": arguments.geometry, "compile": arguments.compile, "machine": machine}
-    measurements: list[Measurement] = []
-    timings: list[SamplerTiming] = []
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """What is measured, each in a process of its own."""
     for workload in arguments.workloads:
         tokens = arguments.sampling_tokens if workload == "sampling" else arguments.training_tokens
         for dtype in arguments.dtypes:
             for length in arguments.peer_lengths if workload == "peers" else arguments.lengths:
-                case = Case(
+                yield Case(
                     workload=workload,
                     geometry=arguments.geometry,
                     length=length,
@@ -119,15 +109,28 @@ def main() -> None:
                     profile=arguments.profile,
                     compile=arguments.compile,
                 )
-                print(f"measuring {case}", file=sys.stderr)
-                if workload == "peers":
-                    timings += in_fresh_process(measure_peers, case)
-                else:
-                    measurements += in_fresh_process(measure_case, case)
-    report["measurements"] = [asdict(item) for item in measurements]
-    report["peers"] = peer_rows(timings, arguments.nfe)
-    report["whole_sampling"] = whole_sampling(measurements, arguments.num_inference_steps)
-    print_report(report, measurements, arguments.profile)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    machine = describe_machine(torch.device(arguments.device))
+    measurements: list[Measurement] = []
+    timings: list[SamplerTiming] = []
+    for case in cases(arguments):
+        print(f"measuring {case}", file=sys.stderr)
+        if case.workload == "peers":
+            timings += in_fresh_process(measure_peers, case)
+        else:
+            measurements += in_fresh_process(measure_case, case)
+    report: dict[str, Any] = {
+        "geometry": arguments.geometry,
+        "compile": arguments.compile,
+        "machine": machine,
+        "measurements": [asdict(item) for item in measurements],
+        "peers": peer_rows(timings, arguments.nfe),
+        "whole_sampling": whole_sampling(measurements, arguments.num_inference_steps),
+    }
+    print(report_text(report, measurements))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 

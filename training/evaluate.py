@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
+from typing import Any
 
 
 def load_hidden_package() -> None:
@@ -44,59 +46,59 @@ def positive(text: str) -> int:
     return value
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Samples pipelines and scores the samples beside real text.")
+def parse_arguments() -> dict[str, Any]:
+    """The options that are given; `EvaluationOptions` has the defaults of the others."""
+    parser = argparse.ArgumentParser(
+        description="Samples pipelines and scores the samples beside real text.", argument_default=argparse.SUPPRESS
+    )
     add = parser.add_argument
     add("--pipeline", nargs="+", required=True, metavar="PATH_OR_ID", help="folders or Hub ids of pipelines")
     add("--names", nargs="+", metavar="LABEL", help="what the results call them; by default the names of their runs")
     add("--output_dir", type=Path, required=True, help="folder of the results")
-    add("--num_samples", type=positive, default=1000, help="texts of each set")
-    add("--seeds", type=positive, default=5, metavar="N", help="sets for each number of steps: seeds 0 to N - 1")
-    add("--steps", type=positive, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024], help="denoising steps")
+    add("--num_samples", type=positive, help="texts of each set")
+    add("--seeds", type=positive, metavar="N", help="sets for each number of steps: seeds 0 to N - 1")
+    add("--steps", type=positive, nargs="+", help="denoising steps")
     add(
         "--samplers",
         nargs="+",
-        default=["own"],
         metavar="NAME[:key=value,...]",
         help="schedulers and their settings, each for all pipelines and steps; by default the pipelines' own",
     )
-    add(
-        "--judge", default="gpt2-large", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none"
-    )
+    add("--judge", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none")
     add("--no_mauve", action="store_true", help="leave MAUVE out")
-    add("--batch_size", type=positive, default=32, help="texts that a process samples at a time")
-    add("--judge_batch_size", type=positive, default=8, help="texts that the judge reads at a time")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the pipelines' weights")
+    add("--batch_size", type=positive, help="texts that a process samples at a time")
+    add("--judge_batch_size", type=positive, help="texts that the judge reads at a time")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the pipelines' weights")
     add(
         "--controls",
         action="store_true",
         help="also score real texts with shuffled words, and with few words repeated",
     )
     add("--interpolation", action="store_true", help="also decode lines between the latents of real texts")
-    add("--num_pairs", type=positive, default=None, help="lines; by default half the number of samples")
-    add("--num_positions", type=positive, default=11, help="evenly spaced points of each line, its ends included")
-    add("--config", metavar="YAML", help="file whose section data: names the text, such as a run's settings")
+    add("--num_pairs", type=positive, help="lines; by default half the number of samples")
+    add("--num_positions", type=positive, help="evenly spaced points of each line, its ends included")
     add("--cache_dir", type=Path, help="folder of MAUVE's reference features, for evaluations to share")
-    add("overrides", nargs="*", metavar="data.key=value", help="settings of the text, over those of the file")
-    return parser.parse_intermixed_args()
+    add("--config", default=None, metavar="YAML", help="file whose section data: names the text, such as a run's")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="data.key=value",
+        help="settings of the text, over those of the file",
+    )
+    return vars(parser.parse_intermixed_args())
 
 
 def main() -> None:
-    from figures.over_evaluations import plot_over_evaluations
-    from figures.pareto import plot_pareto
-    from figures.smoothness import plot_smoothness
-    from figures.style import save_figure
+    from figures.evaluation import draw_figures
+    from ldlm_hf.evaluation.options import EvaluationOptions
     from ldlm_hf.evaluation.real_text import load_data_settings
     from ldlm_hf.evaluation.run import evaluate_pipelines
 
-    options = parse_arguments()
-    results = evaluate_pipelines(options, load_data_settings(options.config, options.overrides))
-    if results is not None and results["judge"] is not None:
-        save_figure(plot_pareto([results]), options.output_dir / "pareto")
-        if len(options.steps) > 1:
-            save_figure(plot_over_evaluations([results]), options.output_dir / "evaluations")
-        if options.interpolation:
-            save_figure(plot_smoothness([results]), options.output_dir / "interpolation")
+    arguments = parse_arguments()
+    data = load_data_settings(arguments.pop("config"), arguments.pop("overrides"))
+    options = EvaluationOptions(**arguments)
+    evaluate_pipelines(options, data, partial(draw_figures, folder=options.output_dir))
 
 
 if __name__ == "__main__":

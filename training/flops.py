@@ -13,12 +13,11 @@ import copy
 from dataclasses import replace
 
 import torch
-import torch.utils.benchmark
 from omegaconf import OmegaConf
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, PretrainedConfig
 
-from ldlm_hf.evaluation.markdown import human_count
+from ldlm_hf.evaluation.markdown import human_count, markdown_table
 from ldlm_hf.loading.pretrained_sources import resolve_pretrained_source
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.models.token_encoder import LDLMTokenEncoder, LDLMTokenEncoderConfig, cut_config
@@ -26,13 +25,14 @@ from ldlm_hf.objective import JointObjective
 from ldlm_hf.training.components import build_objective
 from ldlm_hf.training.flops import (
     PEAK_TFLOPS,
-    DevicePeak,
     PartFlops,
     PassFlops,
     data_sheet_peak,
     device_peak,
     estimate_run,
 )
+from ldlm_hf.training.launch import speed_up
+from ldlm_hf.training.loop import split_batch
 from ldlm_hf.training.settings import ModelSettings, RunSettings
 
 
@@ -88,32 +88,28 @@ def read_backbone_config(settings: ModelSettings, given: str | None) -> Pretrain
         ) from error
 
 
-def parts_table(flops: PassFlops, objective: nn.Module) -> str:
-    """Markdown table of the parts: trained parameters, MFLOP a token, and shares of the model FLOPs."""
-    trained = {
+def parts_table(flops: PassFlops, objective: nn.Module) -> list[str]:
+    """Table of the parts: trained parameters, MFLOP a token, and shares of the model FLOPs."""
+    trained: dict[str, int] = {
         name: sum(parameter.numel() for parameter in component.parameters() if parameter.requires_grad)
         for name, component in objective.named_children()
     }
-    totals = [sum(getattr(part, name) for part in flops.parts) for name in ("forward", "backward", "recomputed")]
     trained["all"] = sum(trained.values())
-    rows = [["part", "trained parameters", "forward", "backward", "both", "share", "computed again"]]
-    rows.append(["---", *["---:"] * 6])
-    for part in (*flops.parts, PartFlops("all", *totals)):
-        both = part.forward + part.backward
-        numbers = [value / flops.num_tokens / 1e6 for value in (part.forward, part.backward, both)]
-        rows.append(
-            [
-                part.name,
-                human_count(trained[part.name]) if trained.get(part.name) else "",
-                *(f"{number:.1f}" for number in numbers),
-                f"{both / flops.num_tokens / flops.per_token:.1%}",
-                f"{part.recomputed / flops.num_tokens / 1e6:.1f}",
-            ]
+    whole = [sum(getattr(part, name) for part in flops.parts) for name in ("forward", "backward", "recomputed")]
+    rows = []
+    for part in (*flops.parts, PartFlops("all", *whole)):
+        forward, backward, recomputed = (
+            number / flops.num_tokens for number in (part.forward, part.backward, part.recomputed)
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        both = forward + backward
+        parameters = human_count(trained[part.name]) if trained.get(part.name) else ""
+        numbers = [f"{number / 1e6:.1f}" for number in (forward, backward, both)]
+        rows.append([part.name, parameters, *numbers, f"{both / flops.per_token:.1%}", f"{recomputed / 1e6:.1f}"])
+    columns = ["part", "trained parameters", "forward", "backward", "both", "share", "computed again"]
+    return markdown_table(columns, rows)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of the run")
     parser.add_argument("--backbone_config", metavar="YAML", help="sizes of a backbone that cannot be reached")
@@ -121,30 +117,28 @@ def main() -> None:
     parser.add_argument("--device_name", help="a GPU of the table of peaks; else this machine's device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, over those of the file")
     arguments = parser.parse_intermixed_args()
-    settings: RunSettings = load_settings(RunSettings, arguments.config, arguments.overrides)
-    loop, length = settings.loop, settings.model.sequence_length
-    backbone = read_backbone_config(settings.model, arguments.backbone_config)
-    objective = build_meta_objective(settings, build_token_encoder_config(settings.model, backbone))
-    # the loop imports this module
-    from ldlm_hf.training.launch import speed_up
-    from ldlm_hf.training.loop import split_batch
-
-    speed_up(objective, replace(loop, compile=False))
-    precision = "bf16" if loop.mixed_precision == "bf16" else "fp32"
-    if arguments.device_name is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        peak: DevicePeak | None = device_peak(device, loop.mixed_precision, loop.peak_tflops)
-    else:
-        peak = data_sheet_peak(arguments.device_name, precision)
-    if peak is None:
+    if arguments.device_name is not None and data_sheet_peak(arguments.device_name, "fp32") is None:
         known = ", ".join(" ".join(row) for row in PEAK_TFLOPS)
         parser.error(f"--device_name {arguments.device_name!r} is not in the table: {known}.")
-    device_batch_size, _ = split_batch(loop, arguments.num_devices)
-    estimate = estimate_run(objective, loop, length, device_batch_size, arguments.num_devices, peak)
-    print("MFLOP a token:\n")
-    print(parts_table(estimate.pass_flops, objective))
-    print()
-    print(estimate.summary())
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings: RunSettings = load_settings(RunSettings, arguments.config, arguments.overrides)
+    loop = settings.loop
+    split_batch(loop, arguments.num_devices)  # raises where the batch does not split over them
+    backbone = read_backbone_config(settings.model, arguments.backbone_config)
+    objective = build_meta_objective(settings, build_token_encoder_config(settings.model, backbone))
+    speed_up(objective, replace(loop, compile=False))
+    peak = None
+    if arguments.device_name is not None:
+        peak = data_sheet_peak(arguments.device_name, "bf16" if loop.mixed_precision == "bf16" else "fp32")
+    if peak is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        peak = device_peak(device, loop.mixed_precision, loop.peak_tflops)
+    estimate = estimate_run(objective, loop, settings.model.sequence_length, arguments.num_devices, peak)
+    print("MFLOP a token:\n", *parts_table(estimate.pass_flops, objective), "", estimate.summary(), sep="\n")
 
 
 if __name__ == "__main__":

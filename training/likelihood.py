@@ -9,36 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import fields
 from pathlib import Path
 
-import torch
-
-from ldlm_hf.data import DataSettings, load_corpora
+from ldlm_hf.data import load_corpora
 from ldlm_hf.evaluation.likelihood import (
     ENCODER_NOISE_SHARE,
-    NUM_END_TIMES,
-    calibrate,
-    draw_terms,
-    load_pipeline,
-    load_timestep_sampler,
-    report,
+    LikelihoodOptions,
+    load_bounded_pipeline,
+    measure_bound,
     run_of,
-    summarize,
     trained_decoder_noise,
 )
+from ldlm_hf.evaluation.likelihood_report import report
 from ldlm_hf.evaluation.machine import hardware, versions
 from ldlm_hf.evaluation.provenance import source
-from ldlm_hf.evaluation.real_text import held_out_sequences, load_data_settings, training_sequences
-from ldlm_hf.objective import LikelihoodBound, LikelihoodSettings
-from ldlm_hf.objective.likelihood import (
-    PROPOSALS,
-    best_end_time,
-    build_proposal,
-)
-from ldlm_hf.training.launch import check_held_out
+from ldlm_hf.evaluation.real_text import load_data_settings
+from ldlm_hf.objective.time_proposals import PROPOSALS
+from ldlm_hf.training.saved_sampler import load_timestep_sampler
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,92 +64,48 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, help="RUN/likelihood, or runs/likelihood, by default")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings, over those of the file")
-    options = parser.parse_intermixed_args()
-    for name, least in (("num_sequences", 2), ("times_per_sequence", 2), ("batch_size", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)} must be at least {least}")
-    if options.tokens_only and options.hidden_noise is not None:
-        parser.error("--hidden_noise is a setting of the likelihood that --tokens_only leaves out")
-    if options.timestep_sampler is not None and options.proposal != "adaptive":
+    arguments = parser.parse_intermixed_args()
+    if arguments.timestep_sampler is not None and arguments.proposal != "adaptive":
         parser.error("--timestep_sampler goes with --proposal adaptive")
-    return options
+    return arguments
+
+
+def likelihood_options(arguments: argparse.Namespace, run: Path | None) -> LikelihoodOptions:
+    """The options of the command line; noise levels of the encoders that it does not give are the run's."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(LikelihoodOptions)}
+    if given["decoder_noise"] is None:
+        given["decoder_noise"] = trained_decoder_noise(run)
+    if given["encoder_noise"] is None:
+        if given["decoder_noise"] == 0:
+            raise ValueError("--encoder_noise is not given, and a tenth of --decoder_noise 0 is no noise: give it.")
+        given["encoder_noise"] = ENCODER_NOISE_SHARE * given["decoder_noise"]
+    return LikelihoodOptions(**given)
 
 
 def main() -> None:
-    options = parse_arguments()
-    pipeline = load_pipeline(options.pipeline, options.tokens_only)
-    run = run_of(options.pipeline)
-    if options.decoder_noise is None:
-        options.decoder_noise = trained_decoder_noise(run)
-    if options.encoder_noise is None:
-        if options.decoder_noise == 0:
-            raise ValueError("--encoder_noise is not given, and a tenth of --decoder_noise 0 is no noise: give it.")
-        options.encoder_noise = ENCODER_NOISE_SHARE * options.decoder_noise
-    config = options.config or (str(run / "settings.yaml") if run is not None else None)
-    data: DataSettings = load_data_settings(config, options.overrides)
+    arguments = parse_arguments()
+    pipeline = load_bounded_pipeline(arguments.pipeline, arguments.tokens_only)
+    run = run_of(arguments.pipeline)
+    options = likelihood_options(arguments, run)
+    config = arguments.config or (None if run is None else str(run / "settings.yaml"))
+    data = load_data_settings(config, arguments.overrides)
     sampler = None
     if options.proposal == "adaptive":
-        if options.timestep_sampler is None and run is None:
+        folder = arguments.timestep_sampler or run
+        if folder is None:
             raise ValueError("--proposal adaptive needs --timestep_sampler RUN, where the sampler's state is.")
-        sampler = load_timestep_sampler(Path(options.timestep_sampler or run))
-    length = pipeline.latent_encoder.config.sequence_length
-    corpora = load_corpora(data, pipeline.tokenizer, length)
-    check_held_out(corpora)
-    output_dir = options.output_dir or (run / "likelihood" if run is not None else Path("runs/likelihood"))
+        sampler = load_timestep_sampler(Path(folder))
+    corpora = load_corpora(data, pipeline.tokenizer, pipeline.latent_encoder.config.sequence_length)
 
     start = time.monotonic()
-    components = {name: part for name, part in pipeline.components.items() if name != "tokenizer"}
-    settings = LikelihoodSettings(
-        encoder_noise=options.encoder_noise,
-        decoder_noise=options.decoder_noise,
-        hidden_noise=options.hidden_noise,
-        end_time=options.end_time or 0.0,
-        self_conditioning=options.self_conditioning,
-    )
-    bound = LikelihoodBound(**components, settings=settings)
-    device, d = pipeline.device, pipeline.scheduler.config.tangent_d
-    seen = training_sequences(corpora.train, options.num_sequences)
-    num_candidates = min(NUM_END_TIMES, len(seen)) if options.end_time is None else 1
-    candidates = torch.linspace(bound.start, 1, num_candidates + 1, dtype=torch.float64)[:-1]
-    measured = calibrate(bound, seen, candidates, options.batch_size, device, options.seed + 2)
-    end_time, latent_noise = best_end_time(candidates, measured.latent_errors, options.encoder_noise, d)
-    settings = replace(settings, end_time=end_time, latent_noise=latent_noise)
-    if options.latent_noise is not None:
-        settings = replace(settings, latent_noise=options.latent_noise)
-    if options.hidden_noise is None and not options.tokens_only:
-        settings = replace(settings, hidden_noise=measured.hidden_error)
-    bound.settings = settings
-    proposal = build_proposal(options.proposal, bound.start, d, measured.latent_std, sampler)
-    sequences = held_out_sequences(corpora.validation, options.num_sequences)
-    draws = draw_terms(
-        bound, sequences, proposal, options.times_per_sequence, options.batch_size, device, options.seed
-    )
-
-    latent_config, vocab_size = pipeline.latent_encoder.config, pipeline.token_decoder.config.vocab_size
     results = {
-        "pipeline": source(options.pipeline).name if run is None else f"{run.name}/{Path(options.pipeline).name}",
-        "terms": summarize(draws),
-        "uniform_nats_per_token": math.log(vocab_size),
-        "settings": {
-            **asdict(settings),
-            "tangent_d": d,
-            "proposal": options.proposal,
-            "latent_std": measured.latent_std,
-            "text": source(data.source).name,
-            "num_sequences": len(sequences),
-            "times_per_sequence": options.times_per_sequence,
-            "seed": options.seed,
-        },
-        "sizes": {
-            "sequence_length": length,
-            "vocab_size": vocab_size,
-            "latent_entries_per_token": latent_config.num_latents * latent_config.latent_size / length,
-            "hidden_entries_per_token": latent_config.token_hidden_size,
-        },
+        "pipeline": source(arguments.pipeline).name if run is None else f"{run.name}/{Path(arguments.pipeline).name}",
+        **measure_bound(pipeline, corpora, source(data.source).name, options, sampler),
         "versions": versions(),
-        "hardware": hardware(device),
+        "hardware": hardware(pipeline.device),
         "seconds": time.monotonic() - start,
     }
+    output_dir = arguments.output_dir or (Path("runs") if run is None else run) / "likelihood"
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "likelihood.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = report(results)

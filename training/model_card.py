@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ldlm_hf.hub.model_card import Run, write_card
+from ldlm_hf.hub.model_card import write_card
+from ldlm_hf.hub.run_files import Run
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training.finish import describe
 from ldlm_hf.training.settings import RunSettings

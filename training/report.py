@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from figures.logged_runs import (
-    read_logged_runs,
-)
+from figures.logged_runs import read_logged_runs
 from figures.report import write_report
 
 

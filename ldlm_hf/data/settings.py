@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from .detokenizers import DETOKENIZERS
 
 

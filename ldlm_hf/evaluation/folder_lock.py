@@ -1,4 +1,8 @@
-"""Folders that one process at a time writes to."""
+"""Folders that one process at a time writes to.
+
+Not by `filelock`: it does not hand out the lock's descriptor, and its release unlocks the file for child processes
+that hold the descriptor, too. Ablations need both: what a killed call has left running keeps the folder locked.
+"""
 
 from __future__ import annotations
 

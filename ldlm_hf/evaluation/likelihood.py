@@ -1,11 +1,11 @@
-"""LIK"""
+"""Measures the likelihood bound of a pipeline on held-out text (App. A.1 of the paper; docs/likelihood.md)."""
 
 from __future__ import annotations
 
 import math
-import pickle
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,64 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from ..objective import AdaptiveTimestepSampler, LikelihoodBound
-from ..objective.likelihood import (
-    TimeProposal,
-    estimate,
-    stratified_uniforms,
-    sum_of_squares,
-)
+from ..data import TextCorpora
+from ..loading.checks import check_settings
+from ..objective import AdaptiveTimestepSampler, LikelihoodBound, LikelihoodSettings, LikelihoodTerms
+from ..objective.likelihood import best_end_time, sum_of_squares
+from ..objective.time_proposals import TimeProposal, build_proposal, stratified_uniforms
 from ..pipelines.pipeline_ldlm import LDLMPipeline
-from ..training.checkpoints import find_checkpoints
-from .markdown import cell, markdown_table
+from .likelihood_report import TERMS, summarize
+from .real_text import held_out_part, held_out_sequences, training_sequences
+from .samples import load_pipeline
 
 
 # ours: the decoder's input is then as noisy as in training to within 0.5%
 ENCODER_NOISE_SHARE = 0.1
 # evenly spaced; the best one is taken
 NUM_END_TIMES = 20
-# name in the results → what the table calls it
-TERMS = {
-    "hidden_reconstruction": "hidden-state reconstruction, -log p(h given z~) (Eq. 17)",
-    "token_reconstruction": "token reconstruction, -log p(w given z~) (Eq. 18)",
-    "diffusion": "diffusion integral, likelihood weighting (Eq. 21, 22)",
-    "last_step": "last step of the prior, KL (Eq. 21)",
-    "terminal_kl": "terminal KL at t = 1 (Eq. 21)",
-    "prior_cross_entropy": "prior cross-entropy: the three above + n/2 log(2 pi e s_enc^2) (Eq. 21)",
-    "encoder_entropy": "encoder entropy, n/2 log(2 pi e s_enc^2), subtracted (Eq. 16)",
-    "rate": "rate: prior cross-entropy - encoder entropy, bounds KL(q(z given w), p(z)) (Eq. 14)",
-    "total": "**joint bound on -log p(w, h)**: reconstructions + rate (Eq. 23)",
-    "tokens_only": "**bound on -log p(w)**: token reconstruction + rate",
-}
+
+
+# 1. What is measured
+
+
+@dataclass(frozen=True)
+class LikelihoodOptions:
+    """How a bound is measured, and of which model: what is None is measured on training text.
+
+    Attributes:
+        encoder_noise, decoder_noise, hidden_noise, latent_noise, self_conditioning: as in [`LikelihoodSettings`].
+        end_time: where the prior's reverse process ends; by default where the bound is tightest.
+        tokens_only: leaves the hidden states' likelihood out.
+        num_sequences: held-out sequences, and training sequences to measure on.
+        times_per_sequence: draws of all noise and of a time, for each.
+        proposal: density that times are drawn from, one of `PROPOSALS`.
+        batch_size: sequences of one pass.
+        seed: of all noise and times.
+    """
+
+    encoder_noise: float
+    decoder_noise: float
+    hidden_noise: float | None = None
+    end_time: float | None = None
+    latent_noise: float | None = None
+    tokens_only: bool = False
+    self_conditioning: bool = False
+    num_sequences: int = 256
+    times_per_sequence: int = 16
+    proposal: str = "log_snr"
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(
+            type(self).__init__,
+            vars(self),
+            num_sequences="[2, inf)",
+            times_per_sequence="[2, inf)",
+            batch_size="[1, inf)",
+        )
+        if self.tokens_only and self.hidden_noise is not None:
+            raise ValueError("hidden_noise is a setting of the likelihood that tokens_only leaves out.")
 
 
 def run_of(pipeline: str) -> Path | None:
@@ -68,9 +97,9 @@ def trained_decoder_noise(run: Path | None) -> float:
     )
 
 
-def load_pipeline(name: str, tokens_only: bool) -> LDLMPipeline:
-    """A pipeline that has what the bound needs; ValueError for one that has not."""
-    pipeline = LDLMPipeline.from_pretrained(name)
+def load_bounded_pipeline(name: str, tokens_only: bool) -> LDLMPipeline:
+    """A pipeline that has what the bound needs; ValueError for one that has not, OSError where there is none."""
+    pipeline = load_pipeline(name, "float32")
     if pipeline.missing_encoders:
         raise ValueError(
             f"--pipeline {name!r} lacks {' and '.join(pipeline.missing_encoders)}, which turn held-out text into "
@@ -84,35 +113,66 @@ def load_pipeline(name: str, tokens_only: bool) -> LDLMPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_timestep_sampler(path: Path) -> AdaptiveTimestepSampler:
-    """The sampler of a run's newest checkpoint, of a checkpoint, or of its file.
+# 2. Measuring
+
+
+def measure_bound(
+    pipeline: LDLMPipeline,
+    corpora: TextCorpora,
+    text: str,
+    options: LikelihoodOptions,
+    sampler: AdaptiveTimestepSampler | None = None,
+) -> dict[str, Any]:
+    """Sets what is None in the options on training text, then draws the terms on held-out text.
+
+    Args:
+        pipeline: with encoders.
+        corpora: its text.
+        text: what the results call the text.
+        options: of the measurement.
+        sampler: of the pipeline's training, for the adaptive proposal.
+
+    Returns:
+        Terms, settings and sizes, as `likelihood.json` has them.
 
     Raises:
-        OSError: there is no such file, or it is none of a checkpoint.
-        ValueError: the run sampled uniformly.
+        ValueError: no text is held out, or the sampler has learned nothing.
     """
-    file = path
-    if path.is_dir() and not (path / "rank_0.pt").is_file():
-        checkpoints = find_checkpoints(path)
-        if not checkpoints:
-            raise OSError(f"--timestep_sampler {str(path)!r} holds no checkpoint; use --proposal log_snr.")
-        file = checkpoints[-1] / "rank_0.pt"
-    elif path.is_dir():
-        file = path / "rank_0.pt"
-    if not file.is_file():
-        raise OSError(f"--timestep_sampler {str(path)!r}: there is no {file.name}; use --proposal log_snr.")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)["task"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
-        raise OSError(f"--timestep_sampler {str(path)!r}: {file.name} is no file of a checkpoint.") from error
-    if not state:
-        raise ValueError(
-            f"--timestep_sampler {str(path)!r} belongs to a run that sampled its times uniformly; use --proposal "
-            "uniform or log_snr."
-        )
-    sampler = AdaptiveTimestepSampler(num_bins=state["num_bins"])
-    sampler.load_state_dict(state)
-    return sampler
+    held_out = held_out_sequences(held_out_part(corpora), options.num_sequences)
+    settings = LikelihoodSettings(
+        encoder_noise=options.encoder_noise,
+        decoder_noise=options.decoder_noise,
+        hidden_noise=options.hidden_noise,
+        end_time=options.end_time or 0.0,
+        self_conditioning=options.self_conditioning,
+    )
+    components = {name: part for name, part in pipeline.components.items() if name != "tokenizer"}
+    bound = LikelihoodBound(**components, settings=settings)
+    latent_std = fit_noise_levels(bound, training_sequences(corpora.train, options.num_sequences), options).latent_std
+    d = pipeline.scheduler.config.tangent_d
+    proposal = build_proposal(options.proposal, bound.start, d, latent_std, sampler)
+    draws = draw_terms(bound, held_out, proposal, options)
+    latents, vocab_size = pipeline.latent_encoder.config, pipeline.token_decoder.config.vocab_size
+    return {
+        "terms": summarize(draws),
+        "uniform_nats_per_token": math.log(vocab_size),
+        "settings": {
+            **asdict(bound.settings),
+            "tangent_d": d,
+            "proposal": options.proposal,
+            "latent_std": latent_std,
+            "text": text,
+            "num_sequences": len(held_out),
+            "times_per_sequence": options.times_per_sequence,
+            "seed": options.seed,
+        },
+        "sizes": {
+            "sequence_length": latents.sequence_length,
+            "vocab_size": vocab_size,
+            "latent_entries_per_token": latents.num_latents * latents.latent_size / latents.sequence_length,
+            "hidden_entries_per_token": latents.token_hidden_size,
+        },
+    }
 
 
 @dataclass
@@ -162,121 +222,58 @@ def calibrate(
     )
 
 
+def fit_noise_levels(bound: LikelihoodBound, sequences: torch.Tensor, options: LikelihoodOptions) -> Calibration:
+    """Sets the bound's end time and noise levels that are not given, on training sequences (n, L)."""
+    num_candidates = min(NUM_END_TIMES, len(sequences)) if options.end_time is None else 1
+    candidates = torch.linspace(bound.start, 1, num_candidates + 1, dtype=torch.float64)[:-1]
+    device, d = bound.transformer.device, bound.scheduler.config.tangent_d
+    measured = calibrate(bound, sequences, candidates, options.batch_size, device, options.seed + 2)
+    end_time, latent_noise = best_end_time(candidates, measured.latent_errors, options.encoder_noise, d)
+    hidden_noise = options.hidden_noise
+    if hidden_noise is None and not options.tokens_only:
+        hidden_noise = measured.hidden_error
+    bound.settings = replace(
+        bound.settings,
+        end_time=end_time,
+        latent_noise=latent_noise if options.latent_noise is None else options.latent_noise,
+        hidden_noise=hidden_noise,
+    )
+    return measured
+
+
 def draw_terms(
-    bound: LikelihoodBound,
-    sequences: torch.Tensor,
-    proposal: TimeProposal,
-    num_draws: int,
-    batch_size: int,
-    device: torch.device,
-    seed: int,
+    bound: LikelihoodBound, sequences: torch.Tensor, proposal: TimeProposal, options: LikelihoodOptions
 ) -> dict[str, torch.Tensor]:
-    """Each term in nats a token, for K draws of N sequences (N, L): float64 of shape (K, N)."""
+    """Each term of `TERMS` that there is, in nats a token, for K draws of N sequences (N, L): float64 (K, N)."""
+    device = bound.transformer.device
     # two streams: times that came from the noise's own random bits would not be independent of it
-    generator = torch.Generator(device).manual_seed(seed)
-    uniforms = stratified_uniforms(num_draws, len(sequences), torch.Generator().manual_seed(seed + 1))
+    generator = torch.Generator(device).manual_seed(options.seed)
+    uniforms = stratified_uniforms(
+        options.times_per_sequence, len(sequences), torch.Generator().manual_seed(options.seed + 1)
+    )
     timesteps = proposal.quantile(uniforms)
     densities = proposal.density(timesteps)
-    columns: list[dict[str, torch.Tensor]] = []
+    batches = []
     progress = tqdm(
-        total=num_draws * len(sequences),
+        total=timesteps.numel(),
         desc="likelihood",
         unit="draw",
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
-    for first in range(0, len(sequences), batch_size):
-        rows = slice(first, first + batch_size)
+    for rows in torch.arange(len(sequences)).split(options.batch_size):
         input_ids = sequences[rows].to(device)
         encoded = bound.encode(input_ids)
-        draws: list[dict[str, torch.Tensor]] = []
+        draws = []
         for some_times, some_densities in zip(timesteps[:, rows], densities[:, rows], strict=True):
-            terms = bound.draw(input_ids, *encoded, some_times, some_densities, generator)
-            values = {
-                "hidden_reconstruction": terms.hidden,
-                "token_reconstruction": terms.token,
-                "diffusion": terms.diffusion,
-                "last_step": terms.last_step,
-                "terminal_kl": terms.terminal,
-                "prior_cross_entropy": terms.prior,
-                "encoder_entropy": torch.full_like(terms.prior, terms.entropy),
-                "rate": terms.rate,
-                "total": terms.total,
-                "tokens_only": terms.tokens_only,
-            }
-            draws.append({name: value.cpu() for name, value in values.items() if value is not None})
-            progress.update(len(input_ids))
-        columns.append({name: torch.stack([draw[name] for draw in draws]) for name in draws[0]})
+            draws.append(bound.draw(input_ids, *encoded, some_times, some_densities, generator))
+            progress.update(len(rows))
+        batches.append(stacked_terms(draws))
     progress.close()
-    return {name: torch.cat([some[name] for some in columns], 1) / sequences.shape[1] for name in columns[0]}
+    return {name: torch.cat([batch[name] for batch in batches], 1) / sequences.shape[1] for name in batches[0]}
 
 
-def summarize(draws: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Mean, in nats and bits a token, and errors, in nats a token, of each term's draws (K, N)."""
-    summary = {}
-    for name, values in draws.items():
-        measured = estimate(values)
-        summary[name] = {
-            "nats_per_token": measured.mean,
-            "bits_per_token": measured.mean / math.log(2),
-            "monte_carlo_error": measured.monte_carlo_error,
-            "standard_error": measured.standard_error,
-        }
-    return summary
-
-
-def table(terms: dict[str, dict[str, float]]) -> str:
-    """The terms as a Markdown table."""
-    columns = ["term", "nats a token", "bits a token", "Monte-Carlo error", "with sampling of sequences"]
-    keys = ("nats_per_token", "bits_per_token", "monte_carlo_error", "standard_error")
-    rows = [[TERMS[name], *(cell(values[key], None, 4) for key in keys)] for name, values in terms.items()]
-    return "\n".join(markdown_table(columns, rows))
-
-
-def caveats(results: dict[str, Any]) -> str:
-    """What the numbers are, and what they can and cannot be compared with."""
-    sizes, settings, uniform = results["sizes"], results["settings"], results["uniform_nats_per_token"]
-    tokens_only = results["terms"]["tokens_only"]["nats_per_token"]
-    verdict = "says less than" if tokens_only > uniform else "is below"
-    paragraphs = [
-        f"**The bound on -log p(w)** is an upper bound on what the tokens cost under Eq. 11 with the hidden states "
-        f"integrated out. It is a number of discrete tokens, never negative, and an upper bound beside other upper "
-        f"bounds (MDLM's, for one) on the same text, tokenizer and chunks of {sizes['sequence_length']} tokens "
-        f"without context before them. Here it {verdict} guessing each token uniformly, log V = {uniform:.2f} nats. "
-        f"It may be loose by any amount: training minimises no likelihood (unweighted diffusion loss, a stop-gradient "
-        f"before the token decoder), and the rate pays for {sizes['latent_entries_per_token']:g} latent entries a "
-        f"token to a precision of s_enc, whether or not the decoder needs them. A large value is no evidence of poor "
-        f"samples; sampling also ends at t_min and decodes without noise.",
-        f"**It depends on the noise levels**, s_enc = {settings['encoder_noise']:g} and delta = "
-        f"{settings['decoder_noise']:g} here; every choice gives a valid bound, of a model of its own. The corruption "
-        f"delta costs reconstruction and saves no rate: at the same noise on the decoder's input, "
-        f"--encoder_noise {math.hypot(settings['encoder_noise'], settings['decoder_noise']):.4g} --decoder_noise 0 "
-        f"has the smallest rate.",
-    ]
-    if "total" in results["terms"]:
-        paragraphs.insert(
-            0,
-            f"**The joint bound (Eq. 23)** is on -log p(w, h), h the {sizes['hidden_entries_per_token']:g} "
-            f"standardised hidden-state entries of each token. h follows from w, so it carries no information beyond "
-            f"it; its density is taken at a point all the same, in units of the standardised h. That is a "
-            f"differential quantity: it may be negative, has no floor, moves by "
-            f"{sizes['hidden_entries_per_token']:g} log c nats a token if h is measured in units c times smaller, and "
-            f"falls as D gets better and s_dec ({settings['hidden_noise']:.4g} here) with it. It is **not** a token "
-            f"perplexity, and is comparable with no autoregressive model's, MDLM's or any discrete model's. A fair "
-            f"reading: differences between models with the same token encoder, layer, statistics, tokenizer, text and "
-            f"sequence length, each with its own noise levels reported.",
-        )
-    return "\n\n".join(paragraphs)
-
-
-def report(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    settings = markdown_table(["setting", "value"], [[key, str(value)] for key, value in results["settings"].items()])
-    used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return (
-        f"# Likelihood bound of {results['pipeline']}\n\n{table(results['terms'])}\n\n"
-        "Errors are standard errors in nats a token: of noise and times for these very sequences, and with that of "
-        f"having drawn these sequences.\n\n## What the numbers are\n\n{caveats(results)}\n\n"
-        "## Settings\n\n" + "\n".join(settings) + "\n\n"
-        f"{results['seconds']:.0f} s on {results['hardware']}; {used}.\n"
-    )
+def stacked_terms(draws: Sequence[LikelihoodTerms]) -> dict[str, torch.Tensor]:
+    """The terms that there are of K draws of B sequences, (K, B) each."""
+    names = [name for name in TERMS if getattr(draws[0], name) is not None]
+    return {name: torch.stack([getattr(terms, name) for terms in draws]).cpu() for name in names}

@@ -1,18 +1,14 @@
-"""Keeps the memory that torch has freed on the CPU for its next tensors."""
+"""The machine of a run: its processors, the versions of its packages, and how it treats freed memory."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+from importlib import import_module
 from pathlib import Path
 
-import accelerate
-import diffusers
 import torch
-import transformers
 from accelerate.state import PartialState
-
-import ldlm_hf
 
 
 # <malloc.h> of glibc
@@ -55,5 +51,5 @@ def hardware(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a run depends on."""
-    packages = (ldlm_hf, torch, diffusers, transformers, accelerate)
-    return {"Python": platform.python_version()} | {package.__name__: package.__version__ for package in packages}
+    packages = ("ldlm_hf", "torch", "diffusers", "transformers", "accelerate")
+    return {"Python": platform.python_version()} | {name: import_module(name).__version__ for name in packages}

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,7 +33,7 @@ def module_digest(module: nn.Module) -> str:
     state = hashlib.sha256(digest(public_config(module)).encode())
     for name, tensor in module.state_dict().items():
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(np.ascontiguousarray(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+        state.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()[:24]
 
 
@@ -106,8 +105,8 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     unfinished.replace(file)
 
 
-def remove_unfinished(*folders: Path) -> None:
-    """Removes what processes that were killed have left half-written; none may be writing there now."""
+def remove_half_written(*folders: Path) -> None:
+    """Removes the files that processes that were killed have left half-written; none may be writing there now."""
     for folder in folders:
         for file in folder.glob(f"*{UNFINISHED}"):
             file.unlink()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sources import is_local
-from ..hub.model_card import Source
+from ..hub.run_files import Source
 from ..loading.pretrained_sources import PACKAGE_PREFIX
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..hub.model_card import Sample, fenced, sample_scores
+from ..hub.model_card import fenced, sample_scores
+from ..hub.run_files import Sample
+from ..metrics.registry import COLUMNS as SCORE_COLUMNS
 from .markdown import cell, markdown_table
 from .real_text import REPEATED_WORDS
 
 
-# metric → heading, digits
-COLUMNS = {
-    "generative_perplexity": ("Gen. PPL ↓", 1),
-    "trimmed_mean_perplexity": ("trimmed mean PPL ↓", 1),
-    "mauve": ("MAUVE ↑", 3),
-    "diversity": ("diversity ↑", 3),
-    "entropy": ("entropy (nats) ↑", 3),
-    "seconds": ("sampling (s)", 1),
+# what a set is measured by → heading, digits
+COLUMNS = {name: (score.heading, score.digits) for name, score in SCORE_COLUMNS.items()} | {
+    "seconds": ("sampling (s)", 1)
 }
 COUNTS = {"num_blank_texts": "blank", "num_unscored_texts": "unscored", "num_nonfinite_texts": "not finite"}
 
@@ -43,25 +40,29 @@ def results_text(results: dict[str, Any]) -> str:
         "# Evaluation",
         "\n".join(markdown_table(header, rows)),
         "\n".join(f"- {line}" for line in conditions(results)),
+        *interpolation_sections([entry for entry in results["pipelines"] if "interpolation" in entry]),
     ]
-    curves = [entry for entry in results["pipelines"] if "interpolation" in entry]
-    if curves:
-        positions = curves[0]["interpolation"]["positions"]
-        columns = ["Gen. PPL at", *(f"{position:.2f}" for position in positions), "roughness"]
-        lines = []
-        for entry in curves:
-            curve = entry["interpolation"]
-            perplexities = curve["generative_perplexity"] or [None] * len(positions)
-            cells = [cell(value, None, 1) for value in perplexities]
-            lines.append([entry["name"], *cells, cell(curve["roughness"], None, 3)])
-        sections += [
-            "## Between two real texts",
-            "\n".join(markdown_table(columns, lines)),
-            f"{curves[0]['interpolation']['num_pairs']:,} pairs of real texts; the positions 0 and 1 are their "
-            "reconstructions. Roughness: mean over the positions between of log Gen. PPL minus its straight line "
-            "from end to end, in nats a token.",
-        ]
     return "\n\n".join(sections) + "\n"
+
+
+def interpolation_sections(entries: list[dict[str, Any]]) -> list[str]:
+    """The table of the lines between real texts, if any pipeline has decoded some."""
+    if not entries:
+        return []
+    first = entries[0]["interpolation"]
+    columns = ["Gen. PPL at", *(f"{position:.2f}" for position in first["positions"]), "roughness"]
+    rows = []
+    for entry in entries:
+        curve = entry["interpolation"]
+        perplexities = curve["generative_perplexity"] or [None] * len(first["positions"])
+        cells = [cell(value, None, 1) for value in perplexities]
+        rows.append([entry["name"], *cells, cell(curve["roughness"], None, 3)])
+    return [
+        "## Between two real texts",
+        "\n".join(markdown_table(columns, rows)),
+        f"{first['num_pairs']:,} pairs of real texts; the positions 0 and 1 are their reconstructions. Roughness: "
+        "mean over the positions between of log Gen. PPL minus its straight line from end to end, in nats a token.",
+    ]
 
 
 def conditions(results: dict[str, Any]) -> list[str]:
@@ -106,7 +107,7 @@ def conditions(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def samples_text(shown: dict[str, list[Sample]], results: dict[str, Any]) -> str:
+def scored_samples_text(shown: dict[str, list[Sample]], results: dict[str, Any]) -> str:
     """Texts, each with its own Gen. PPL and entropy (App. I)."""
     judge = f"Judge: `{results['judge']['name']}`. " if results["judge"] else ""
     sections = [f"# Samples\n\n{judge}The first texts of each set, in order; none was picked."]

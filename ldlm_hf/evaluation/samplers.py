@@ -11,32 +11,19 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+import diffusers
 
 from ..loading.settings_reader import parse_value, to_config, under
 from ..pipelines.pipeline_ldlm import LDLMPipeline
+from ..schedulers import DIFFUSERS_SCHEDULERS, SCHEDULERS
 from ..schedulers.discrete import diffusers_config
 from ..schedulers.scheduling_tangent import TangentScheduler
-from ..schedulers.scheduling_tangent_churn import TangentChurnScheduler
-from ..schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
-from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
-from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from ..schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
 
 
 OWN = "own"
-SCHEDULERS: dict[str, type] = {
-    scheduler.__name__: scheduler
-    for scheduler in (
-        TangentEulerMaruyamaScheduler,
-        TangentDDIMScheduler,
-        TangentDPMSolverMultistepScheduler,
-        TangentChurnScheduler,
-        TangentFlowMapScheduler,
-        DDIMScheduler,
-        DPMSolverMultistepScheduler,
-        UniPCMultistepScheduler,
-    )
+# diffusers has its own, and by registration ours
+SCHEDULER_CLASSES: dict[str, type[Any]] = {
+    name: getattr(diffusers, name) for name in (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
 }
 CALL_ARGUMENTS = ("self_condition_scale", "self_condition_decay")
 
@@ -65,12 +52,14 @@ class Sampler:
             ValueError: an unknown scheduler or setting, or what is no pair of key and value.
         """
         name, _, pairs = text.partition(":")
-        if name != OWN and name not in SCHEDULERS:
-            known = ", ".join([OWN, *SCHEDULERS])
+        if name != OWN and name not in SCHEDULER_CLASSES:
+            known = ", ".join([OWN, *SCHEDULER_CLASSES])
             raise ValueError(f"sampler {text!r}: unknown scheduler {name!r}; known: {known}.")
-        own_settings = [] if name == OWN else list(inspect.signature(SCHEDULERS[name]).parameters)
-        hints = {} if name == OWN else get_type_hints(SCHEDULERS[name].__init__)
-        settings, arguments = [], []
+        constructor = None if name == OWN else SCHEDULER_CLASSES[name].__init__
+        own_settings = [] if constructor is None else list(inspect.signature(constructor).parameters)[1:]
+        hints = {} if constructor is None else get_type_hints(constructor)
+        settings: list[tuple[str, Any]] = []
+        arguments: list[tuple[str, Any]] = []
         for pair in filter(None, pairs.split(",")):
             key, separator, value = pair.partition("=")
             if not separator:
@@ -95,7 +84,7 @@ class Sampler:
         """
         if self.scheduler == OWN:
             return scheduler
-        scheduler_class, changes = SCHEDULERS[self.scheduler], dict(self.settings)
+        scheduler_class, changes = SCHEDULER_CLASSES[self.scheduler], dict(self.settings)
         if issubclass(scheduler_class, TangentScheduler):
             return scheduler_class.from_config(scheduler.config, **changes)
         return scheduler_class.from_config(diffusers_config(scheduler, **changes))

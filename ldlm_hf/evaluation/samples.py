@@ -110,6 +110,7 @@ class SampleSet:
         subject: the pipeline.
         steps: denoising steps.
         seed: of the set.
+        count: how many.
         rows: where they are kept: `sequences` (n, L), `is_finite`, `seconds`, `batch_size` and `nfe`, evaluations of
             the denoiser, (n,).
     """
@@ -117,15 +118,24 @@ class SampleSet:
     subject: Subject
     steps: int
     seed: int
+    count: int
     rows: Rows
 
     @classmethod
-    def of(cls, parts: FinishedParts, subject: Subject, steps: int, seed: int, device: str) -> SampleSet:
+    def of(cls, parts: FinishedParts, subject: Subject, steps: int, seed: int, count: int, device: str) -> SampleSet:
         """The set, in whatever batches it was made before; `device` is the kind that all its times are of."""
         rows = parts.rows(
             "samples", pipeline=subject.digest, dtype=subject.dtype, steps=steps, seed=seed, device=device
         )
-        return cls(subject, steps, seed, rows)
+        return cls(subject, steps, seed, count, rows)
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """The samples and what is kept of them, all there."""
+        return self.rows.load(self.count)
+
+    def missing_batches(self, batch_size: int) -> list[Batch]:
+        """What is still to be made; a sample costs as many passes as there are steps."""
+        return batches_of(self.make, self.rows.missing(self.count), batch_size, row_cost=self.steps)
 
     def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
         """Samples some of the set, and keeps them.
@@ -192,6 +202,15 @@ class Lines:
         )
         return cls(subject, ends, torch.linspace(0, 1, num_positions), rows)
 
+    def load(self) -> torch.Tensor:
+        """The decoded points, all there: token ids (pairs, K, L)."""
+        return self.rows.load(len(self.ends))["sequences"]
+
+    def missing_batches(self, batch_size: int) -> list[Batch]:
+        """What is still to be made; a line is K points to decode."""
+        size = max(1, batch_size // len(self.positions))
+        return batches_of(self.make, self.rows.missing(len(self.ends)), size, row_cost=1)
+
     @torch.no_grad()
     def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
         """Decodes some of the lines, at most `batch_size` points at a time, and keeps them."""
@@ -212,21 +231,15 @@ def pairs_of(sequences: torch.Tensor, count: int) -> torch.Tensor:
 class Batch:
     """A piece of work for one process: `make` some rows of one set; `cost` compares it with other pieces."""
 
-    make: Callable[..., Any]
+    make: Callable[..., None]
     indices: list[int]
     cost: int
 
 
-def missing_batches(made: SampleSet | Lines, count: int, batch_size: int) -> list[Batch]:
-    """What is still to be made of the first `count` rows of a set."""
-    missing = made.rows.missing(count)
-    if isinstance(made, SampleSet):
-        size, row_cost = batch_size, made.steps
-    else:
-        # a line is K points to decode
-        size, row_cost = max(1, batch_size // len(made.positions)), 1
-    pieces = [missing[first : first + size] for first in range(0, len(missing), size)]
-    return [Batch(made.make, piece, row_cost * len(piece)) for piece in pieces]
+def batches_of(make: Callable[..., None], rows: list[int], size: int, row_cost: int) -> list[Batch]:
+    """Rows of a set in pieces of at most `size`."""
+    pieces = [rows[first : first + size] for first in range(0, len(rows), size)]
+    return [Batch(make, piece, row_cost * len(piece)) for piece in pieces]
 
 
 def sample(

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..hub.model_card import Sample, TextScores
-from ..metrics import GenerativePerplexity, Judge, Mauve, NGramDiversity, TokenEntropy, text_features
-from ..metrics.mauve import MAX_TEXT_LENGTH
+from ..hub.run_files import Sample, TextScores
+from ..metrics.judge import Judge
+from ..metrics.mauve import text_features
+from ..metrics.registry import SCORES
+from ..metrics.text_set import MIN_MAUVE_TEXTS, References, TextSet
 from .provenance import source
-
-
-# with fewer texts MAUVE has no two clusters to compare
-MIN_MAUVE_TEXTS = 20
-
-
-@dataclass(frozen=True)
-class References:
-    """The real texts that MAUVE compares sets with, and their features (n, D), made once for all sets."""
-
-    texts: list[str]
-    features: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,6 +32,16 @@ class ScoredSet:
     judge: dict[str, Any] | None = None
     mauve: dict[str, Any] | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return asdict(self) | {"scores": self.scores.to_json()}
+
+    @classmethod
+    def from_json(cls, mapping: dict[str, Any]) -> ScoredSet:
+        """What `to_json` gives."""
+        samples = [Sample(**sample) for sample in mapping["samples"]]
+        return cls(TextScores.from_json(mapping["scores"]), samples, mapping["judge"], mapping["mauve"])
+
 
 def judge_conditions(judge: Judge) -> dict[str, Any]:
     """What perplexities depend on: the judge without its folder, the tokens that it reads, and that none is added."""
@@ -50,65 +49,28 @@ def judge_conditions(judge: Judge) -> dict[str, Any]:
 
 
 def score_set(
-    sequences: Sequence[Sequence[int]] | torch.Tensor,
+    sequences: Sequence[Sequence[int]],
     texts: list[str],
     judge: Judge | None,
     batch_size: int,
     references: References | None = None,
 ) -> ScoredSet:
-    """Scores a set of token ids (n sequences) and what the tokenizer makes of them (n texts).
-
-    Args:
-        judge: measures the perplexities and MAUVE; None leaves them out.
-        batch_size: texts of one pass of the judge.
-        references: for MAUVE, as many as there are texts. MAUVE is not measured without them, nor where fewer than
-            `MIN_MAUVE_TEXTS` of the texts are not blank.
-    """
-    rows = sequences.tolist() if isinstance(sequences, torch.Tensor) else [list(row) for row in sequences]
-    # in memory: several processes may score at the same time
-    entropy = TokenEntropy(keep_in_memory=True).compute(predictions=rows)
-    num_blank = sum(not text.strip() for text in texts)
-    scores = TextScores(
-        num_texts=len(texts),
-        entropy=entropy["entropy"],
-        diversity=NGramDiversity(keep_in_memory=True).compute(predictions=rows)["diversity"],
-        num_blank_texts=num_blank,
+    """Measures every score of a set; the arguments are those of [`TextSet`]."""
+    measured = TextSet(sequences, texts, judge, batch_size, references)
+    values = {name: score.measure(measured) for name, score in SCORES.items()}
+    perplexities = measured.perplexity.get("perplexities", [None] * len(texts))
+    mauve_conditions = {key: measured.mauve.get(key) for key in ("num_texts", "num_buckets", "max_length", "seed")}
+    return ScoredSet(
+        scores=TextScores(
+            len(texts),
+            values,
+            num_blank_texts=measured.num_blank,
+            num_unscored_texts=None if judge is None else measured.perplexity.get("num_unscored_texts", len(texts)),
+        ),
+        samples=[Sample(*one) for one in zip(texts, perplexities, measured.entropy["entropies"], strict=True)],
+        judge=None if judge is None else judge_conditions(judge),
+        mauve=mauve_conditions if measured.mauve else None,
     )
-    perplexities: list[float | None] = [None] * len(texts)
-    conditions = mauve_conditions = None
-    if judge is not None:
-        conditions = judge_conditions(judge)
-        scores = replace(scores, num_unscored_texts=len(texts))
-        lengths = [len(tokens) for tokens in judge.encode(texts, MAX_TEXT_LENGTH + 1)]
-        with_mauve = references is not None and len(texts) - num_blank >= MIN_MAUVE_TEXTS
-        # one pass does for both metrics where they read the same tokens of the same texts
-        in_one_pass = with_mauve and not num_blank and all(2 <= length <= MAX_TEXT_LENGTH for length in lengths)
-        features = None
-        if max(lengths) >= 2:
-            perplexity = GenerativePerplexity(keep_in_memory=True).compute(
-                predictions=texts, judge=judge, batch_size=batch_size, with_features=in_one_pass
-            )
-            features = perplexity.get("features")
-            perplexities = perplexity["perplexities"]
-            scores = replace(
-                scores,
-                generative_perplexity=perplexity["perplexity"],
-                trimmed_mean_perplexity=perplexity["trimmed_mean_perplexity"],
-                num_unscored_texts=perplexity["num_unscored_texts"],
-            )
-        if with_mauve:
-            mauve = Mauve(keep_in_memory=True).compute(
-                predictions=texts,
-                references=references.texts,
-                reference_features=references.features,
-                prediction_features=features,
-                judge=judge,
-                batch_size=batch_size,
-            )
-            scores = replace(scores, mauve=mauve["mauve"])
-            mauve_conditions = {key: mauve[key] for key in ("num_texts", "num_buckets", "max_length", "seed")}
-    samples = [Sample(*values) for values in zip(texts, perplexities, entropy["entropies"], strict=True)]
-    return ScoredSet(scores, samples, conditions, mauve_conditions)
 
 
 def score_beside_real_text(
@@ -130,8 +92,9 @@ def score_beside_real_text(
     references = None
     if judge is not None and count >= MIN_MAUVE_TEXTS and reference_texts and all(map(str.strip, reference_texts)):
         references = References(reference_texts, text_features(reference_texts, judge, batch_size))
-    samples = score_set(sequences, texts, judge, batch_size, references)
-    real = score_set(held_out[::stride][:count], held_out_texts[::stride][:count], judge, batch_size, references)
+    real_sequences, real_texts = held_out[::stride][:count].tolist(), held_out_texts[::stride][:count]
+    samples = score_set(sequences.tolist(), texts, judge, batch_size, references)
+    real = score_set(real_sequences, real_texts, judge, batch_size, references)
     return {
         "samples": samples.samples,
         "judge": samples.judge,
@@ -141,10 +104,8 @@ def score_beside_real_text(
     }
 
 
-def score(sequences: torch.Tensor) -> dict[str, float]:
-    """Entropy (nats) and n-gram diversity of a set of samples (n, L): what needs no judge."""
-    rows = sequences.tolist()
-    return {
-        "entropy": TokenEntropy().compute(predictions=rows)["entropy"],
-        "diversity": NGramDiversity().compute(predictions=rows)["diversity"],
-    }
+def score_without_judge(sequences: torch.Tensor, texts: list[str]) -> dict[str, float]:
+    """The scores of samples (n, L) that need no judge and could be measured: entropy (nats), n-gram diversity."""
+    measured = TextSet(sequences.tolist(), texts, judge=None, batch_size=1)
+    values = {name: score.measure(measured) for name, score in SCORES.items() if not score.needs_judge}
+    return {name: value for name, value in values.items() if value is not None}

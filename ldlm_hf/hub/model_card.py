@@ -10,18 +10,20 @@ was not measured is left out, and the card says so.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
+
+from ..metrics.registry import SCORES
+from .run_files import Run, RunResults, Sample, TextScores, read_run
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -34,198 +36,47 @@ LINE_WIDTH = 110
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a frozen model or a corpus came from.
-
-    Attributes:
-        name: its Hub id, its place in a package, or the last part of a local path: no card names a machine's folders.
-        is_hub_id: whether the name is an id of the Hub.
-    """
-
-    name: str
-    is_hub_id: bool
-
-
-@dataclass(frozen=True)
-class TextScores:
-    """Scores of one set of texts; None was not measured.
-
-    Attributes:
-        num_texts: size of the set.
-        entropy: mean entropy of a text's tokens, in nats.
-        diversity: n-gram diversity of the pooled set.
-        generative_perplexity: of the set under the judge, MDLM's convention.
-        mauve: against held-out texts that are in no other set.
-        trimmed_mean_perplexity: of its texts, COSMOS's convention.
-        num_blank_texts: texts of white space only.
-        num_unscored_texts: texts that are too short for the judge to score.
-        num_nonfinite_texts: texts decoded from latents that were not all finite.
-    """
-
-    num_texts: int
-    entropy: float | None = None
-    diversity: float | None = None
-    generative_perplexity: float | None = None
-    mauve: float | None = None
-    trimmed_mean_perplexity: float | None = None
-    num_blank_texts: int | None = None
-    num_unscored_texts: int | None = None
-    num_nonfinite_texts: int | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sampled text with its own scores; None was not measured, or there was nothing to score."""
-
-    text: str
-    perplexity: float | None = None
-    entropy: float | None = None
-
-
-@dataclass(frozen=True)
-class RunResults:
-    """What a run leaves as `results.json`: how it was set up, and what was measured at its end.
-
-    Attributes:
-        changed_settings: dotted keys of the settings that differ from the defaults, without the machine's paths.
-        sequence_length: tokens L of a text.
-        corpus: the training text.
-        license: identifier of the model's licence on the Hub; None is not stated.
-        language: code of the language that the model writes; None is not known.
-        model_id: the model's id on the Hub; None has none.
-        token_encoder: the frozen language model of a joint run.
-        components: what a run starts from that trains a token decoder alone, or a student.
-        parameters: component → number of its parameters.
-        hardware: processors that the run was trained on.
-        versions: package → its version.
-        seconds: of training; None is a run that has not taken place.
-        held_out: final evaluation on held-out text, name → value.
-        num_held_out: sequences of that evaluation.
-        judge: of `generative_perplexity` and `mauve`: `name`, and `max_length` and `add_bos` of the former.
-        mauve: what the score depends on beside the judge: `num_texts`, `num_buckets`, `max_length` and `seed`.
-        sample_scores: of the samples.
-        real_scores: of held-out real texts.
-        samples: the samples.
-    """
-
-    changed_settings: dict[str, Any]
-    sequence_length: int
-    corpus: Source
-    license: str | None = None
-    language: str | None = None
-    model_id: str | None = None
-    token_encoder: Source | None = None
-    components: Source | None = None
-    parameters: dict[str, int] = field(default_factory=dict)
-    hardware: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: float | None = None
-    held_out: dict[str, float] = field(default_factory=dict)
-    num_held_out: int = 0
-    judge: dict[str, Any] | None = None
-    mauve: dict[str, Any] | None = None
-    sample_scores: TextScores | None = None
-    real_scores: TextScores | None = None
-    samples: list[Sample] = field(default_factory=list)
-
-    def save(self, file: Path) -> None:
-        """Writes the results as JSON."""
-        file.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, file: Path) -> RunResults:
-        """Reads what `save` has written.
-
-        Raises:
-            OSError: there is no such file.
-            ValueError: it holds something else.
-        """
-        if not file.is_file():
-            raise OSError(f"{file} is not there: a run writes it at its end, and a card needs it.")
-        parts = {
-            "corpus": Source,
-            "token_encoder": Source,
-            "components": Source,
-            "sample_scores": TextScores,
-            "real_scores": TextScores,
-        }
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            built = {key: part(**values[key]) for key, part in parts.items() if values.get(key) is not None}
-            samples = [Sample(**sample) for sample in values.get("samples", [])]
-            return cls(**(values | built | {"samples": samples}))
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} does not hold the results of a run ({error}); let the run write it.") from error
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a card is written from.
-
-    Attributes:
-        name: of the model.
-        settings: the sections of `settings.yaml`.
-        results: of `results.json`.
-        log: lines of `metrics.jsonl`.
-    """
-
-    name: str
-    settings: dict[str, Any]
-    results: RunResults
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether there is a model; without one, the card is a template."""
-        return self.results.seconds is not None
-
-    @property
-    def distillation(self) -> str | None:
-        """The method that the denoiser was distilled by; None if it was not."""
-        return self.settings.get("method")
-
-
-@dataclass(frozen=True)
 class Metric:
-    """How a field of [`TextScores`] is reported: `title` in words, `type` on the Hub, digits, and what it means."""
+    """How a card shows a score.
+
+    Attributes:
+        title: in words.
+        type: of the metric on the Hub.
+        digits: behind the point.
+        needs_judge: whether it is a judge's.
+        meaning: what it depends on, with places for what `notes` fills in; empty says nothing.
+    """
 
     title: str
     type: str
     digits: int
     needs_judge: bool
-    meaning: str
+    meaning: str = ""
 
 
-METRICS = {
-    "entropy": Metric(
+# name → title, type and meaning, where the registry's title and the name do not say enough
+WORDING = {
+    "entropy": (
         "entropy (nats)",
         "entropy",
-        3,
-        False,
         "Entropy is that of the token frequencies within a text, averaged over texts; it falls where a text repeats "
         "itself, and its highest value here is {highest_entropy:.3f}.",
     ),
-    "diversity": Metric(
+    "diversity": (
         "n-gram diversity",
         "diversity",
-        3,
-        False,
         "Diversity is the share of unique n-grams of tokens in the pooled set, multiplied over n = 2, 3, 4; it "
         "compares only between sets of one size.",
     ),
-    "generative_perplexity": Metric(
+    "generative_perplexity": (
         "generative perplexity",
         "perplexity",
-        1,
-        True,
         "Generative perplexity is that of the judge `{judge}` over the whole set; a text is cut to {judge_length} "
         "tokens, and its first token is {first_token}. Repetitive text scores low too: read it beside the entropy.",
     ),
-    "mauve": Metric(
+    "mauve": (
         "MAUVE",
         "mauve",
-        3,
-        True,
         "MAUVE (0 to 1, higher is closer) compares a set (of the samples {num_samples} texts of one seed, {seed}) "
         "with {mauve_texts} other held-out texts in the features of the same judge ({mauve_buckets} clusters, seed "
         "{mauve_seed}).",
@@ -233,46 +84,14 @@ METRICS = {
 }
 
 
-def read_run(folder: str | Path) -> Run:
-    """Reads a run's own files.
-
-    Raises:
-        OSError: `settings.yaml`, `metrics.jsonl` or `results.json` is not there.
-        ValueError: one of them does not hold what a run writes.
-    """
-    folder = Path(folder)
-    settings, log = read_settings_and_log(folder)
-    return Run(folder.resolve().name, settings, RunResults.load(folder / "results.json"), log)
-
-
-def read_settings_and_log(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a run has written when it is not yet at its end: sections of `settings.yaml`, lines of `metrics.jsonl`.
-
-    Raises:
-        OSError: one of them is not there.
-        ValueError: one of them does not hold what a run writes.
-    """
-    for name in ("settings.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise OSError(f"{folder} holds no {name}: it is not the folder of a run.")
-    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-    if not isinstance(settings, dict) or not {"data", "loop", "optimizer", "evaluation"} <= settings.keys():
-        raise ValueError(
-            f"{folder / 'settings.yaml'} must hold the sections data, loop, optimizer and evaluation of a run."
-        )
-    log = []
-    for number, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "step" not in record:
-                raise ValueError("an object with a step is expected")
-            log.append(record)
-        except ValueError as error:
-            raise ValueError(
-                f"{folder / 'metrics.jsonl'}, line {number}: not a line of a run's log ({error}). A run that was "
-                "killed may leave half a line at the end; it takes that away when it is resumed."
-            ) from error
-    return settings, log
+def card_metrics() -> dict[str, Metric]:
+    """The scores that a card shows, in its order."""
+    found = {}
+    for name, score in SCORES.items():
+        if score.is_main:
+            title, hub_type, meaning = WORDING.get(name, (score.title, name, ""))
+            found[name] = Metric(title, hub_type, score.digits, score.needs_judge, meaning)
+    return found
 
 
 def write_card(run: Run, folder: str | Path) -> ModelCard:
@@ -322,7 +141,9 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
 
 def published(scores: TextScores | None) -> TextScores | None:
     """What a card says of a set's scores: without the MAUVE of too few texts."""
-    return scores if scores is None or scores.num_texts >= MIN_MAUVE_TEXTS else replace(scores, mauve=None)
+    if scores is None or scores.num_texts >= MIN_MAUVE_TEXTS:
+        return scores
+    return replace(scores, values=scores.values | {"mauve": None})
 
 
 def card_data(run: Run) -> ModelCardData:
@@ -355,7 +176,10 @@ def eval_results(run: Run) -> list[EvalResult]:
         f"{run.settings['evaluation']['num_inference_steps']} steps, seed {run.settings['loop']['seed']}"
     )
     found = []
-    for name, metric in measured_metrics(results.sample_scores).items():
+    for name, metric in card_metrics().items():
+        value = results.sample_scores.values.get(name)
+        if value is None:
+            continue
         judge = f", judge {results.judge['name']}" if metric.needs_judge and results.judge else ""
         found.append(
             EvalResult(
@@ -367,7 +191,7 @@ def eval_results(run: Run) -> list[EvalResult]:
                 dataset_revision=data["revision"],
                 metric_type=metric.type,
                 metric_name=f"{metric.title}{judge}, {conditions}",
-                metric_value=round(getattr(results.sample_scores, name), metric.digits + 1),
+                metric_value=round(value, metric.digits + 1),
             )
         )
     return found
@@ -375,11 +199,8 @@ def eval_results(run: Run) -> list[EvalResult]:
 
 def measured_metrics(*sets: TextScores | None) -> dict[str, Metric]:
     """The metrics that any of the sets has."""
-    return {
-        name: metric
-        for name, metric in METRICS.items()
-        if any(getattr(scores, name, None) is not None for scores in sets)
-    }
+    measured = {name for scores in sets if scores for name, value in scores.values.items() if value is not None}
+    return {name: metric for name, metric in card_metrics().items() if name in measured}
 
 
 def results_table(results: RunResults) -> str:
@@ -392,7 +213,7 @@ def results_table(results: RunResults) -> str:
     lines.append("|---" * (len(columns) + 2) + "|")
     for title, scores in rows.items():
         if scores is not None:
-            values = [(getattr(scores, name), metric.digits) for name, metric in columns.items()]
+            values = [(scores.values.get(name), metric.digits) for name, metric in columns.items()]
             cells = ["–" if value is None else f"{value:,.{digits}f}" for value, digits in values]
             lines.append(f"| {title} | {scores.num_texts:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -401,9 +222,31 @@ def results_table(results: RunResults) -> str:
 def notes(run: Run) -> list[str]:
     """Lines below the table: what its numbers depend on, what is missing, and the held-out evaluation."""
     results = run.results
+    samples, real = results.sample_scores, results.real_scores
+    measured = measured_metrics(samples, real)
+    conditions = metric_conditions(run)
+    lines = [metric.meaning.format(**conditions) for metric in measured.values() if metric.meaning]
+    missing = {name: metric.title for name, metric in card_metrics().items() if name not in measured}
+    if results.mauve and missing.pop("mauve", None):
+        lines.append(
+            f"MAUVE is left out: it was measured on {conditions['num_samples']} texts of one seed, and cards give it "
+            f"from {MIN_MAUVE_TEXTS} texts on, below which their number decides more than the model."
+        )
+    if missing:
+        lines.append(f"Not measured: {', '.join(missing.values())}.")
+    if samples and real and samples.num_texts != real.num_texts:
+        lines.append("The two sets differ in size, so their diversity does not compare.")
+    if results.held_out:
+        values = "; ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.held_out.items())
+        lines.append(f"On {results.num_held_out:,} held-out sequences at the end of training: {values}.")
+    return lines
+
+
+def metric_conditions(run: Run) -> dict[str, Any]:
+    """What the meanings of the metrics name."""
+    results = run.results
     judge, mauve = results.judge or {}, results.mauve or {}
-    measured = measured_metrics(results.sample_scores, results.real_scores)
-    conditions = {
+    return {
         "highest_entropy": math.log(results.sequence_length),
         "judge": judge.get("name"),
         "judge_length": judge.get("max_length"),
@@ -414,27 +257,6 @@ def notes(run: Run) -> list[str]:
         "num_samples": results.sample_scores and results.sample_scores.num_texts,
         "seed": run.settings["loop"]["seed"],
     }
-    lines = [metric.meaning.format(**conditions) for metric in measured.values()]
-    if mauve and "mauve" not in measured:
-        lines.append(
-            f"MAUVE is left out: it was measured on {conditions['num_samples']} texts of one seed, and cards give it "
-            f"from {MIN_MAUVE_TEXTS} texts on, below which their number decides more than the model."
-        )
-    missing = [
-        metric.title for name, metric in METRICS.items() if name not in measured and not (name == "mauve" and mauve)
-    ]
-    if missing:
-        lines.append(f"Not measured: {', '.join(missing)}.")
-    if (
-        results.sample_scores
-        and results.real_scores
-        and results.sample_scores.num_texts != results.real_scores.num_texts
-    ):
-        lines.append("The two sets differ in size, so their diversity does not compare.")
-    if results.held_out:
-        values = "; ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.held_out.items())
-        lines.append(f"On {results.num_held_out:,} held-out sequences at the end of training: {values}.")
-    return lines
 
 
 def facts(run: Run) -> list[str]:
@@ -456,25 +278,32 @@ def facts(run: Run) -> list[str]:
         lines.append(
             f"{duration(results.seconds)} on {results.hardware}; evaluations and checkpoints on the way count."
         )
+    precision = {"no": "float32", "bf16": "bfloat16 autocast over float32 weights"}[loop["mixed_precision"]]
+    decay = run.settings["optimizer"]["ema_decay"]
+    lines.append(f"Precision: {precision}. Evaluated and saved is a moving average of the weights, decay {decay}.")
+    lines += origins(run)
+    if results.versions:
+        versions = ", ".join(f"{package} {version}" for package, version in results.versions.items())
+        lines.append(f"With {versions}.")
+    return lines
+
+
+def origins(run: Run) -> list[str]:
+    """Where the training text and the frozen models came from, a line each."""
     use_of_components = "Components that the token decoder was trained for, all of them frozen"
     if run.distillation:
         method = run.distillation.replace("_", " ")
         use_of_components = f"Teacher of the denoiser ({method}), whose other parts are kept as they are"
-    precision = {"no": "float32", "bf16": "bfloat16 autocast over float32 weights"}[loop["mixed_precision"]]
-    decay = run.settings["optimizer"]["ema_decay"]
-    lines.append(f"Precision: {precision}. Evaluated and saved is a moving average of the weights, decay {decay}.")
-    for source, role in (
-        (results.corpus, "Training text"),
-        (results.token_encoder, "Frozen token encoder"),
-        (results.components, use_of_components),
-    ):
-        if source is not None:
-            lines.append(f"{role}: `{source.name}`" + (" on the Hub." if source.is_hub_id else " (not on the Hub)."))
-    if results.versions:
-        lines.append(
-            "With " + ", ".join(f"{package} {version}" for package, version in results.versions.items()) + "."
-        )
-    return lines
+    sources = {
+        "Training text": run.results.corpus,
+        "Frozen token encoder": run.results.token_encoder,
+        use_of_components: run.results.components,
+    }
+    return [
+        f"{role}: `{source.name}` " + ("on the Hub." if source.is_hub_id else "(not on the Hub).")
+        for role, source in sources.items()
+        if source is not None
+    ]
 
 
 def duration(seconds: float) -> str:

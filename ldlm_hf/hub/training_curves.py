@@ -112,20 +112,25 @@ def plot_training_curves(log: Sequence[dict[str, Any]], folder: Path) -> list[Pi
     pictures = []
     # a figure of its own, not pyplot's: no display, and no settings of the user's
     with matplotlib.style.context("default", after_reset=True):
-        possible = (*PANELS, distance_panel(log))
-        panels = [panel for panel in possible if any(series(log, key)[0] for key in panel.curves)]
+        panels = panels_of(log)
         if panels:
-            save(plot_over_steps(log, panels), folder / "training_curves.png")
+            save_png(plot_over_steps(log, panels), folder / "training_curves.png")
             caption = "Over the steps of training: " + ", ".join(panel.label.partition(" (")[0] for panel in panels)
             group = max(group_size(len(series(log, key)[0])) for panel in panels for key in panel.curves)
             caption += f" (each point the mean of {group} lines of the log)." if group > 1 else "."
             pictures.append(Picture("training_curves.png", caption))
         evaluations = [record for record in log if any(key.startswith(GRID_PREFIX) for key in record)]
         if evaluations:
-            save(plot_diffusion_loss(evaluations), folder / "diffusion_loss.png")
+            save_png(plot_diffusion_loss(evaluations), folder / "diffusion_loss.png")
             caption = "Held-out diffusion loss over the time t, after several numbers of training steps."
             pictures.append(Picture("diffusion_loss.png", caption))
     return pictures
+
+
+def panels_of(log: Sequence[dict[str, Any]]) -> list[Panel]:
+    """The panels that a log has the numbers for."""
+    possible = (*PANELS, distance_panel(log))
+    return [panel for panel in possible if any(series(log, key)[0] for key in panel.curves)]
 
 
 def distance_panel(log: Sequence[dict[str, Any]]) -> Panel:
@@ -177,7 +182,7 @@ def plot_over_steps(log: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> F
             axes.set_yscale("log")
         if panel.limits is not None:
             axes.set_ylim(*panel.limits)
-        finish(axes, "optimiser step", panel.label)
+        label_with_legend(axes, "optimiser step", panel.label)
     return figure
 
 
@@ -198,11 +203,11 @@ def plot_diffusion_loss(evaluations: Sequence[dict[str, Any]]) -> Figure:
             *zip(*grid, strict=True), color=colours(shade), linewidth=1.4, label=f"after step {record['step']:,}"
         )
     axes.set_yscale("log")
-    finish(axes, "time t (0: clean, 1: noise)", "held-out diffusion loss (MSE of latents)")
+    label_with_legend(axes, "time t (0: clean, 1: noise)", "held-out diffusion loss (MSE of latents)")
     return figure
 
 
-def finish(axes: Axes, x_label: str, y_label: str) -> None:
+def label_with_legend(axes: Axes, x_label: str, y_label: str) -> None:
     """Labels, a faint grid and a legend."""
     label(axes, x_label, y_label)
     axes.legend(fontsize="small", frameon=False)
@@ -216,7 +221,7 @@ def label(axes: Axes, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, file: Path, colours: int | None = 64) -> None:
+def save_png(figure: Figure, file: Path, colours: int | None = 64) -> None:
     """Writes a PNG without metadata, which changes only where the picture does, of few `colours` or all (None)."""
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)

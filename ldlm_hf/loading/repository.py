@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .remote_code import class_source
-from .safe_loading import check_adapters, is_loaded, weights_patterns
+from .safe_loading import (
+    check_adapters,
+    check_model_index,
+    check_serialization,
+    component_classes,
+    is_loaded,
+    weights_patterns,
+)
 
 
 # see ldlm_hf.loading.remote_code.py for why these names are a format
@@ -65,7 +72,6 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
 
 def check_saveable(pipeline: DiffusionPipeline) -> None:
     """Raises ValueError for a component that would not be saved, or not load with the pipeline again."""
-    parameters = inspect.signature(type(pipeline).__init__).parameters
     for name, component in pipeline.components.items():
         if component is None:
             continue
@@ -74,12 +80,13 @@ def check_saveable(pipeline: DiffusionPipeline) -> None:
         component_class = uncompiled_class(component)
         is_ours = class_source(component_class) is not None
         library = COMPONENT_MODULE if is_ours else component_class.__module__.partition(".")[0]
-        annotation = str(parameters[name].annotation)
-        if not is_loaded(annotation, library, component_class.__name__):
+        expected = component_classes(type(pipeline), name)
+        if not is_loaded(expected, library, component_class.__name__):
             raise ValueError(
                 f"{name} is a {component_class.__name__} of {component_class.__module__}, which "
-                f"{type(pipeline).__name__} does not load as its {name}, {annotation}. Put the model of such a class "
-                f"in its place (of a wrapper, the model inside), or save the component alone and set {name}=None."
+                f"{type(pipeline).__name__} does not load as its {name}, {' | '.join(expected)}. Put the model of "
+                f"such a class in its place (of a wrapper, the model inside), or save the component alone and set "
+                f"{name}=None."
             )
 
 
@@ -172,3 +179,97 @@ def upload_repository(
         delete_patterns=delete_patterns,
         ignore_patterns=IGNORED_FILES,
     )
+
+
+class RepositoryPipeline(DiffusionPipeline):
+    """A pipeline that is saved as a repository, with its code, and that loads no other components than it names.
+
+    Attributes:
+        scheduler_classes: names of the classes that are loaded as a component annotated `SchedulerMixin`.
+    """
+
+    scheduler_classes: tuple[str, ...] = ()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        check_model_index(cls, config_dict)
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves as [`~diffusers.DiffusionPipeline.save_pretrained`] does, and makes the folder a repository that loads
+        with `trust_remote_code=True` where `ldlm_hf` is not installed: with its code, and with the model card of the
+        folder that the pipeline was loaded from, unless it has a card already.
+
+        Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
+        one file or several; those of other variants stay.
+
+        Args:
+            push_to_hub: upload the folder, as it is then.
+            kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
+                `create_pr` of the upload, as in [`~RepositoryPipeline.push_to_hub`].
+
+        Raises:
+            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a variant
+                with other signs than letters, digits, - and _, a component with adapters of peft, or one of another
+                class than those that the constructor names.
+        """
+        check_serialization(safe_serialization, use_flashpack, variant)
+        check_saveable(self)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        write_repository_code(self, save_directory)
+        keep_card(save_directory, self.config.get("_name_or_path"))
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            stale = superseded_weights(self.components, variant)
+            upload_repository(save_directory, repo_id, delete_patterns=stale, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """Uploads the pipeline to the Hub, with its code and its model card, in place of weights of the same variant
+        that the repository holds already.
+
+        Args:
+            repo_id: "organisation/name", or a name in one's own namespace; created if it does not exist.
+            commit_message: "Upload pipeline" by default.
+            private: whether a new repository is private; `None` is the organisation's default.
+            token: of the Hub; `None` is the stored one.
+            create_pr: open a pull request instead of committing.
+            safe_serialization: only `True`, safetensors, since pickles are never loaded.
+            variant: part of the weights' file names, such as `"fp16"` for a pipeline in half precision.
+            max_shard_size: largest file of weights, such as `"5GB"`.
+            revision: branch to commit to; created if it does not exist.
+
+        Returns:
+            The commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            return upload_repository(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=superseded_weights(self.components, variant),
+            )

@@ -25,10 +25,10 @@ import re
 import reprlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import diffusers
 import torch
@@ -116,53 +116,11 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
             yield from nested_settings(value, name, depth + 1)
 
 
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
-    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
-    outside of its range.
-
-    Args:
-        constructor: an `__init__` with annotated parameters.
-        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
-        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
-    """
-    if "num_labels" in settings.get("kwargs", {}):
-        raise ValueError("num_labels: no model of this package has labels; leave it out.")
-    for name, hint in get_type_hints(constructor).items():
-        if name in settings and not has_type(settings[name], hint):
-            expected = getattr(hint, "__name__", str(hint))
-            raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
-    for name, interval in ranges.items():
-        if settings[name] is not None and not lies_in(settings[name], interval):
-            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
-
-
-def lies_in(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval, whose round brackets leave its end out."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (value > low or (interval[0] == "[" and value == low)) and (
-        value < high or (interval[-1] == "]" and value == high)
-    )
-
-
-def has_type(value: Any, hint: Any) -> bool:
-    """Whether a value has an annotated type; whole numbers are also floating-point numbers, truth values are none."""
-    if hint is Any:
-        return True
-    types = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if isinstance(value, bool):
-        return bool in types
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if isinstance(value, int) and float in types:
-        return True
-    return isinstance(value, tuple(get_origin(one) or one for one in types))
-
-
 def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
     """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
 
     Args:
-        pipeline_class: class whose constructor's annotations name the classes of components.
+        pipeline_class: of the pipeline, see [`component_classes`].
         model_index: content of model_index.json.
     """
     parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
@@ -176,22 +134,29 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
         library, class_name = entry
         if library is None and class_name is None:
             continue
-        annotation = str(parameters[name].annotation)
-        if not is_loaded(annotation, library, class_name):
+        expected = component_classes(pipeline_class, name)
+        if not is_loaded(expected, library, class_name):
             raise ValueError(
                 f"model_index.json: {name}={reprlib.repr(entry)} is not what {pipeline_class.__name__} loads as its "
-                f"{name}, {annotation}. Load a component of another class yourself, and give all components to the "
-                "constructor."
+                f"{name}, {' | '.join(expected)}. Load a component of another class yourself, and give all components "
+                "to the constructor."
             )
 
 
-def is_loaded(annotation: str, library: Any, class_name: Any) -> bool:
-    """Whether a class of a library is loaded as a component whose parameter in the constructor is so annotated."""
-    classes = re.findall(r"\w+", annotation)
+def component_classes(pipeline_class: type[Any], name: str) -> list[str]:
+    """Names of the classes that a pipeline loads as a component: those of its constructor's annotation, or for any
+    `SchedulerMixin` those that `pipeline_class.scheduler_classes` lists.
+    """
+    annotation = inspect.signature(pipeline_class.__init__).parameters[name].annotation
+    classes = re.findall(r"\w+", str(annotation))
+    return [*pipeline_class.scheduler_classes, "None"] if "SchedulerMixin" in classes else classes
+
+
+def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
+    """Whether a class of a library is one of those that [`component_classes`] names."""
     if library == COMPONENT_LIBRARY:
         return class_name != "None" and class_name in classes
     if library == "diffusers":
-        # of its own classes those only that the annotation names
         return class_name in classes and is_scheduler(class_name)
     return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
 

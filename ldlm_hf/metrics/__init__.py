@@ -1,9 +1,10 @@
-"""How generated text is measured (App. E), as `evaluate` metrics.
+"""How generated text is measured (App. E).
 
-Each metric has a module of its own, so that `evaluate.load("PATH/ldlm_hf/metrics/token_entropy.py")` gives the same
-metric as `TokenEntropy()`. `GenerativePerplexity`, `Mauve` and `LatentSmoothness` read texts and need a judge, a
-pretrained causal language model; `TokenEntropy` and `NGramDiversity` read the generator's token ids and need none.
-Every result carries the size of its set, because diversity and MAUVE mean nothing without it.
+Each metric is a function in a module of its own, such as `token_entropy.token_entropy`, and in the same module a class
+of `evaluate` around it: `evaluate.load("PATH/ldlm_hf/metrics/token_entropy.py")` and `TokenEntropy()` are the same.
+Perplexity, MAUVE and latent smoothness read texts and need a judge, a pretrained causal language model; entropy and
+n-gram diversity read the generator's token ids and need none. Every result carries the size of its set, because
+diversity and MAUVE mean nothing without it. `registry.SCORES` lists what evaluations measure of a set of texts.
 """
 
 from ldlm_hf.metrics.generative_perplexity import GenerativePerplexity

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ldlm_hf.metrics.inputs import TextInputs, check_positive_int
+from ldlm_hf.metrics.inputs import TextInputs, check_positive_int, check_texts
 from ldlm_hf.metrics.judge import Judge, as_judge
 
 
@@ -31,7 +31,7 @@ Args:
     max_length (`int`): tokens a text, the added BOS included, after which it is cut. Default: the judge's context.
     add_bos (`bool`): prepend a BOS token, so that the first token of the text is scored too. Default `False`.
     bos_token_id (`int`): the token to prepend, where the tokenizer names none or another (SmolLM2: 0).
-    with_features (`bool`): also return each text's feature for `Mauve`, from the same pass. Default `False`.
+    with_features (`bool`): also return each text's feature for MAUVE, from the same pass. Default `False`.
     device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
         float32.
 Returns:
@@ -44,7 +44,17 @@ Returns:
 """
 
 
-class GenerativePerplexity(TextInputs, evaluate.Metric):
+def generative_perplexity(
+    predictions: list[str],
+    judge: str | Judge | tuple[Any, Any] = "gpt2-large",
+    batch_size: int = 8,
+    max_length: int | None = None,
+    add_bos: bool = False,
+    bos_token_id: int | None = None,
+    with_features: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> dict[str, Any]:
     """Perplexity of texts under a judge, re-tokenised with the judge's tokenizer and cut to its context.
 
     Two conventions are reported, which must not be compared with each other:
@@ -59,76 +69,54 @@ class GenerativePerplexity(TextInputs, evaluate.Metric):
 
     A text of fewer than two tokens, the added BOS included, has nothing to score. It enters neither number, its entry
     in `perplexities` is `None`, and it is counted in `num_unscored_texts`. Low perplexity alone means little:
-    repetitive text has it too. Read it beside `TokenEntropy`.
+    repetitive text has it too. Read it beside the entropy.
+
+    Arguments and results: see `INPUTS_DESCRIPTION`.
+
+    Raises:
+        ValueError: an argument is out of range, the judge cannot be loaded, or no text has anything to score.
     """
+    check_texts("predictions", predictions)
+    batch_size = check_positive_int("batch_size", batch_size)
+    if bos_token_id is not None and not add_bos:
+        raise ValueError(f"`bos_token_id` is {bos_token_id}, but `add_bos` is False: set it, or leave the id out.")
+    judge = as_judge(judge, device, dtype)
+    max_length = _max_length(judge, max_length)
+    prefix = [_bos_token_id(judge, bos_token_id)] if add_bos else []
+    text_length = None if max_length is None else max_length - len(prefix)
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Perplexity of generated texts under a pretrained causal language model, the judge.",
-            citation="Sahoo et al., Simple and Effective Masked Diffusion Language Models, 2024.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Value("string")}),
+    sequences = [prefix + sequence for sequence in judge.encode(predictions, text_length)]
+    scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
+    if not scored:
+        raise ValueError(
+            f"None of the {len(predictions)} `predictions` has two tokens of the judge {judge.name!r}, so there "
+            f"is nothing to score; the first is {predictions[0]!r}. Look at what the generator writes."
         )
+    features: list[np.ndarray | None] = [None] * len(predictions)
 
-    def _compute(
-        self,
-        predictions: list[str],
-        judge: str | Judge | tuple[Any, Any] = "gpt2-large",
-        batch_size: int = 8,
-        max_length: int | None = None,
-        add_bos: bool = False,
-        bos_token_id: int | None = None,
-        with_features: bool = False,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-    ) -> dict[str, Any]:
-        batch_size = check_positive_int("batch_size", batch_size)
-        if bos_token_id is not None and not add_bos:
-            raise ValueError(f"`bos_token_id` is {bos_token_id}, but `add_bos` is False: set it, or leave the id out.")
-        judge = as_judge(judge, device, dtype)
-        if max_length is not None:
-            max_length = judge.check_max_length(max_length)
-            if max_length < 2:
-                raise ValueError(
-                    f"`max_length` is {max_length}, but the first token is not scored: it must be 2 or more."
-                )
-        max_length = judge.context_length if max_length is None else max_length
-        prefix = [_bos_token_id(judge, bos_token_id)] if add_bos else []
-        text_length = None if max_length is None else max_length - len(prefix)
+    def keep_features(places: list[int], last_hidden_states: torch.Tensor) -> None:
+        for place, feature in zip(places, last_hidden_states.float().cpu().numpy(), strict=True):
+            features[scored[place]] = feature
 
-        sequences = [prefix + sequence for sequence in judge.encode(predictions, text_length)]
-        scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
-        if not scored:
-            raise ValueError(
-                f"None of the {len(predictions)} `predictions` has two tokens of the judge {judge.name!r}, so there "
-                f"is nothing to score; the first is {predictions[0]!r}. Look at what the generator writes."
-            )
-        features: list[np.ndarray | None] = [None] * len(predictions)
-
-        def keep_features(places: list[int], last_hidden_states: torch.Tensor) -> None:
-            for place, feature in zip(places, last_hidden_states.float().cpu().numpy(), strict=True):
-                features[scored[place]] = feature
-
-        losses = sequence_losses(
-            judge, [sequences[index] for index in scored], batch_size, keep_features if with_features else None
-        )
-        num_tokens = [len(sequences[index]) - 1 for index in scored]
-
-        perplexities: list[float | None] = [None] * len(predictions)
-        for index, loss, count in zip(scored, losses, num_tokens, strict=True):
-            perplexities[index] = math.exp(loss / count)
-        return {
-            "perplexity": math.exp(math.fsum(losses) / sum(num_tokens)),
-            "trimmed_mean_perplexity": trimmed_mean([value for value in perplexities if value is not None]),
-            "perplexities": perplexities,
-            **({"features": features} if with_features else {}),
-            "num_texts": len(predictions),
-            "num_unscored_texts": len(predictions) - len(scored),
-            "num_tokens": sum(num_tokens),
-            "judge": judge.name,
-            "max_length": max_length,
-            "add_bos": add_bos,
-        }
+    losses = sequence_losses(
+        judge, [sequences[index] for index in scored], batch_size, keep_features if with_features else None
+    )
+    num_tokens = [len(sequences[index]) - 1 for index in scored]
+    perplexities: list[float | None] = [None] * len(predictions)
+    for index, loss, count in zip(scored, losses, num_tokens, strict=True):
+        perplexities[index] = math.exp(loss / count)
+    return {
+        "perplexity": math.exp(math.fsum(losses) / sum(num_tokens)),
+        "trimmed_mean_perplexity": trimmed_mean([value for value in perplexities if value is not None]),
+        "perplexities": perplexities,
+        **({"features": features} if with_features else {}),
+        "num_texts": len(predictions),
+        "num_unscored_texts": len(predictions) - len(scored),
+        "num_tokens": sum(num_tokens),
+        "judge": judge.name,
+        "max_length": max_length,
+        "add_bos": add_bos,
+    }
 
 
 @torch.inference_mode()
@@ -194,3 +182,27 @@ def _bos_token_id(judge: Judge, bos_token_id: int | None) -> int:
             f"`bos_token_id` is {token_id}, but the judge {judge.name!r} has {judge.num_embeddings} tokens."
         )
     return int(token_id)
+
+
+def _max_length(judge: Judge, max_length: int | None) -> int | None:
+    if max_length is None:
+        return judge.context_length
+    max_length = judge.check_max_length(max_length)
+    if max_length < 2:
+        raise ValueError(f"`max_length` is {max_length}, but the first token is not scored: it must be 2 or more.")
+    return max_length
+
+
+class GenerativePerplexity(TextInputs, evaluate.Metric):
+    """[`generative_perplexity`] as a metric of `evaluate`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Perplexity of generated texts under a pretrained causal language model, the judge.",
+            citation="Sahoo et al., Simple and Effective Masked Diffusion Language Models, 2024.",
+            inputs_description=INPUTS_DESCRIPTION,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions: list[str], **options: Any) -> dict[str, Any]:
+        return generative_perplexity(predictions, **options)

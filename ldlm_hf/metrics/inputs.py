@@ -1,9 +1,9 @@
-"""What the metrics accept, checked before `evaluate` converts it.
+"""What the metrics accept: texts, or sequences of token ids.
 
 `evaluate` casts what it is given to the declared features without a word: token probabilities of 0.7 become token 0,
-and a single string becomes a list of characters. These two classes stand before `evaluate.Metric` and refuse such
-inputs. They are no `evaluate.Metric` themselves, because `evaluate.load` takes the first one that it finds in a
-module.
+and a single string becomes a list of characters. So the classes of the metrics check their inputs before `evaluate`
+converts them, by the two mixins below. These are no `evaluate.Metric` themselves, because `evaluate.load` takes the
+first one that it finds in a module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ldlm_hf.loading.whole_numbers import whole_number
+from ldlm_hf.loading.checks import whole_number
 
 
 def check_positive_int(name: str, value: Any) -> int:
@@ -36,6 +36,16 @@ def check_texts(name: str, texts: Any) -> None:
             raise ValueError(f"`{name}[{index}]` is {text!r}, not a text: decode token ids with the tokenizer first.")
 
 
+def check_references(predictions: Any, references: Any) -> None:
+    """Raises a `ValueError` unless `references` are as many texts as there are `predictions`."""
+    check_texts("references", references)
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"There are {len(predictions)} `predictions` and {len(references)} `references`, but this metric compares "
+            "sets of equal size: shorten the longer one."
+        )
+
+
 def check_token_sequence(name: str, sequence: Any) -> list[int]:
     """Returns one sequence of token ids as a list; anything but integers >= 0 in one dimension is a `ValueError`."""
     ids = np.asarray(sequence.detach().cpu() if hasattr(sequence, "detach") else sequence)
@@ -50,6 +60,13 @@ def check_token_sequence(name: str, sequence: Any) -> list[int]:
     return ids.tolist()
 
 
+def check_token_sequences(predictions: Any) -> list[list[int]]:
+    """Returns sequences of token ids as lists; a `ValueError` for anything but a list of lists or a 2-D array."""
+    if predictions is None or len(predictions) == 0:
+        raise ValueError("`predictions` is empty: pass at least one sequence of token ids.")
+    return [check_token_sequence(f"predictions[{index}]", sequence) for index, sequence in enumerate(predictions)]
+
+
 class TextInputs:
     """The check of a metric that reads texts."""
 
@@ -57,12 +74,7 @@ class TextInputs:
         """Adds texts to the set that `compute` measures; raises a `ValueError` if they are not lists of strings."""
         check_texts("predictions", predictions)
         if "references" in self._feature_names():  # type: ignore[attr-defined]
-            check_texts("references", references)
-            if len(predictions) != len(references):
-                raise ValueError(
-                    f"There are {len(predictions)} `predictions` and {len(references)} `references`, but this metric "
-                    "compares sets of equal size: shorten the longer one."
-                )
+            check_references(predictions, references)
         super().add_batch(predictions=predictions, references=references, **kwargs)  # type: ignore[misc]
 
 
@@ -71,10 +83,7 @@ class TokenSequenceInputs:
 
     def add_batch(self, *, predictions: Any = None, **kwargs: Any) -> None:
         """Adds sequences of token ids, a list of lists or a 2-D array or tensor; raises a `ValueError` otherwise."""
-        if predictions is None or len(predictions) == 0:
-            raise ValueError("`predictions` is empty: pass at least one sequence of token ids.")
-        sequences = [check_token_sequence(f"predictions[{index}]", ids) for index, ids in enumerate(predictions)]
-        super().add_batch(predictions=sequences, **kwargs)  # type: ignore[misc]
+        super().add_batch(predictions=check_token_sequences(predictions), **kwargs)  # type: ignore[misc]
 
     def add(self, *, prediction: Any = None, **kwargs: Any) -> None:
         """Adds one sequence of token ids; raises a `ValueError` if it is none."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import datasets
 import evaluate
+import torch
 
-# the module, not its class: `evaluate.load` takes the first metric that it finds among the names here
-from ldlm_hf.metrics import generative_perplexity
-from ldlm_hf.metrics.inputs import TextInputs, check_positive_int
+from ldlm_hf.metrics.generative_perplexity import sequence_losses
+from ldlm_hf.metrics.inputs import TextInputs, check_positive_int, check_texts
 from ldlm_hf.metrics.judge import Judge, as_judge
 
 
@@ -35,7 +35,14 @@ Returns:
 """
 
 
-class LatentSmoothness(TextInputs, evaluate.Metric):
+def latent_smoothness(
+    predictions: list[str],
+    positions: list[float],
+    judge: str | Judge | tuple[Any, Any] = "gpt2-large",
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> dict[str, Any]:
     """Generative perplexity along straight lines between the latents of real texts.
 
     Where a space is smooth, what is decoded between two texts reads like text, and the curve stays near its ends; in
@@ -43,51 +50,36 @@ class LatentSmoothness(TextInputs, evaluate.Metric):
     judge loses on average between the ends, in nats a token, over what it would lose if log perplexity ran straight
     from the one end to the other. So a worse reconstruction, which lifts the whole curve, does not count as roughness.
 
-    The perplexity is that of `GenerativePerplexity`: the texts at a position are one set.
+    The perplexity is that of `generative_perplexity`: the texts at a position are one set.
+
+    Arguments and results: see `INPUTS_DESCRIPTION`.
+
+    Raises:
+        ValueError: an argument is out of range, or the judge cannot be loaded.
     """
+    check_texts("predictions", predictions)
+    batch_size = check_positive_int("batch_size", batch_size)
+    places = sorted(set(positions))
+    num_pairs = check_positions(positions, places)
+    judge = as_judge(judge, device, dtype)
+    sequences = judge.encode(predictions, judge.context_length)
+    scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
+    losses = sequence_losses(judge, [sequences[index] for index in scored], batch_size)
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Generative perplexity of texts decoded along lines between the latents of real texts.",
-            citation="Meshchaninov et al., How to Train Your Latent Diffusion Language Model Jointly With the Latent "
-            "Space, 2026.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "positions": datasets.Value("float64")}
-            ),
-        )
-
-    def _compute(
-        self,
-        predictions: list[str],
-        positions: list[float],
-        judge: str | Judge | tuple[Any, Any] = "gpt2-large",
-        batch_size: int = 8,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> dict[str, Any]:
-        batch_size = check_positive_int("batch_size", batch_size)
-        places = sorted(set(positions))
-        num_pairs = check_positions(positions, places)
-        judge = as_judge(judge, device, dtype)
-        sequences = judge.encode(predictions, judge.context_length)
-        scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
-        losses = generative_perplexity.sequence_losses(judge, [sequences[index] for index in scored], batch_size)
-
-        totals, num_tokens = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
-        for index, loss in zip(scored, losses, strict=True):
-            totals[positions[index]] += loss
-            num_tokens[positions[index]] += len(sequences[index]) - 1
-        perplexities = [math.exp(totals[place] / num_tokens[place]) if num_tokens[place] else None for place in places]
-        return {
-            "positions": places,
-            "perplexities": perplexities,
-            "roughness": roughness(places, perplexities),
-            "num_pairs": num_pairs,
-            "num_unscored_texts": len(predictions) - len(scored),
-            "judge": judge.name,
-            "max_length": judge.context_length,
-        }
+    totals, num_tokens = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
+    for index, loss in zip(scored, losses, strict=True):
+        totals[positions[index]] += loss
+        num_tokens[positions[index]] += len(sequences[index]) - 1
+    perplexities = [math.exp(totals[place] / num_tokens[place]) if num_tokens[place] else None for place in places]
+    return {
+        "positions": places,
+        "perplexities": perplexities,
+        "roughness": roughness(places, perplexities),
+        "num_pairs": num_pairs,
+        "num_unscored_texts": len(predictions) - len(scored),
+        "judge": judge.name,
+        "max_length": judge.context_length,
+    }
 
 
 def check_positions(positions: list[float], places: list[float]) -> int:
@@ -118,3 +110,21 @@ def roughness(positions: list[float], perplexities: list[float | None]) -> float
         for position, value in zip(positions[1:-1], logarithms[1:-1], strict=True)
     ]
     return math.fsum(excess) / len(excess)
+
+
+class LatentSmoothness(TextInputs, evaluate.Metric):
+    """[`latent_smoothness`] as a metric of `evaluate`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Generative perplexity of texts decoded along lines between the latents of real texts.",
+            citation="Meshchaninov et al., How to Train Your Latent Diffusion Language Model Jointly With the Latent "
+            "Space, 2026.",
+            inputs_description=INPUTS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "positions": datasets.Value("float64")}
+            ),
+        )
+
+    def _compute(self, predictions: list[str], positions: list[float], **options: Any) -> dict[str, Any]:
+        return latent_smoothness(predictions, positions, **options)

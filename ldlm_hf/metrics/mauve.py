@@ -9,8 +9,8 @@ import evaluate
 import numpy as np
 import torch
 
-from ldlm_hf.loading.whole_numbers import whole_number
-from ldlm_hf.metrics.inputs import TextInputs, check_positive_int
+from ldlm_hf.loading.checks import whole_number
+from ldlm_hf.metrics.inputs import TextInputs, check_positive_int, check_references, check_texts
 from ldlm_hf.metrics.judge import Judge, as_judge, at_last_token
 
 
@@ -29,7 +29,7 @@ Args:
     reference_features (`array`, (n, D)): the references' features from `ldlm_hf.metrics.text_features`, made earlier
         with the same judge and `max_length`, to save making them again for each generated set.
     prediction_features (`array`, (n, D)): likewise those of the predictions, none of which is blank then; what
-        `GenerativePerplexity` gives with `with_features=True` is made in the same pass as the perplexity.
+        `generative_perplexity` gives with `with_features=True` is made in the same pass as the perplexity.
     num_buckets (`int` or `"auto"`): clusters; `"auto"` is a tenth of the number of texts.
     mauve_scaling_factor, kmeans_explained_var, kmeans_num_redo, kmeans_max_iter, seed: of mauve-text. Defaults: 5,
         0.9, 5, 500, 25.
@@ -43,7 +43,23 @@ Returns:
 """
 
 
-class Mauve(TextInputs, evaluate.Metric):
+def mauve(
+    predictions: list[str],
+    references: list[str],
+    judge: str | Judge | tuple[Any, Any] = "gpt2-large",
+    batch_size: int = 8,
+    max_length: int | None = None,
+    reference_features: Any = None,
+    prediction_features: Any = None,
+    num_buckets: int | str = "auto",
+    mauve_scaling_factor: float = 5,
+    kmeans_explained_var: float = 0.9,
+    kmeans_num_redo: int = 5,
+    kmeans_max_iter: int = 500,
+    seed: int = 25,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> dict[str, Any]:
     """Area under the divergence curve of generated and real texts, clustered together in a judge's feature space.
 
     The computation is mauve-text's; the features are made here, from any judge, as mauve-text makes them: the last
@@ -51,74 +67,51 @@ class Mauve(TextInputs, evaluate.Metric):
 
     A blank generated text has no feature. It is left out, as in mauve-text, but not silently: it is counted in
     `num_blank_predictions`. A blank reference is an error.
+
+    Arguments and results: see `INPUTS_DESCRIPTION`.
+
+    Raises:
+        ValueError: an argument is out of range, the judge cannot be loaded, or too few texts are not blank.
     """
+    from mauve import compute_mauve  # it imports faiss and scikit-learn, which the other metrics do not need
 
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="Closeness of the distributions of generated and real texts, between 0 and 1.",
-            citation="Pillutla et al., MAUVE: Measuring the Gap Between Neural Text and Human Text, 2021.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+    check_texts("predictions", predictions)
+    check_references(predictions, references)
+    written = [text for text in predictions if text.strip()]
+    _check_num_buckets(num_buckets, num_texts=len(written), num_blank=len(predictions) - len(written))
+    judge = as_judge(judge, device, dtype)
+    if prediction_features is None:
+        prediction_features = text_features(written, judge, batch_size, max_length, name="predictions")
+    if reference_features is None:
+        reference_features = text_features(references, judge, batch_size, max_length, name="references")
+    prediction_features = _check_features(prediction_features, written, judge, "prediction")
+    reference_features = _check_features(reference_features, references, judge, "reference")
+    pooled = np.concatenate([prediction_features, reference_features])
+    if not np.isfinite(pooled).all():
+        raise ValueError(f"The features of the judge {judge.name!r} are not all finite: load it in float32.")
+    if not np.ptp(pooled, axis=0).any():
+        raise ValueError("All `predictions` and `references` have the same features, so there is nothing to cluster.")
 
-    def _compute(
-        self,
-        predictions: list[str],
-        references: list[str],
-        judge: str | Judge | tuple[Any, Any] = "gpt2-large",
-        batch_size: int = 8,
-        max_length: int | None = None,
-        reference_features: Any = None,
-        prediction_features: Any = None,
-        num_buckets: int | str = "auto",
-        mauve_scaling_factor: float = 5,
-        kmeans_explained_var: float = 0.9,
-        kmeans_num_redo: int = 5,
-        kmeans_max_iter: int = 500,
-        seed: int = 25,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-    ) -> dict[str, Any]:
-        from mauve import compute_mauve  # it imports faiss and scikit-learn, which the other metrics do not need
-
-        written = [text for text in predictions if text.strip()]
-        _check_num_buckets(num_buckets, num_texts=len(written), num_blank=len(predictions) - len(written))
-        judge = as_judge(judge, device, dtype)
-        if prediction_features is None:
-            prediction_features = text_features(written, judge, batch_size, max_length, name="predictions")
-        if reference_features is None:
-            reference_features = text_features(references, judge, batch_size, max_length, name="references")
-        features = _check_features(prediction_features, written, judge, "prediction")
-        reference_features = _check_features(reference_features, references, judge, "reference")
-        pooled = np.concatenate([features, reference_features])
-        if not np.isfinite(pooled).all():
-            raise ValueError(f"The features of the judge {judge.name!r} are not all finite: load it in float32.")
-        if not np.ptp(pooled, axis=0).any():
-            raise ValueError(
-                "All `predictions` and `references` have the same features, so there is nothing to cluster."
-            )
-
-        result = compute_mauve(
-            p_features=features,
-            q_features=reference_features,
-            num_buckets="auto" if num_buckets == "auto" else int(num_buckets),
-            mauve_scaling_factor=mauve_scaling_factor,
-            kmeans_explained_var=kmeans_explained_var,
-            kmeans_num_redo=kmeans_num_redo,
-            kmeans_max_iter=kmeans_max_iter,
-            seed=seed,
-        )
-        return {
-            "mauve": float(result.mauve),
-            "frontier_integral": float(result.frontier_integral),
-            "num_texts": len(predictions),
-            "num_blank_predictions": len(predictions) - len(written),
-            "num_buckets": result.num_buckets,
-            "seed": seed,
-            "max_length": _text_length(judge, max_length),
-            "judge": judge.name,
-        }
+    result = compute_mauve(
+        p_features=prediction_features,
+        q_features=reference_features,
+        num_buckets="auto" if num_buckets == "auto" else int(num_buckets),
+        mauve_scaling_factor=mauve_scaling_factor,
+        kmeans_explained_var=kmeans_explained_var,
+        kmeans_num_redo=kmeans_num_redo,
+        kmeans_max_iter=kmeans_max_iter,
+        seed=seed,
+    )
+    return {
+        "mauve": float(result.mauve),
+        "frontier_integral": float(result.frontier_integral),
+        "num_texts": len(predictions),
+        "num_blank_predictions": len(predictions) - len(written),
+        "num_buckets": result.num_buckets,
+        "seed": seed,
+        "max_length": _text_length(judge, max_length),
+        "judge": judge.name,
+    }
 
 
 @torch.inference_mode()
@@ -189,3 +182,19 @@ def _check_num_buckets(num_buckets: int | str, num_texts: int, num_blank: int) -
             f"MAUVE needs at least {needed} `predictions` for `num_buckets` {num_buckets!r}, and there are "
             f"{num_texts} (and {num_blank} blank ones): generate more texts."
         )
+
+
+class Mauve(TextInputs, evaluate.Metric):
+    """[`mauve`] as a metric of `evaluate`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description="Closeness of the distributions of generated and real texts, between 0 and 1.",
+            citation="Pillutla et al., MAUVE: Measuring the Gap Between Neural Text and Human Text, 2021.",
+            inputs_description=INPUTS_DESCRIPTION,
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str], **options: Any) -> dict[str, Any]:
+        return mauve(predictions, references, **options)

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from ldlm_hf.metrics.inputs import TokenSequenceInputs
+from ldlm_hf.metrics.inputs import TokenSequenceInputs, check_token_sequences
 
 
 NGRAM_ORDERS = (2, 3, 4)
@@ -23,39 +23,35 @@ Returns:
 """
 
 
-class NGramDiversity(TokenSequenceInputs, evaluate.Metric):
+def ngram_diversity(predictions: Any) -> dict[str, Any]:
     """Product over n = 2, 3, 4 of the share of unique n-grams among all n-grams of the pooled set.
 
     An n-gram lies within one sequence. The larger the set, the more n-grams it repeats: only sets of equal size
     compare, and the result says how large the set was. The paper does not say whether its n-grams are of tokens or of
     words. Here they are of the generator's tokens, which is our choice: it needs no further tokenizer, and reads what
     entropy reads.
+
+    Arguments and results: see `INPUTS_DESCRIPTION`.
+
+    Raises:
+        ValueError: no token ids, or all sequences shorter than four tokens.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of unique n-grams in a set of generated sequences, multiplied over n = 2, 3, 4.",
-            citation="Su et al., A Contrastive Framework for Neural Text Generation, 2022.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("int64"))}),
+    sequences = check_token_sequences(predictions)
+    longest = max(len(sequence) for sequence in sequences)
+    if longest < max(NGRAM_ORDERS):
+        raise ValueError(
+            f"The longest of the {len(sequences)} `predictions` has {longest} tokens, so there is no "
+            f"{max(NGRAM_ORDERS)}-gram to count: pass longer sequences."
         )
-
-    def _compute(self, predictions: list[list[int]]) -> dict[str, Any]:
-        longest = max(len(sequence) for sequence in predictions)
-        if longest < max(NGRAM_ORDERS):
-            raise ValueError(
-                f"The longest of the {len(predictions)} `predictions` has {longest} tokens, so there is no "
-                f"{max(NGRAM_ORDERS)}-gram to count: pass longer sequences."
-            )
-        factors = [unique_ngram_share(predictions, order) for order in NGRAM_ORDERS]
-        return {
-            "diversity": math.prod(factors),
-            "unique_bigrams": factors[0],
-            "unique_trigrams": factors[1],
-            "unique_fourgrams": factors[2],
-            "num_sequences": len(predictions),
-            "num_tokens": sum(len(sequence) for sequence in predictions),
-        }
+    factors = [unique_ngram_share(sequences, order) for order in NGRAM_ORDERS]
+    return {
+        "diversity": math.prod(factors),
+        "unique_bigrams": factors[0],
+        "unique_trigrams": factors[1],
+        "unique_fourgrams": factors[2],
+        "num_sequences": len(sequences),
+        "num_tokens": sum(len(sequence) for sequence in sequences),
+    }
 
 
 def unique_ngram_share(sequences: list[list[int]], order: int) -> float:
@@ -67,3 +63,18 @@ def unique_ngram_share(sequences: list[list[int]], order: int) -> float:
         unique.update(ngrams)
         total += len(ngrams)
     return len(unique) / total
+
+
+class NGramDiversity(TokenSequenceInputs, evaluate.Metric):
+    """[`ngram_diversity`] as a metric of `evaluate`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of unique n-grams in a set of generated sequences, multiplied over n = 2, 3, 4.",
+            citation="Su et al., A Contrastive Framework for Neural Text Generation, 2022.",
+            inputs_description=INPUTS_DESCRIPTION,
+            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("int64"))}),
+        )
+
+    def _compute(self, predictions: list[list[int]]) -> dict[str, Any]:
+        return ngram_diversity(predictions)

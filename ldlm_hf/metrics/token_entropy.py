@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from ldlm_hf.metrics.inputs import TokenSequenceInputs
+from ldlm_hf.metrics.inputs import TokenSequenceInputs, check_token_sequences
 
 
 INPUTS_DESCRIPTION = """
@@ -22,14 +22,41 @@ Returns:
 """
 
 
-class TokenEntropy(TokenSequenceInputs, evaluate.Metric):
+def token_entropy(predictions: Any) -> dict[str, Any]:
     """Entropy of each sequence's empirical token distribution, in nats, averaged over sequences.
 
-    It falls when a text repeats itself and does not see repetition across texts; `NGramDiversity` does. It cannot
+    It falls when a text repeats itself and does not see repetition across texts; n-gram diversity does. It cannot
     exceed the logarithm of the sequence length, so only sequences of the same length and tokenizer compare. An empty
     sequence has no distribution: it is left out of the mean, `None` in `entropies`, and counted in
     `num_unscored_sequences`.
+
+    Arguments and results: see `INPUTS_DESCRIPTION`.
+
+    Raises:
+        ValueError: no token ids, or empty sequences only.
     """
+    sequences = check_token_sequences(predictions)
+    entropies = [sequence_entropy(sequence) if sequence else None for sequence in sequences]
+    scored = [entropy for entropy in entropies if entropy is not None]
+    if not scored:
+        raise ValueError(f"All {len(sequences)} `predictions` are empty: look at what the generator writes.")
+    return {
+        "entropy": math.fsum(scored) / len(scored),
+        "entropies": entropies,
+        "num_sequences": len(sequences),
+        "num_unscored_sequences": len(sequences) - len(scored),
+        "num_tokens": sum(len(sequence) for sequence in sequences),
+    }
+
+
+def sequence_entropy(sequence: list[int]) -> float:
+    """-sum over tokens v of f(v) log f(v), with f(v) the share of v in the sequence; in nats."""
+    shares = [count / len(sequence) for count in Counter(sequence).values()]
+    return math.fsum(share * math.log(1 / share) for share in shares)
+
+
+class TokenEntropy(TokenSequenceInputs, evaluate.Metric):
+    """[`token_entropy`] as a metric of `evaluate`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -40,20 +67,4 @@ class TokenEntropy(TokenSequenceInputs, evaluate.Metric):
         )
 
     def _compute(self, predictions: list[list[int]]) -> dict[str, Any]:
-        entropies = [sequence_entropy(sequence) if sequence else None for sequence in predictions]
-        scored = [entropy for entropy in entropies if entropy is not None]
-        if not scored:
-            raise ValueError(f"All {len(predictions)} `predictions` are empty: look at what the generator writes.")
-        return {
-            "entropy": math.fsum(scored) / len(scored),
-            "entropies": entropies,
-            "num_sequences": len(predictions),
-            "num_unscored_sequences": len(predictions) - len(scored),
-            "num_tokens": sum(len(sequence) for sequence in predictions),
-        }
-
-
-def sequence_entropy(sequence: list[int]) -> float:
-    """-sum over tokens v of f(v) log f(v), with f(v) the share of v in the sequence; in nats."""
-    shares = [count / len(sequence) for count in Counter(sequence).values()]
-    return math.fsum(share * math.log(1 / share) for share in shares)
+        return token_entropy(predictions)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from .layers import PerceiverLayer, SelfAttentionLayer, SequenceMapper, initialize_layer
 from .pretrained_model import LDLMPreTrainedModel
 

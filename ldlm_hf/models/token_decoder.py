@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from .latent_encoder import check_attention_heads
 from .layers import RMSNorm, TokenDecoderLayer, checkpoint_layer, initialize_layer
 from .pretrained_model import LDLMPreTrainedModel
@@ -126,6 +127,20 @@ class LDLMTokenDecoder(LDLMPreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.head = new_embeddings
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Linear:
+        """As in [`~transformers.PreTrainedModel.resize_token_embeddings`], for the vocabulary head, which is returned:
+        there is no input embedding."""
+        num_tokens = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            num_tokens = math.ceil(num_tokens / pad_to_multiple_of) * pad_to_multiple_of
+        is_trained = self.head.weight.requires_grad
+        self.head = self._get_resized_lm_head(self.head, num_tokens, mean_resizing=mean_resizing)
+        self.head.requires_grad_(is_trained)
+        self.config.vocab_size = num_tokens
+        return self.head
 
     @can_return_tuple
     def forward(self, hidden_states: torch.Tensor, most_likely: bool = False) -> LDLMTokenDecoderOutput:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,27 +10,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AttentionInterface,
-    AutoConfig,
-    AutoModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ..loading.checks import check_settings
 from ..loading.pretrained_sources import resolve_pretrained_source
-from ..loading.safe_loading import SafeLoadingMixin, check_settings
+from ..loading.safe_loading import SafeLoadingMixin
+from .language_model import cut_config, drop_parts_behind_blocks, language_model_config, leave_out_masks
 from .statistics import mean_and_std
 
 
 REPRESENTATIONS = ("hidden", "embedding", "scratch")
-UNMASKED_ATTENTION = "ldlm_unmasked"
 
 
 class LDLMTokenEncoderConfig(PretrainedConfig):
@@ -72,15 +62,7 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         check_settings(LDLMTokenEncoderConfig.__init__, locals())
-        if representation not in REPRESENTATIONS:
-            raise ValueError(
-                f"representation={representation!r} is unknown; it is one of {', '.join(REPRESENTATIONS)}."
-            )
-        if normalize_embeddings and representation != "scratch":
-            raise ValueError(
-                f"normalize_embeddings=True with representation={representation!r}: only embeddings that are trained "
-                "from scratch are normalised, the others are standardised; leave it out."
-            )
+        check_representation(representation, normalize_embeddings)
         if isinstance(backbone_config, PretrainedConfig):
             backbone_config = backbone_config.to_dict()
         if representation == "hidden" and backbone_config is None:
@@ -101,6 +83,17 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.num_statistics_tokens = num_statistics_tokens
         super().__init__(**kwargs)
+
+
+def check_representation(representation: str, normalize_embeddings: bool) -> None:
+    """Raises ValueError for an unknown representation, or one whose embeddings are not normalised."""
+    if representation not in REPRESENTATIONS:
+        raise ValueError(f"representation={representation!r} is unknown; it is one of {', '.join(REPRESENTATIONS)}.")
+    if normalize_embeddings and representation != "scratch":
+        raise ValueError(
+            f"normalize_embeddings=True with representation={representation!r}: only embeddings that are trained "
+            "from scratch are normalised, the others are standardised; leave it out."
+        )
 
 
 @dataclass
@@ -157,7 +150,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 language_model_config(config.backbone_config), attn_implementation=attention, trust_remote_code=False
             )
             drop_parts_behind_blocks(self.backbone, config.apply_final_norm)
-            self._leave_out_masks()
+            leave_out_masks(self.backbone)
         else:
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
@@ -166,17 +159,11 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         self.eval()
         self.post_init()
 
-    def _leave_out_masks(self) -> None:
-        """Replaces torch's fused attention by the same without a mask, where a mask would say nothing."""
-        if self.backbone.config._attn_implementation == "sdpa" and needs_no_mask(self.backbone.config):
-            AttentionInterface.register(UNMASKED_ATTENTION, attend_without_mask)
-            self.backbone.set_attn_implementation(UNMASKED_ATTENTION)
-
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in [`~transformers.PreTrainedModel.set_attn_implementation`], for the language model."""
         super().set_attn_implementation(*args, **kwargs)
         if self.config.representation == "hidden":
-            self._leave_out_masks()
+            leave_out_masks(self.backbone)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings() if self.config.representation == "hidden" else self.embedding
@@ -245,58 +232,57 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             ValueError: the model has no such layer, or `representation` is unknown.
             OSError: the model is not found.
         """
-        if representation not in REPRESENTATIONS:
-            raise ValueError(
-                f"representation={representation!r} is unknown; it is one of {', '.join(REPRESENTATIONS)}."
-            )
+        check_representation(representation, normalize_embeddings)
         source = resolve_pretrained_source(name_or_path)
         if representation == "scratch":
-            backbone_config = AutoConfig.from_pretrained(source.name_or_path, **source.kwargs, **kwargs)
-            config = cls.config_class(
-                representation=representation,
-                normalize_embeddings=normalize_embeddings,
-                vocab_size=backbone_config.vocab_size,
-                hidden_size=backbone_config.hidden_size,
+            sizes = AutoConfig.from_pretrained(source.name_or_path, **source.kwargs, **kwargs)
+            return cls(
+                cls.config_class(
+                    representation=representation,
+                    normalize_embeddings=normalize_embeddings,
+                    vocab_size=sizes.vocab_size,
+                    hidden_size=sizes.hidden_size,
+                )
             )
-            return cls(config)
-
         kwargs.setdefault("dtype", torch.float32)
         backbone = AutoModel.from_pretrained(source.name_or_path, **source.kwargs, **kwargs).eval()
-        embedding = backbone.get_input_embeddings()
         if representation == "embedding":
-            vocab_size, width = embedding.weight.shape
-            config = cls.config_class(
-                representation=representation,
-                normalize_embeddings=normalize_embeddings,
-                vocab_size=vocab_size,
-                hidden_size=width,
-            )
-            token_encoder = cls(config)
-            token_encoder.embedding.load_state_dict({"weight": embedding.weight})
-            return token_encoder.to(embedding.weight.dtype)
-
+            return cls._from_embedding(backbone.get_input_embeddings().weight)
         num_blocks = backbone.config.num_hidden_layers
         if not -num_blocks - 1 <= layer <= num_blocks:
             raise ValueError(
                 f"layer={layer} does not exist in {name_or_path!r}, whose {num_blocks} blocks give hidden states "
                 f"{-num_blocks - 1} to {num_blocks} (0 is what enters the first block)."
             )
-        num_blocks_kept = layer % (num_blocks + 1)
+        return cls._from_layers(backbone, layer)
+
+    @classmethod
+    def _from_embedding(cls, weight: torch.Tensor) -> LDLMTokenEncoder:
+        """The token embeddings (V, D) of a language model alone."""
+        vocab_size, hidden_size = weight.shape
+        token_encoder = cls(
+            cls.config_class(representation="embedding", vocab_size=vocab_size, hidden_size=hidden_size)
+        )
+        token_encoder.embedding.load_state_dict({"weight": weight})
+        return token_encoder.to(weight.dtype)
+
+    @classmethod
+    def _from_layers(cls, backbone: PreTrainedModel, layer: int) -> LDLMTokenEncoder:
+        """A language model up to one of its hidden states."""
+        num_blocks = layer % (backbone.config.num_hidden_layers + 1)
         config = cls.config_class(
-            backbone_config=cut_config(backbone.config, num_blocks_kept),
+            backbone_config=cut_config(backbone.config, num_blocks),
             layer=layer,
-            apply_final_norm=num_blocks_kept == num_blocks,
-            representation=representation,
-            normalize_embeddings=normalize_embeddings,
-            vocab_size=embedding.num_embeddings,
+            apply_final_norm=num_blocks == backbone.config.num_hidden_layers,
+            representation="hidden",
+            vocab_size=backbone.get_input_embeddings().num_embeddings,
             hidden_size=backbone.config.hidden_size,
             max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
             attn_implementation=backbone.config._attn_implementation,
         )
         token_encoder = cls(config).to(backbone.dtype)
-        kept = token_encoder.backbone.state_dict().keys()
         state = backbone.state_dict()
-        token_encoder.backbone.load_state_dict({name: state[name] for name in kept})
+        token_encoder.backbone.load_state_dict({name: state[name] for name in token_encoder.backbone.state_dict()})
         token_encoder.check_against(backbone)
         return token_encoder
 
@@ -445,75 +431,3 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 f"output_attentions=True: the attention {implementation!r} gives no weights away; call "
                 "set_attn_implementation('eager') first."
             )
-
-
-def language_model_config(settings: Mapping[str, Any]) -> PretrainedConfig:
-    """A language model's configuration from its settings; ValueError if transformers has no language model of their
-    `model_type`. Others may load further models, of their own choice, when they are built."""
-    model_type = settings.get("model_type")
-    config_class = CONFIG_MAPPING[model_type] if model_type in list(CONFIG_MAPPING) else None
-    is_language_model = config_class in MODEL_FOR_CAUSAL_LM_MAPPING or config_class in MODEL_FOR_MASKED_LM_MAPPING
-    if config_class is None or not is_language_model:
-        raise ValueError(
-            f"backbone_config: model_type={model_type!r} is no causal or masked language model of this version of "
-            "transformers."
-        )
-    return config_class(**{key: value for key, value in settings.items() if key != "model_type"})
-
-
-def needs_no_mask(backbone_config: PretrainedConfig) -> bool:
-    """Whether all layers attend to everything, or everything before: without padding, then, no mask says more."""
-    layer_types = getattr(backbone_config, "layer_types", None) or ["full_attention"]
-    return set(layer_types) == {"full_attention"} and getattr(backbone_config, "sliding_window", None) is None
-
-
-def attend_without_mask(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """SDPA over (B, H, L, D/H), causal where the language model is.
-
-    For the attentions that it knows, transformers first looks for packed sequences among the positions. A look at
-    values waits until an accelerator has done everything that was queued; for this attention it does not look.
-    """
-    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
-
-
-def find_blocks(backbone: PreTrainedModel, num_blocks: int) -> tuple[nn.Module, nn.ModuleList]:
-    """The list of a language model's blocks, and the module that it belongs to."""
-    for owner in backbone.modules():
-        for child in owner.children():
-            if isinstance(child, nn.ModuleList) and len(child) == num_blocks:
-                return owner, child
-    raise ValueError(
-        f"{type(backbone).__name__} holds no list of {num_blocks} blocks, so it cannot serve as a token encoder."
-    )
-
-
-def cut_config(backbone_config: PretrainedConfig, num_blocks: int) -> dict[str, Any]:
-    """The configuration of the same language model with its first `num_blocks` blocks only."""
-    cut = copy.deepcopy(backbone_config)
-    cut.num_hidden_layers = num_blocks
-    if getattr(cut, "layer_types", None) is not None:
-        cut.layer_types = cut.layer_types[:num_blocks]
-    cut.use_cache = False
-    config = cut.to_dict()
-    # the weights have been unpacked by now, and where they lay on this machine is nobody's business
-    config.pop("quantization_config", None)
-    config.pop("_name_or_path", None)
-    return config
-
-
-def drop_parts_behind_blocks(backbone: PreTrainedModel, apply_final_norm: bool) -> None:
-    """Drops a language model's pooler, and its final norm unless that is asked for."""
-    if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None
-    if not apply_final_norm:
-        owner, _ = find_blocks(backbone, backbone.config.num_hidden_layers)
-        for name, child in owner.named_children():
-            if "Norm" in type(child).__name__ and "embed" not in name:
-                setattr(owner, name, nn.Identity())

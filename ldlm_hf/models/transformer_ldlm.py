@@ -14,7 +14,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..loading.safe_loading import SafeLoadingMixin, check_settings
+from ..loading.checks import check_settings
+from ..loading.safe_loading import SafeLoadingMixin
 from .layers import (
     AdaLayerNormModulation,
     DiffusionTransformerBlock,

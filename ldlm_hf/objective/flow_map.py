@@ -21,10 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
 
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_encoder import LDLMTokenEncoder
@@ -32,7 +31,8 @@ from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers.scheduling_tangent import TangentScheduler
 from ..schedulers.scheduling_tangent_ddim import ddim_coefficients
 from ..schedulers.tangent import signal_to_noise
-from .joint import layers_to_shard, without_autocast_cache
+from .base import Objective, without_autocast_cache
+from .draws import Generators, normal_like
 
 
 # what an example is trained towards: the teacher's prediction at its first time, which is D(z; s, s); two steps of the
@@ -82,7 +82,7 @@ class DistillationLosses:
     diagonal: torch.Tensor
 
 
-class DistillationObjective(nn.Module):
+class DistillationObjective(Objective):
     r"""
     Distils a teacher into a student on the latents of frozen encoders; no tensor of it has the vocabulary's size.
 
@@ -126,10 +126,6 @@ class DistillationObjective(nn.Module):
         self.self_condition_scale = self_condition_scale if teacher.config.self_conditioning else 0.0
         self.is_flow_map = transformer.config.next_timestep_conditioning
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        return layers_to_shard(self)
-
     def student_denoiser(self, latents: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """D(z; s, t) of the student in float32; of a progressive one, which knows the grid, D(z; s)."""
         next_timestep = t.float() if self.is_flow_map else None
@@ -143,12 +139,25 @@ class DistillationObjective(nn.Module):
         conditioned = self.teacher(latents, s.float(), estimate).sample
         return torch.lerp(estimate.float(), conditioned.float(), self.self_condition_scale)
 
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        """Arguments of `forward` for a batch of no particular text, to count what a pass costs.
+
+        All examples take two steps; those of a flow map on the diagonal, and those that the teacher leads, cost as
+        much or a little less.
+        """
+        target = BY_STUDENT if self.is_flow_map else BY_TEACHER
+        return {
+            "input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long),
+            "times": torch.tensor([0.75, 0.5, 0.25]).repeat(batch_size, 1),
+            "targets": [target] * batch_size,
+        }
+
     def forward(
         self,
         input_ids: torch.Tensor,
         times: torch.Tensor,
         targets: Sequence[str],
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> DistillationLosses:
         """
         Args:
@@ -165,8 +174,7 @@ class DistillationObjective(nn.Module):
             latents = self.latent_encoder(hidden_states, return_dict=True).latents.float()  # (B, N, d_z)
         times = times.double()
         s, u, t = times.unbind(-1)
-        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-        noisy_latents = self.scheduler.add_noise(latents, noise, s)
+        noisy_latents = self.scheduler.add_noise(latents, normal_like(latents, generator), s)
 
         rows = {
             kind: torch.tensor(places).to(s.device, non_blocking=True)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+from .augmentations import AUGMENTATIONS, add_feature_noise, drop_latents, mask_tokens
+from .base import Objective, squared_errors
+from .diffusion import diffusion_losses
+from .draws import Generators, draw_examples, normal_like, systematic_sample
+from .reconstruction import ReconstructionLosses, token_cross_entropy
 from .warmup import scale_gradient
 
 
@@ -111,10 +113,9 @@ class JointLosses:
     latent_std: torch.Tensor
 
 
-class JointObjective(nn.Module):
+class JointObjective(Objective):
     r"""
-    Trains latent encoder, latent decoder, token decoder and denoiser together. One module with one `forward`, so that
-    DDP and FSDP see one call.
+    Trains latent encoder, latent decoder, token decoder and denoiser together.
 
     Latent spaces of two stages (Section 7) train with the same parts: `stage="autoencoder"` has no denoiser and no
     diffusion loss, and `stage="diffusion"` trains a denoiser alone, on the latents of a frozen autoencoder.
@@ -169,7 +170,7 @@ class JointObjective(nn.Module):
                 "denoiser in the stage 'autoencoder', and one in every other."
             )
         settings = self.settings
-        for name in ("token_masking", "feature_noise", "latent_dropout"):
+        for name in AUGMENTATIONS:
             if getattr(settings, name) and self.stage != "autoencoder":
                 raise ValueError(
                     f"{name}={getattr(settings, name)} goes with stage='autoencoder' only, not {self.stage!r}: the "
@@ -223,16 +224,12 @@ class JointObjective(nn.Module):
                 sizes.append((f"transformer {of_denoiser}", getattr(self.transformer.config, of_denoiser)))
             check_equal(*sizes)
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        return layers_to_shard(self)
-
     def forward(
         self,
         input_ids: torch.Tensor,
         timesteps: torch.Tensor,
         gate: float | torch.Tensor = 1.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         self_conditioned: Sequence[bool] | None = None,
     ) -> JointLosses:
         """
@@ -247,60 +244,61 @@ class JointObjective(nn.Module):
                 Which examples are denoised with their own first estimate; drawn by default. No tensor: what DDP moves
                 to an accelerator cannot be looked at without waiting for it.
         """
-        zero = torch.zeros((), device=input_ids.device)
-        hidden_loss = token_loss = zero
-        token_accuracy = torch.full_like(zero, torch.nan)
-        diffusion_per_example = zero.expand(len(input_ids))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "diffusion"):
-            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states.float()  # (B, L, D)
             # losses and noise are float32 whatever autocast makes of the layers
+            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states.float()  # (B, L, D)
             disturbed = self.disturbed_hidden_states(input_ids, hidden_states, generator)
             latents = self.latent_encoder(disturbed, return_dict=True).latents.float()  # (B, N, d_z)
 
         # 1. reconstruction from noisy latents
+        reconstruction = ReconstructionLosses.none(input_ids.device)
         if self.stage != "diffusion":
-            hidden_loss, token_loss, token_accuracy = self.reconstruction_losses(
-                latents, hidden_states, input_ids, generator
-            )
+            reconstruction = self.reconstruction_losses(latents, hidden_states, input_ids, generator)
         # 2. diffusion
-        if self.transformer is not None:
-            target = scale_gradient(latents, gate)
-            diffusion_per_example = self.diffusion_losses(target, timesteps, generator, self_conditioned)
-        diffusion_loss = diffusion_per_example.mean()
+        diffusion_per_example = torch.zeros(len(input_ids), device=input_ids.device)
+        if self.stage != "autoencoder":
+            diffusion_per_example = self.diffusion_losses(
+                scale_gradient(latents, gate), timesteps, generator, self_conditioned
+            )
+        diffusion = diffusion_per_example.mean()
 
         settings = self.settings
-        total = settings.diffusion_weight * diffusion_loss + settings.token_weight * token_loss
+        total = settings.diffusion_weight * diffusion + settings.token_weight * reconstruction.token
         if "hidden" in settings.reconstruction:
-            total = total + settings.hidden_weight * hidden_loss
+            total = total + settings.hidden_weight * reconstruction.hidden
         return JointLosses(
             total=total,
-            hidden=hidden_loss,
-            token=token_loss,
-            diffusion=diffusion_loss,
+            hidden=reconstruction.hidden,
+            token=reconstruction.token,
+            diffusion=diffusion,
             diffusion_per_example=diffusion_per_example,
-            token_accuracy=token_accuracy,
+            token_accuracy=reconstruction.token_accuracy,
             latent_std=latents.detach().std(),
         )
 
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        """Arguments of `forward` for a batch of no particular text, to count what a pass costs."""
+        drawn = systematic_sample(batch_size, self.settings.self_conditioning_probability, offset=0.5)
+        return {
+            "input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long),
+            "timesteps": torch.full((batch_size,), 0.5),
+            "self_conditioned": drawn,
+        }
+
     def disturbed_hidden_states(
-        self,
-        input_ids: torch.Tensor,
-        hidden_states: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
+        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, generator: Generators
     ) -> torch.Tensor:
-        """What is encoded (B, L, D): the hidden states, or with COSMOS' augmentations those of a masked text, noised.
+        """What is encoded (B, L, D): the hidden states, or with augmentations those of a masked text, noised.
 
         The reconstruction's targets are the hidden states and tokens of the text as it is.
         """
         settings = self.settings
         if settings.token_masking:
-            masked = random_mask(input_ids.shape, settings.token_masking, generator, input_ids.device)
             assert settings.mask_token_id is not None  # _check_stage has refused this
-            masked_ids = input_ids.masked_fill(masked, settings.mask_token_id)
+            masked_ids = mask_tokens(input_ids, settings.token_masking, settings.mask_token_id, generator)
             hidden_states = self.token_encoder(masked_ids, return_dict=True).hidden_states.float()
         if settings.feature_noise:
-            noise = randn_tensor(hidden_states.shape, generator, hidden_states.device, hidden_states.dtype)
-            hidden_states = math.sqrt(1 - settings.feature_noise**2) * hidden_states + settings.feature_noise * noise
+            hidden_states = add_feature_noise(hidden_states, settings.feature_noise, generator)
         return hidden_states
 
     def reconstruction_losses(
@@ -308,38 +306,15 @@ class JointObjective(nn.Module):
         latents: torch.Tensor,
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden-state loss (Eq. 2), token loss (Eq. 3) and token accuracy, from latents (B, N, d_z) with noise."""
-        settings = self.settings
-        if settings.latent_dropout:
-            dropped = random_mask(latents.shape, settings.latent_dropout, generator, latents.device)
-            latents = latents.masked_fill(dropped, 0) / (1 - settings.latent_dropout)
-        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-        noisy_latents = latents + settings.decoder_noise * noise
+        generator: Generators = None,
+    ) -> ReconstructionLosses:
+        """Hidden-state loss (Eq. 2) and token loss (Eq. 3) from latents (B, N, d_z) with decoder noise."""
+        if self.settings.latent_dropout:
+            latents = drop_latents(latents, self.settings.latent_dropout, generator)
+        noisy_latents = latents + self.settings.decoder_noise * normal_like(latents, generator)
         predicted = self.latent_decoder(noisy_latents, return_dict=True).hidden_states  # (B, L, D)
-        hidden_loss = mean_squared_error(predicted, hidden_states).mean()
-        return hidden_loss, *self.token_losses(predicted, input_ids)
-
-    def diffusion_losses(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        self_conditioned: Sequence[bool] | None = None,
-    ) -> torch.Tensor:
-        """Diffusion loss (Eq. 1) of each example, (B,), on latents (B, N, d_z) at times (B,)."""
-        assert self.transformer is not None, "the stage 'autoencoder' has no diffusion loss"
-        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)
-        if self_conditioned is None:
-            source = generator[0] if isinstance(generator, list) else generator
-            offset = torch.rand((), generator=source, device="cpu" if source is None else source.device)
-            probability = self.settings.self_conditioning_probability
-            self_conditioned = systematic_sample(len(latents), probability, float(offset))
-        self_condition = self.first_estimate(noisy_latents, timesteps, self_conditioned)
-        clean_latents = self.transformer(noisy_latents, timesteps, self_condition).sample  # (B, N, d_z)
-        return mean_squared_error(clean_latents, latents).flatten(1).mean(1)
+        hidden = squared_errors(predicted, hidden_states).mean()
+        return ReconstructionLosses(hidden, *self.token_losses(predicted, input_ids))
 
     def token_losses(self, predicted: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy (Eq. 3) and accuracy of the token decoder on reconstructed hidden states (B, L, D)."""
@@ -352,98 +327,22 @@ class JointObjective(nn.Module):
         predicted, input_ids = predicted[:num_examples], input_ids[:num_examples]
         return token_cross_entropy(self.token_decoder(predicted, return_dict=True).logits, input_ids)
 
-    def first_estimate(
-        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, self_conditioned: Sequence[bool]
+    def diffusion_losses(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: Generators = None,
+        self_conditioned: Sequence[bool] | None = None,
     ) -> torch.Tensor:
-        """The self-condition: a first estimate of the clean latents for the chosen examples, zeros for the others.
-
-        The extra pass has no gradient and runs on the chosen examples only.
-        """
-        assert self.transformer is not None
-        self_condition = torch.zeros_like(noisy_latents)
-        if self.settings.self_conditioning_probability == 0:
-            return self_condition
-        device = noisy_latents.device
-        # ranks of a sharded run must call the denoiser equally often, so one example stands in where none was drawn
-        places = torch.tensor([place for place, drawn in enumerate(self_conditioned) if drawn] or [0])
-        chosen = places.to(device, non_blocking=True)
-        with torch.no_grad(), without_autocast_cache(device):
-            estimate = self.transformer(noisy_latents[chosen].detach(), timesteps[chosen]).sample
-            return self_condition.index_copy(0, chosen, estimate.to(noisy_latents.dtype) * any(self_conditioned))
-
-
-def without_autocast_cache(device: torch.device) -> AbstractContextManager:
-    """Autocast as it is, for a pass without gradients before one that is trained.
-
-    Else it would keep the weights that the first pass casts, which have no graph, for the second.
-    """
-    if device.type == "meta":  # where FLOPs are counted, and nothing is cast
-        return nullcontext()
-    return torch.autocast(
-        device.type,
-        dtype=torch.get_autocast_dtype(device.type),
-        enabled=torch.is_autocast_enabled(device.type),
-        cache_enabled=False,
-    )
-
-
-def layers_to_shard(objective: nn.Module) -> list[str]:
-    """Classes of the layers that FSDP shards one by one; where accelerate is told none, it asks the model for them."""
-    declared = {name for child in objective.children() for name in getattr(child, "_no_split_modules", None) or ()}
-    return sorted(declared & {type(module).__name__ for module in objective.modules()})
-
-
-def systematic_sample(num_examples: int, probability: float, offset: float) -> list[bool]:
-    """Chooses each example with the same probability, and in any run of n of them n times that, to within one.
-
-    A batch that is split over devices and passes then costs the same in each, and its tensors keep their shapes.
-
-    Args:
-        num_examples: B.
-        probability: of each example.
-        offset: uniform in [0, 1); decides which.
-    """
-    return [
-        math.floor((place + 1) * probability + offset) > math.floor(place * probability + offset)
-        for place in range(num_examples)
-    ]
-
-
-def random_mask(
-    shape: torch.Size,
-    probability: float,
-    generator: torch.Generator | list[torch.Generator] | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """True with a probability in (0, 1], each entry by itself.
-
-    Drawn by way of normal noise, since `randn_tensor` knows lists of generators, one an example.
-    """
-    threshold = torch.special.ndtri(torch.tensor(probability, dtype=torch.float64))
-    return randn_tensor(tuple(shape), generator, device, torch.float32) < float(threshold)
-
-
-def mean_squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """(prediction - target)^2 in float32, not reduced."""
-    return F.mse_loss(prediction.float(), target.float(), reduction="none")
-
-
-def token_cross_entropy(
-    logits: torch.Tensor, input_ids: torch.Tensor, chunk_size: int = 128
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy in nats a token, in float32, and accuracy of logits (B, L, V) for token ids (B, L).
-
-    Taken over `chunk_size` tokens at a time: its float32 intermediates are the largest tensors of a training step, and
-    small ones stay in the cache.
-    """
-    logits, input_ids = logits.flatten(0, 1), input_ids.flatten().long()  # (B * L, V), (B * L,)
-    losses = [
-        F.cross_entropy(some_logits.float(), some_ids, reduction="sum")
-        for some_logits, some_ids in zip(logits.split(chunk_size), input_ids.split(chunk_size), strict=True)
-    ]
-    # max finds the index several times faster than argmax on a CPU
-    accuracy = (logits.detach().max(-1).indices == input_ids).float().mean()
-    return torch.stack(losses).sum() / len(input_ids), accuracy
+        """Diffusion loss (Eq. 1) of each example, (B,), on latents (B, N, d_z) at times (B,)."""
+        assert self.transformer is not None, "the stage 'autoencoder' has no diffusion loss"
+        noise = normal_like(latents, generator)
+        probability = self.settings.self_conditioning_probability
+        if self_conditioned is None:
+            self_conditioned = draw_examples(len(latents), probability, generator)
+        return diffusion_losses(
+            self.transformer, self.scheduler, latents, timesteps, noise, self_conditioned if probability else None
+        )
 
 
 def check_equal(*named_sizes: tuple[str, int]) -> None:

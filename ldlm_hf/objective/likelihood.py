@@ -8,14 +8,13 @@ numbers can be compared with.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -23,11 +22,8 @@ from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers import tangent
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from .joint import token_cross_entropy
-from .timesteps import AdaptiveTimestepSampler, UniformTimestepSampler
+from .reconstruction import token_cross_entropy
 
-
-PROPOSALS = ("log_snr", "uniform", "adaptive")
 
 # (noisy latents (B, ...), timesteps (B,), self-condition or None) → clean latents
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -88,9 +84,8 @@ def hidden_nll(predicted: torch.Tensor, hidden_states: torch.Tensor, hidden_nois
 
 
 def token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """-log p(w|z~) of token ids (B, L) from logits (B, L, V): (B,) float64 (Eq. 10, 18)."""
-    means = [token_cross_entropy(logits[i : i + 1], input_ids[i : i + 1])[0] for i in range(len(input_ids))]
-    return input_ids.shape[1] * torch.stack(means).double()
+    """-log p(w|z~) of the token ids (L,) of one sequence from logits (L, V): () float64 (Eq. 10, 18)."""
+    return len(input_ids) * token_cross_entropy(logits[None], input_ids[None])[0].double()
 
 
 def sum_of_squares(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -193,206 +188,48 @@ def terminal_kl(latents: torch.Tensor, alpha: float, sigma: float) -> torch.Tens
     return (signal + num_entries * (sigma**2 - 1 - 2 * math.log(sigma))) / 2
 
 
-def prior_cross_entropy(
-    diffusion: torch.Tensor, last_step: torch.Tensor, terminal: torch.Tensor, entropy: float
-) -> torch.Tensor:
-    """Bound on -E_q log p(z) (Eq. 21): the integral, the process's two ends, and the entropy of q (Eq. 16)."""
-    return diffusion + last_step + terminal + entropy
-
-
-class TimeProposal(ABC):
-    """A density over [start, 1] that the times of the diffusion term are drawn from; the estimate is divided by it."""
-
-    @abstractmethod
-    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
-        """Times, float64, of uniform numbers in [0, 1)."""
-
-    @abstractmethod
-    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Density at times, float64."""
-
-
-class SamplerProposal(TimeProposal):
-    """The density of a timestep sampler of training, restricted to [start, 1].
-
-    Args:
-        sampler: the sampler.
-        start: where the integral begins.
-    """
-
-    def __init__(self, sampler: AdaptiveTimestepSampler | UniformTimestepSampler, start: float):
-        self.sampler = sampler
-        self.start = start
-        self.below = float(sampler.cdf(torch.tensor(start, dtype=torch.float64)))
-
-    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
-        return self.sampler.quantile(self.below + (1 - self.below) * uniforms.double()).clamp(min=self.start)
-
-    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return self.sampler.density(timesteps.double()) / (1 - self.below)
-
-
-class LogSNRProposal(TimeProposal):
-    """Uniform in log(1 + c^2 SNR): in log-SNR where the latents stand out of the noise, in SNR where they do not.
-
-    Against latents N(0, c^2 I) and their best denoiser every draw then has the same value, whatever d is.
-
-    Args:
-        start: where the integral begins.
-        d: of the schedule.
-        latent_std: c.
-    """
-
-    def __init__(self, start: float, d: float, latent_std: float):
-        self.d = d
-        self.variance = latent_std**2
-        self.largest = float(self._stretched(torch.tensor(start, dtype=torch.float64)))
-
-    def _stretched(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return torch.log1p(self.variance * tangent.log_snr(timesteps, self.d).exp())
-
-    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
-        stretched = self.largest * (1 - uniforms.double())
-        log_snr = torch.expm1(stretched).log() - math.log(self.variance)
-        return tangent.timesteps_from_log_snr(log_snr, self.d)
-
-    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
-        slope = -self.variance * tangent.snr_slope(timesteps, self.d)
-        return slope / (torch.exp(self._stretched(timesteps)) * self.largest)
-
-
-class EqualMixture(TimeProposal):
-    """Either of two proposals with the same probability."""
-
-    def __init__(self, first: TimeProposal, second: TimeProposal):
-        self.first = first
-        self.second = second
-
-    def quantile(self, uniforms: torch.Tensor) -> torch.Tensor:
-        doubled = 2 * uniforms.double()
-        # one uniform number chooses the part and the place in it, so that strata stay strata
-        return torch.where(doubled < 1, self.first.quantile(doubled % 1), self.second.quantile(doubled % 1))
-
-    def density(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return (self.first.density(timesteps) + self.second.density(timesteps)) / 2
-
-
-def build_proposal(
-    name: str, start: float, d: float, latent_std: float, sampler: AdaptiveTimestepSampler | None = None
-) -> TimeProposal:
-    """The proposal of a name; all give the same expectation.
-
-    * `log_snr`: see [`LogSNRProposal`].
-    * `uniform`: uniform times.
-    * `adaptive`: half from the adaptive sampler, half from `log_snr`. The sampler alone hardly ever draws where the
-      training loss is flat, and the likelihood's weight does not vanish there: rare and enormous draws, which the
-      other half bounds (ours).
-
-    Args:
-        name: one of the above.
-        start: where the integral begins.
-        d: of the schedule.
-        latent_std: standard deviation of the latents' entries; the variance depends on it, the mean does not.
-        sampler: for `adaptive`.
-
-    Raises:
-        ValueError: an unknown name, or `adaptive` without a sampler that has learned anything.
-    """
-    if name not in PROPOSALS:
-        raise ValueError(f"proposal={name!r} is unknown; it is one of {', '.join(PROPOSALS)}.")
-    if name == "uniform":
-        return SamplerProposal(UniformTimestepSampler(), start)
-    log_snr = LogSNRProposal(start, d, latent_std)
-    if name == "log_snr":
-        return log_snr
-    if sampler is None or not sampler.is_active:
-        raise ValueError(
-            "proposal='adaptive' needs an adaptive timestep sampler whose probabilities have been refreshed in "
-            "training; use proposal='log_snr'."
-        )
-    return EqualMixture(SamplerProposal(sampler, start), log_snr)
-
-
-def stratified_uniforms(num_draws: int, num_sequences: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Uniform numbers (K, N), float64: each draw is one shifted grid over the N sequences (Kingma et al., 2021).
-
-    Each number alone is uniform; the K shifts are independent, so the spread of the draws' means is their true error.
-    """
-    shifts = torch.rand(num_draws, 1, dtype=torch.float64, generator=generator)
-    return (shifts + torch.arange(num_sequences, dtype=torch.float64) / num_sequences) % 1
-
-
-@dataclass
-class Estimate:
-    """A mean over sequences, and how far to trust it.
-
-    Attributes:
-        mean: of the draws.
-        monte_carlo_error: standard error from noise and times, for these very sequences.
-        standard_error: standard error with that of having these sequences and no others.
-    """
-
-    mean: float
-    monte_carlo_error: float
-    standard_error: float
-
-
-def estimate(draws: torch.Tensor) -> Estimate:
-    """Mean and errors of draws (K, N): K independent draws of each of N sequences, K and N at least 2.
-
-    What differs between the sequences' means is in part the draws' own spread, which counts once only.
-    """
-    num_draws, num_sequences = draws.shape
-    if num_draws < 2 or num_sequences < 2:
-        raise ValueError(f"Errors need 2 draws of 2 sequences at least, not {num_draws} of {num_sequences}.")
-    draws = draws.double()
-    monte_carlo_variance = float(draws.mean(1).var()) / num_draws
-    between = float(draws.mean(0).var() - draws.var(0).mean() / num_draws)
-    return Estimate(
-        mean=float(draws.mean()),
-        monte_carlo_error=math.sqrt(monte_carlo_variance),
-        standard_error=math.sqrt(monte_carlo_variance + max(between, 0.0) / num_sequences),
-    )
-
-
 @dataclass
 class LikelihoodTerms:
     """One draw of the bound's terms for each sequence, in nats: float64 of shape (B,).
 
     Attributes:
-        hidden: -log p(h|z~) (Eq. 17); None where the hidden states are left out.
-        token: -log p(w|z~) (Eq. 18).
+        hidden_reconstruction: -log p(h|z~) (Eq. 17); None where the hidden states are left out.
+        token_reconstruction: -log p(w|z~) (Eq. 18).
         diffusion: the integral with the likelihood's weight (Eq. 21, 22).
         last_step: KL of the prior's last step, from the end time to z; 0 if that is t_s.
-        terminal: KL at t = 1 (Eq. 21).
-        entropy: of the encoder (Eq. 16), the same for all.
-        prior: bound on -E_q log p(z) (Eq. 21), see [`prior_cross_entropy`].
+        terminal_kl: KL at t = 1 (Eq. 21).
+        encoder_entropy: of q(z|w) (Eq. 16), the same for all.
     """
 
-    hidden: torch.Tensor | None
-    token: torch.Tensor
+    hidden_reconstruction: torch.Tensor | None
+    token_reconstruction: torch.Tensor
     diffusion: torch.Tensor
     last_step: torch.Tensor
-    terminal: torch.Tensor
-    entropy: float
-    prior: torch.Tensor
+    terminal_kl: torch.Tensor
+    encoder_entropy: torch.Tensor
+
+    @property
+    def prior_cross_entropy(self) -> torch.Tensor:
+        """Bound on -E_q log p(z) (Eq. 21): the integral, the process's two ends, and the entropy of q."""
+        return self.diffusion + self.last_step + self.terminal_kl + self.encoder_entropy
 
     @property
     def rate(self) -> torch.Tensor:
         """Bound on KL(q(z|w) || p(z)) (Eq. 14)."""
-        return self.prior - self.entropy
+        return self.prior_cross_entropy - self.encoder_entropy
 
     @property
     def tokens_only(self) -> torch.Tensor:
         """Bound on -log p(w): the model with its hidden states integrated out, which Eq. 11 lets one do."""
-        return self.token + self.rate
+        return self.token_reconstruction + self.rate
 
     @property
     def total(self) -> torch.Tensor | None:
         """Bound on -log p(w, h) (Eq. 23)."""
-        return None if self.hidden is None else self.hidden + self.tokens_only
+        return None if self.hidden_reconstruction is None else self.hidden_reconstruction + self.tokens_only
 
 
+@dataclass
 class LikelihoodBound:
     r"""
     The negative ELBO of Appendix A.1 for trained components.
@@ -410,29 +247,21 @@ class LikelihoodBound:
         ValueError: a hidden-state term without a latent decoder.
     """
 
-    def __init__(
-        self,
-        token_encoder: LDLMTokenEncoder,
-        latent_encoder: LDLMLatentEncoder,
-        latent_decoder: LDLMLatentDecoder | None,
-        token_decoder: LDLMTokenDecoder,
-        transformer: LDLMTransformer1DModel,
-        scheduler: TangentEulerMaruyamaScheduler,
-        settings: LikelihoodSettings,
-    ):
-        if latent_decoder is None and settings.hidden_noise is not None:
+    token_encoder: LDLMTokenEncoder
+    latent_encoder: LDLMLatentEncoder
+    latent_decoder: LDLMLatentDecoder | None
+    token_decoder: LDLMTokenDecoder
+    transformer: LDLMTransformer1DModel
+    scheduler: TangentEulerMaruyamaScheduler
+    settings: LikelihoodSettings
+
+    def __post_init__(self) -> None:
+        if self.latent_decoder is None and self.settings.hidden_noise is not None:
             raise ValueError(
-                f"hidden_noise={settings.hidden_noise} asks for the likelihood of hidden states, and a token decoder "
-                "that reads latents comes without a latent decoder: use hidden_noise=None, the bound on tokens alone."
+                f"hidden_noise={self.settings.hidden_noise} asks for the likelihood of hidden states, which needs a "
+                "latent decoder, and a token decoder that reads latents has none: use hidden_noise=None, the bound on "
+                "tokens alone."
             )
-        self.token_encoder = token_encoder
-        self.latent_encoder = latent_encoder
-        self.latent_decoder = latent_decoder
-        self.token_decoder = token_decoder
-        self.transformer = transformer
-        self.scheduler = scheduler
-        self.settings = settings
-        self.terminal_levels = [float(level) for level in scheduler.marginal(torch.tensor(1.0, dtype=torch.float64))]
 
     @property
     def start(self) -> float:
@@ -493,32 +322,42 @@ class LikelihoodBound:
             densities (`torch.Tensor` of shape `(B,)`): density of the proposal that drew them.
             generator: source of all noise.
         """
-        settings, num_entries, d = self.settings, latents[0].numel(), self.scheduler.config.tangent_d
-        # 1. reconstruction
-        predicted = self.decode(latents, generator)
-        hidden = None if settings.hidden_noise is None else hidden_nll(predicted, hidden_states, settings.hidden_noise)
+        hidden, token = self.reconstruction(input_ids, hidden_states, latents, generator)
+        errors = self.squared_errors(latents, timesteps, generator)
+        diffusion = diffusion_integral(errors, timesteps, densities, self.scheduler.config.tangent_d)
+        alpha, sigma = self.scheduler.marginal(torch.tensor(1.0, dtype=torch.float64))
+        entropy = encoder_entropy(latents[0].numel(), self.settings.encoder_noise)
+        return LikelihoodTerms(
+            hidden_reconstruction=hidden,
+            token_reconstruction=token,
+            diffusion=diffusion,
+            last_step=self.last_step(latents, generator),
+            terminal_kl=terminal_kl(latents, float(alpha), float(sigma)),
+            encoder_entropy=torch.full_like(diffusion, entropy),
+        )
+
+    def reconstruction(
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        latents: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Both reconstruction terms of one draw of z~, as in [`LikelihoodTerms`]."""
+        predicted, noise = self.decode(latents, generator), self.settings.hidden_noise
         # one sequence at a time: the logits of a whole batch, (B, L, V), would dwarf everything else in memory
         tokens = [
-            token_nll(self.token_decoder(some[None].to(self.token_decoder.dtype), return_dict=True).logits, ids[None])
-            for some, ids in zip(predicted, input_ids, strict=True)
+            token_nll(self.token_decoder(one[None].to(self.token_decoder.dtype), return_dict=True).logits[0], ids)
+            for one, ids in zip(predicted, input_ids, strict=True)
         ]
-        # 2. prior
-        errors = self.squared_errors(latents, timesteps, generator)
-        diffusion = diffusion_integral(errors, timesteps, densities, d)
-        last_step = torch.zeros_like(diffusion)
-        if self.start == settings.end_time:
-            end = torch.full((len(latents),), self.start, dtype=torch.float64)
-            errors = self.squared_errors(latents, end, generator)
-            snr = float(tangent.log_snr(end[0], d).exp())
-            last_step = last_step_kl(errors, num_entries, snr, settings.encoder_noise, settings.latent_noise)
-        terminal = terminal_kl(latents, *self.terminal_levels)
-        entropy = encoder_entropy(num_entries, settings.encoder_noise)
-        return LikelihoodTerms(
-            hidden=hidden,
-            token=torch.cat(tokens),
-            diffusion=diffusion,
-            last_step=last_step,
-            terminal=terminal,
-            entropy=entropy,
-            prior=prior_cross_entropy(diffusion, last_step, terminal, entropy),
-        )
+        return None if noise is None else hidden_nll(predicted, hidden_states, noise), torch.stack(tokens)
+
+    def last_step(self, latents: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """The term of that name."""
+        settings = self.settings
+        if self.start != settings.end_time:
+            return torch.zeros(len(latents), dtype=torch.float64, device=latents.device)
+        end = torch.full((len(latents),), self.start, dtype=torch.float64)
+        errors = self.squared_errors(latents, end, generator)
+        snr = float(tangent.log_snr(end[0], self.scheduler.config.tangent_d).exp())
+        return last_step_kl(errors, latents[0].numel(), snr, settings.encoder_noise, settings.latent_noise)

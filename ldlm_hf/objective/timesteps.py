@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 
 
 @dataclass
@@ -82,6 +82,10 @@ class UniformTimestepSampler:
     def quantile(self, probabilities: torch.Tensor) -> torch.Tensor:
         """F^-1(u) = u"""
         return probabilities
+
+    def learned_cdf(self) -> list[float] | None:
+        """None: nothing is learned."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -211,6 +215,10 @@ class AdaptiveTimestepSampler:
         cumulative = self._cumulative()
         return torch.lerp(cumulative[left], cumulative[left + 1], position - left).to(timesteps.dtype)
 
+    def learned_cdf(self) -> list[float] | None:
+        """F at the edges of the bins, as a scheduler's `timestep_cdf`; None while the draw is uniform."""
+        return [round(u, 6) for u in self.cdf(self.edges).tolist()] if self.is_active else None
+
     def density(self, timesteps: torch.Tensor) -> torch.Tensor:
         """f(t) = dF/dt, constant within a bin: dividing a draw by it makes the mean over draws one over uniform t."""
         position = timesteps.double().clamp(0, 1) * self.num_bins
@@ -237,7 +245,7 @@ class AdaptiveTimestepSampler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the state of another sampler with as many bins; ValueError if it has not."""
+        """Loads the state of another sampler; ValueError unless it has as many bins."""
         if state_dict.get("num_bins") != self.num_bins:
             raise ValueError(
                 f"This state is of a timestep sampler with num_bins={state_dict.get('num_bins')}, not "

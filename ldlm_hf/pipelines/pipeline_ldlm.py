@@ -3,49 +3,32 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import numbers
-import os
 import reprlib
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
-from ..loading.repository import (
-    check_saveable,
-    keep_card,
-    superseded_weights,
-    upload_repository,
-    write_repository_code,
-)
-from ..loading.safe_loading import check_model_index, check_serialization
-from ..loading.whole_numbers import whole_number
+from ..loading.checks import whole_number
+from ..loading.repository import RepositoryPipeline
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
-from ..schedulers.discrete import check_schedule, is_discrete, model_times
-from ..schedulers.scheduling_tangent_churn import TangentChurnScheduler
-from ..schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
-from ..schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
-from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from ..schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
+from ..schedulers import DIFFUSERS_SCHEDULERS, SCHEDULERS
+from ..schedulers.discrete import Solver, check_schedule, is_discrete
 from ..schedulers.tangent import alpha_sigma
+from .calls import Calls, CallState
 from .pipeline_output import LDLMPipelineOutput
 
 
@@ -68,16 +51,29 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-@dataclass
-class CallState:
-    """What one call of a pipeline has reached; see the pipeline's properties of these names."""
+@dataclass(frozen=True)
+class DenoisingStep:
+    """What the denoiser is told of a step, beside the latents.
 
-    num_timesteps: int = 0
-    num_function_evaluations: int = 0
-    interrupt: bool = False
+    Attributes:
+        timestep: what the scheduler calls it.
+        time: in [0, 1], of shape ().
+        self_condition_weight: w of the prediction of the step before.
+        conditions: further arguments of the transformer.
+    """
+
+    timestep: torch.Tensor
+    time: torch.Tensor
+    self_condition_weight: float
+    conditions: dict[str, torch.Tensor | None]
+
+    @property
+    def num_function_evaluations(self) -> int:
+        """How often the transformer sees each sample."""
+        return 1 if self.self_condition_weight in (0, 1) else 2
 
 
-class LDLMPipeline(DiffusionPipeline):
+class LDLMPipeline(RepositoryPipeline):
     r"""
     Pipeline for unconditional text generation with a Latent Diffusion Language Model: denoises latents from pure
     noise, then decodes the clean prediction to tokens once (Section 4.3 of the paper).
@@ -117,6 +113,7 @@ class LDLMPipeline(DiffusionPipeline):
         "latent_encoder",
     ]
     _callback_tensor_inputs = ["latents", "clean_latents"]
+    scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
     max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
@@ -126,15 +123,7 @@ class LDLMPipeline(DiffusionPipeline):
         latent_decoder: LDLMLatentDecoder | None,
         token_decoder: LDLMTokenDecoder | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        scheduler: TangentEulerMaruyamaScheduler
-        | TangentDDIMScheduler
-        | TangentDPMSolverMultistepScheduler
-        | TangentChurnScheduler
-        | TangentFlowMapScheduler
-        | DDIMScheduler
-        | DPMSolverMultistepScheduler
-        | UniPCMultistepScheduler
-        | None,
+        scheduler: SchedulerMixin | None,
         token_encoder: LDLMTokenEncoder | None = None,
         latent_encoder: LDLMLatentEncoder | None = None,
     ):
@@ -149,13 +138,7 @@ class LDLMPipeline(DiffusionPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
-        self._last_call = CallState()
-        self._running_calls: dict[int, CallState] = {}  # by thread
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        check_model_index(cls, config_dict)
-        return super().extract_init_dict(config_dict, **kwargs)
+        self._calls = Calls()
 
     def check_components(self) -> None:
         """Raises ValueError where tokenizer, decoders and denoiser do not fit each other."""
@@ -208,113 +191,15 @@ class LDLMPipeline(DiffusionPipeline):
                 "what is missing to from_pretrained or to the constructor."
             )
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Saves as [`~diffusers.DiffusionPipeline.save_pretrained`] does, and makes the folder a repository that loads
-        with `trust_remote_code=True` where `ldlm_hf` is not installed: with its code, and with the model card of the
-        folder that the pipeline was loaded from, unless it has a card already.
-
-        Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
-        one file or several; those of other variants stay.
-
-        Args:
-            push_to_hub: upload the folder, as it is then.
-            kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
-                `create_pr` of the upload, as in [`~LDLMPipeline.push_to_hub`].
-
-        Raises:
-            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a variant
-                with other signs than letters, digits, - and _, a component with adapters of peft, or one of another
-                class than those that the constructor names.
-        """
-        check_serialization(safe_serialization, use_flashpack, variant)
-        check_saveable(self)
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        write_repository_code(self, save_directory)
-        keep_card(save_directory, self.config.get("_name_or_path"))
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            stale = superseded_weights(self.components, variant)
-            upload_repository(save_directory, repo_id, delete_patterns=stale, **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        revision: str | None = None,
-    ) -> CommitInfo:
-        """Uploads the pipeline to the Hub, with its code and its model card, in place of weights of the same variant
-        that the repository holds already.
-
-        Args:
-            repo_id: "organisation/name", or a name in one's own namespace; created if it does not exist.
-            commit_message: "Upload pipeline" by default.
-            private: whether a new repository is private; `None` is the organisation's default.
-            token: of the Hub; `None` is the stored one.
-            create_pr: open a pull request instead of committing.
-            safe_serialization: only `True`, safetensors, since pickles are never loaded.
-            variant: part of the weights' file names, such as `"fp16"` for a pipeline in half precision.
-            max_shard_size: largest file of weights, such as `"5GB"`.
-            revision: branch to commit to; created if it does not exist.
-
-        Returns:
-            The commit.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
-            return upload_repository(
-                folder,
-                repo_id,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=superseded_weights(self.components, variant),
-            )
-
-    @property
-    def _call_state(self) -> CallState:
-        """Of the call that this thread is in, otherwise of the one that began last."""
-        return self._running_calls.get(threading.get_ident(), self._last_call)
-
-    @contextmanager
-    def _running(self, call: CallState) -> Iterator[None]:
-        """Makes a call the one that this thread is in; a callback may call the pipeline again."""
-        thread = threading.get_ident()
-        outer = self._running_calls.get(thread)
-        self._running_calls[thread] = self._last_call = call
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self._running_calls[thread]
-            else:
-                self._running_calls[thread] = outer
-
     @property
     def num_timesteps(self) -> int:
         """Number of denoising steps of the running or last call."""
-        return self._call_state.num_timesteps
+        return self._calls.current.num_timesteps
 
     @property
     def num_function_evaluations(self) -> int:
         """How often the transformer has seen each sample in the running or last call (NFE)."""
-        return self._call_state.num_function_evaluations
+        return self._calls.current.num_function_evaluations
 
     @property
     def interrupt(self) -> bool:
@@ -323,11 +208,11 @@ class LDLMPipeline(DiffusionPipeline):
 
     @property
     def _interrupt(self) -> bool:
-        return self._call_state.interrupt
+        return self._calls.current.interrupt
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        self._call_state.interrupt = value
+        self._calls.current.interrupt = value
 
     def check_inputs(
         self,
@@ -372,6 +257,8 @@ class LDLMPipeline(DiffusionPipeline):
                 "one for each sample."
             )
         if latents is not None:
+            if not isinstance(latents, torch.Tensor):
+                raise ValueError(f"`latents` must be a tensor of noise, got {reprlib.repr(latents)}.")
             expected = (batch_size, self.transformer.config.sample_size, self.transformer.config.in_channels)
             if tuple(latents.shape) != expected:
                 raise ValueError(
@@ -403,65 +290,66 @@ class LDLMPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return noise * self.scheduler.init_noise_sigma
 
-    def prepare_scheduler(
-        self, num_inference_steps: int, timesteps: list[float] | None, device: torch.device
-    ) -> SchedulerMixin:
-        """A copy of the scheduler at the start of a call's grid, for this call's steps alone.
+    def prepare_solver(self, num_inference_steps: int, timesteps: list[float] | None, device: torch.device) -> Solver:
+        """A copy of the scheduler at the beginning of a call's grid, for this call's steps alone.
 
         The pipeline's own scheduler is given the grid too, for those who read its timesteps, but takes no step.
+
+        Raises:
+            ValueError: a scheduler of another noise schedule, explicit times for one that has none, or a flow map's
+                scheduler for a transformer that is no flow map.
         """
+        name = type(self.scheduler).__name__
+        check_schedule(self.scheduler)
+        if timesteps is not None and is_discrete(self.scheduler):
+            raise ValueError(
+                f"`timesteps` are times in [0, 1], but {name} counts discrete levels; leave them out, or use a "
+                "scheduler of the tangent schedule."
+            )
         with SCHEDULER_LOCK:
             if timesteps is None:
                 self.scheduler.set_timesteps(num_inference_steps, device=device)
             else:
                 self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-            scheduler = copy.deepcopy(self.scheduler)
-        if hasattr(scheduler, "set_begin_index"):
-            # or else the scheduler reads the first time back from the device to look it up
-            scheduler.set_begin_index(0)
-        return scheduler
+            solver = Solver(copy.deepcopy(self.scheduler))
+        if solver.next_times is not None and not self.transformer.config.next_timestep_conditioning:
+            raise ValueError(
+                f"{name} takes steps of a flow map, which this transformer is not (next_timestep_conditioning=False). "
+                "Distil it by training/distill.py, or use another scheduler."
+            )
+        return solver
 
-    def prepare_step_arguments(
-        self, generator: torch.Generator | list[torch.Generator] | None
-    ) -> dict[str, torch.Generator | list[torch.Generator] | None]:
-        """What the scheduler's step takes beside prediction, time and sample: not all have noise to draw."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if takes_generator else {}
-
-    def self_condition_weights(self, times: torch.Tensor, scale: float, decay: float) -> list[float]:
+    def self_condition_weights(self, times: torch.Tensor, scale: float | None, decay: float) -> list[float]:
         """Weights w of the self-condition, one a step: w = 1 + (scale - 1) exp(-decay sigma / alpha).
 
         With a decay the weight is 1, plain carry-over, where there is mostly noise, and goes to `scale` as it clears.
+        The first step's is 1: it has no prediction to be conditioned on.
 
         Args:
             times: those of the steps, in [0, 1].
-            scale: w without noise.
+            scale: w without noise; None is 1, or 0 for a model trained without a self-condition.
             decay: how fast w - 1 falls as the noise level sigma / alpha grows.
         """
+        if scale is None:
+            scale = 1.0 if self.transformer.config.self_conditioning else 0.0
         if decay == 0 or scale == 1:
-            return [float(scale)] * len(times)
-        alpha, sigma = alpha_sigma(times.cpu(), self.scheduler.config.tangent_d)
-        return [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
+            weights = [float(scale)] * len(times)
+        else:
+            alpha, sigma = alpha_sigma(times.cpu(), self.scheduler.config.tangent_d)
+            weights = [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
+        return [1.0, *weights[1:]]
 
-    def next_times(self, scheduler: SchedulerMixin) -> torch.Tensor | None:
-        """Where each step goes, for a flow map with its scheduler; None for a denoiser of one time."""
-        if not hasattr(scheduler, "next_timesteps"):
-            return None
-        if not self.transformer.config.next_timestep_conditioning:
-            raise ValueError(
-                f"{type(scheduler).__name__} takes steps of a flow map, which this transformer is not "
-                "(next_timestep_conditioning=False). Distil it by training/distill.py, or use another scheduler."
-            )
-        return scheduler.next_timesteps
+    def denoising_steps(self, solver: Solver, scale: float | None, decay: float) -> Iterator[DenoisingStep]:
+        """The steps of a grid; scale and decay as in [`~LDLMPipeline.self_condition_weights`]."""
+        weights = self.self_condition_weights(solver.times, scale, decay)
+        modulations = self.transformer.modulations(solver.times, solver.next_times)
+        for i, (weight, modulation) in enumerate(zip(weights, modulations, strict=True)):
+            conditions = {"modulation": modulation}
+            if solver.next_times is not None:
+                conditions["next_timestep"] = solver.next_times[i]
+            yield DenoisingStep(solver.timesteps[i], solver.times[i], weight, conditions)
 
-    def predict_clean_latents(
-        self,
-        latents: torch.Tensor,
-        time: torch.Tensor,
-        self_condition: torch.Tensor,
-        weight: float,
-        **conditions: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, step: DenoisingStep, self_condition: torch.Tensor) -> torch.Tensor:
         """The denoiser's prediction (B, N, d_z), guided by its self-condition: x^ = x^_0 + w (x^_sc - x^_0).
 
         x^_sc is the prediction from the self-condition, x^_0 that without one. For w = 1 and w = 0 one of them is all
@@ -469,21 +357,18 @@ class LDLMPipeline(DiffusionPipeline):
 
         Args:
             latents: noisy latents (B, N, d_z).
-            time: their time, of shape ().
+            step: their time, w, and what else the transformer is told.
             self_condition: the last prediction (B, N, d_z).
-            weight: w.
-            conditions: what else the transformer is told of the step.
         """
         latents, self_condition = latents.to(self.transformer.dtype), self_condition.to(self.transformer.dtype)
-        if weight == 1:
-            return self.transformer(latents, time, self_condition, **conditions).sample
         nothing = torch.zeros_like(self_condition)
-        if weight == 0:
-            return self.transformer(latents, time, nothing, **conditions).sample
+        if step.num_function_evaluations == 1:
+            condition = self_condition if step.self_condition_weight == 1 else nothing
+            return self.transformer(latents, step.time, condition, **step.conditions).sample
         both = torch.cat([nothing, self_condition])
-        predictions = self.transformer(torch.cat([latents, latents]), time, both, **conditions).sample
+        predictions = self.transformer(torch.cat([latents, latents]), step.time, both, **step.conditions).sample
         unguided, guided = predictions.float().chunk(2)
-        return torch.lerp(unguided, guided, weight)
+        return torch.lerp(unguided, guided, step.self_condition_weight)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -547,8 +432,12 @@ class LDLMPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check components and inputs
-        decoders = {"latent": [], "text": ["token_decoder", "tokenizer"]}.get(output_type, ["token_decoder"])
-        self.require_components("generation", "transformer", "scheduler", *decoders)
+        needed = ["transformer", "scheduler"]
+        if output_type != "latent":
+            needed.append("token_decoder")
+        if output_type == "text":
+            needed.append("tokenizer")
+        self.require_components("generation", *needed)
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -559,48 +448,29 @@ class LDLMPipeline(DiffusionPipeline):
             self_condition_scale,
             self_condition_decay,
         )
-        batch_size, num_inference_steps = int(batch_size), int(num_inference_steps)
-        check_schedule(self.scheduler)
-        if timesteps is not None and is_discrete(self.scheduler):
-            raise ValueError(
-                f"`timesteps` are times in [0, 1], but {type(self.scheduler).__name__} counts discrete levels; leave "
-                "them out, or use a scheduler of the tangent schedule."
-            )
         device = self._execution_device
 
-        # 2. Prepare timesteps and latents
-        scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
-        times, next_times = model_times(scheduler), self.next_times(scheduler)
-        step_arguments = self.prepare_step_arguments(generator)
-        latents = self.prepare_latents(batch_size, device, generator, latents)
+        # 2. Prepare the solver's grid and the latents
+        solver = self.prepare_solver(int(num_inference_steps), timesteps, device)
+        latents = self.prepare_latents(int(batch_size), device, generator, latents)
         clean_latents = torch.zeros_like(latents)
-        if self_condition_scale is None:
-            self_condition_scale = 1.0 if self.transformer.config.self_conditioning else 0.0
-        weights = self.self_condition_weights(times, self_condition_scale, self_condition_decay)
-        # the first step has no prediction to be conditioned on
-        weights[0] = 1.0
+        steps = self.denoising_steps(solver, self_condition_scale, self_condition_decay)
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
-        call = CallState(num_timesteps=len(times))
-        with self._running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
-            modulations = self.transformer.modulations(times, next_times)
-            for i, (t, modulation) in enumerate(zip(scheduler.timesteps, modulations, strict=True)):
+        call = CallState(num_timesteps=len(solver.times))
+        with self._calls.running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
+            for i, step in enumerate(steps):
                 if call.interrupt:
                     continue
-                conditions = {"modulation": modulation}
-                if next_times is not None:
-                    conditions["next_timestep"] = next_times[i]
-                model_input = scheduler.scale_model_input(latents, t)
-                clean_latents = self.predict_clean_latents(
-                    model_input, times[i], clean_latents, weights[i], **conditions
-                )  # (B, N, d_z)
-                call.num_function_evaluations += 1 if weights[i] in (0, 1) else 2
-                latents = scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
+                model_input = solver.model_input(latents, step.timestep)
+                clean_latents = self.predict(model_input, step, clean_latents)  # (B, N, d_z)
+                latents = solver.step(clean_latents, step.timestep, latents, generator)
+                call.num_function_evaluations += step.num_function_evaluations
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "clean_latents": clean_latents}
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    callback_outputs = callback_on_step_end(self, i, step.timestep, callback_kwargs) or {}
                     latents = callback_outputs.pop("latents", latents)
                     clean_latents = callback_outputs.pop("clean_latents", clean_latents)
                 progress_bar.update()
@@ -711,6 +581,8 @@ class LDLMPipeline(DiffusionPipeline):
         num_latents, latent_size = self.decoded_shape
         if num_latents is None and self.transformer is not None:
             num_latents = self.transformer.config.sample_size
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` must be a tensor, as `encode` returns it, got {reprlib.repr(latents)}.")
         if latents.ndim != 3 or latents.shape[2] != latent_size or num_latents not in (None, latents.shape[1]):
             raise ValueError(
                 f"`latents` of shape {tuple(latents.shape)} must have the shape (batch_size, num_latents, "

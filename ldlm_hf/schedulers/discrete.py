@@ -107,3 +107,42 @@ def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
     if is_discrete(scheduler):
         return level_times(scheduler.timesteps, len(scheduler.alphas_cumprod)).float()
     return scheduler.timesteps
+
+
+class Solver:
+    """A scheduler at the beginning of its grid, be it one of this package or one of diffusers'.
+
+    Args:
+        scheduler: with its timesteps set; the steps are its own.
+
+    Attributes:
+        timesteps: what the scheduler calls its steps by, of shape (S,).
+        times: the times in [0, 1] at which the model is evaluated, of shape (S,), float32.
+        next_times: where each step lands, of the same shape, for a flow map; None for a denoiser of one time.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin):
+        if hasattr(scheduler, "set_begin_index"):
+            # or else the scheduler reads the first time back from the device to look it up
+            scheduler.set_begin_index(0)
+        self.scheduler = scheduler
+        self.timesteps = scheduler.timesteps
+        self.times = model_times(scheduler)
+        self.next_times: torch.Tensor | None = getattr(scheduler, "next_timesteps", None)
+        # deterministic solvers of diffusers have no noise to draw
+        self.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+
+    def model_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What the model sees of the latents at a step, as the scheduler scales it."""
+        return self.scheduler.scale_model_input(latents, timestep)
+
+    def step(
+        self,
+        clean_latents: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The latents (B, N, d_z) of the next, earlier time, by the prediction for this one."""
+        arguments = {"generator": generator} if self.draws_noise else {}
+        return self.scheduler.step(clean_latents, timestep, latents, **arguments).prev_sample

@@ -20,8 +20,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..loading.checks import whole_number
 from ..loading.safe_loading import read_json
-from ..loading.whole_numbers import whole_number
+from . import DIFFUSERS_SCHEDULERS, SCHEDULERS
 from .tangent import alpha_sigma, learned_time_grid, log_snr_time_grid, uniform_time_grid
 
 
@@ -98,16 +99,7 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
     """
 
-    _compatibles = [
-        "TangentEulerMaruyamaScheduler",
-        "TangentDDIMScheduler",
-        "TangentDPMSolverMultistepScheduler",
-        "TangentChurnScheduler",
-        "TangentFlowMapScheduler",
-        "DDIMScheduler",
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-    ]
+    _compatibles = [*SCHEDULERS, *DIFFUSERS_SCHEDULERS]
     # evaluations of the model in a step
     order = 1
     init_noise_sigma = 1.0

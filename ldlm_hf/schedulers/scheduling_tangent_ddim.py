@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from .scheduling_tangent import StepWeights, TangentScheduler
 from .tangent import alpha_sigma
 

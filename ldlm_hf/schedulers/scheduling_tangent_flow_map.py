@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from .scheduling_tangent import StepWeights, TangentScheduler
 from .scheduling_tangent_ddim import ddim_coefficients
 from .tangent import alpha_sigma, log_snr, timesteps_from_log_snr

@@ -1,4 +1,8 @@
-"""Which sequences each step trains on: an order that depends on seed and position alone, so that it can be resumed."""
+"""Which sequences each step trains on: an order that depends on seed and position alone, so that it can be resumed.
+
+torchdata's `StatefulDataLoader` saves the state of each worker, which only as many workers, ranks and sequences a pass
+can load; here a position is one number, and a run at random access goes on with any of them.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +135,7 @@ class ShuffledSource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a position. ValueError where the saved order is another one, or a pass would straddle it."""
+        """Loads a position. ValueError where the saved order is another one, or a pass would straddle it."""
         here = self.state_dict()
         differing = [
             f"{name}={here[name]} (saved: {saved})"
@@ -197,7 +201,7 @@ class StreamSource:
         return {"readers": list(self.states), "next_reader": self.next_reader, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a position. ValueError where it is of other ranks, workers or settings of the stream."""
+        """Loads a position. ValueError where it is of other ranks, workers or settings of the stream."""
         readers = len(state["readers"])
         if readers != len(self.states):
             raise ValueError(

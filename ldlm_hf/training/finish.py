@@ -15,7 +15,8 @@ from ..evaluation.samplers import OWN, Sampler
 from ..evaluation.samples import sample
 from ..evaluation.scores import score_beside_real_text
 from ..hub import training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
-from ..hub.model_card import RunResults, read_run, write_card
+from ..hub.model_card import write_card
+from ..hub.run_files import RunResults, read_run
 from ..loading.settings_reader import differences, flatten, to_yaml
 from ..metrics import load_judge
 from ..pipelines.pipeline_ldlm import LDLMPipeline

@@ -6,30 +6,27 @@ product counts half. What a kernel or gradient checkpointing computes a second t
 norms, activations, softmax, losses, optimiser and averaged weights: they are few beside the products, and the less
 time they take, the higher the utilisation. The self-conditioning pass counts with its probability.
 
-They are counted by torch's `FlopCounterMode` on a copy of the objective on the meta device, which takes a few seconds
-and no memory at any size.
+They are counted while the objective runs on the meta device, which takes a few seconds and no memory at any size.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.benchmark
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from ..evaluation.markdown import human_count
-from ..models.token_encoder import LDLMTokenEncoder
-from ..objective import DistillationObjective, JointObjective
-from ..objective.flow_map import BY_STUDENT, BY_TEACHER
 from .settings import LoopSettings
 
 
@@ -56,13 +53,27 @@ PRECISION_NAMES = {"bf16": "dense bfloat16", "tf32": "dense TF32", "fp32": "floa
 
 # 1. Counting
 
+# of the batch that is counted: examples cost nothing on the meta device, and shares of them come out almost exact
+NUM_EXAMPLES = 64
+
+# torch function → which of its arguments are the two factors of its matrix product
+FACTORS: dict[Callable, tuple[int, int]] = {
+    F.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.mm: (0, 1),
+    torch.bmm: (0, 1),
+    torch.matmul: (0, 1),
+    torch.Tensor.matmul: (0, 1),
+    torch.Tensor.__matmul__: (0, 1),
+}
+
 
 @dataclass(frozen=True)
 class PartFlops:
     """FLOPs of one part of an objective in one forward and backward pass over a batch.
 
     Attributes:
-        name: the component's.
+        name: the component's; passes of a trained component without gradients are a part of their own.
         forward: of the forward pass.
         backward: of the backward pass.
         recomputed: of the forward pass that gradient checkpointing does a second time.
@@ -97,73 +108,25 @@ class PassFlops:
         return sum(part.recomputed for part in self.parts) / self.num_tokens
 
 
-def count_flops(objective: nn.Module, batch_size: int, sequence_length: int) -> PassFlops:
+def count_flops(objective: nn.Module, sequence_length: int) -> PassFlops:
     """Counts the FLOPs of one pass of an objective of the training scripts, on a meta copy of it.
 
     Args:
-        objective: before accelerate wraps it; it may be on any device.
-        batch_size: sequences of one pass on one device.
-        sequence_length: tokens L of each.
+        objective: before accelerate wraps it, on any device. Its `example_inputs(batch_size, sequence_length)` are the
+            arguments of its `forward`, which returns losses with a `total`.
+        sequence_length: tokens L of each example.
     """
-    checkpointed = [getattr(module, "gradient_checkpointing", False) for module in objective.modules()]
-    once = count_by_part(objective, batch_size, sequence_length, checkpointing=False)
-    twice = count_by_part(objective, batch_size, sequence_length, checkpointing=True) if any(checkpointed) else once
-    parts = [
-        PartFlops(
-            name,
-            once[name, "forward"],
-            once[name, "backward"],
-            recomputed=twice[name, "backward"] - once[name, "backward"],
-        )
-        for name in dict.fromkeys(name for name, _ in once)
-    ]
-    if is_denoising(objective) and objective.settings.self_conditioning_probability:
-        parts.append(self_conditioning_pass(objective, batch_size))
-    return PassFlops(tuple(parts), batch_size * sequence_length)
-
-
-def is_denoising(objective: nn.Module) -> bool:
-    """Whether a pass of an objective runs a denoiser."""
-    return isinstance(objective, JointObjective) and objective.transformer is not None
-
-
-def count_by_part(
-    objective: nn.Module, batch_size: int, sequence_length: int, checkpointing: bool
-) -> Counter[tuple[str, str]]:
-    """FLOPs by component and direction (`forward`, `backward`), without the self-conditioning pass."""
-    objective = meta_copy(objective)
-    if not checkpointing:
-        for module in objective.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
-    inputs: list[Any] = [torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")]
-    if isinstance(objective, JointObjective):
-        objective.settings = replace(objective.settings, self_conditioning_probability=0.0)
-        inputs.append(torch.empty(batch_size, device="meta"))
-    if isinstance(objective, DistillationObjective):
-        # a flow map's examples on the diagonal, and the few that the teacher leads, cost as much or a little less
-        target = BY_STUDENT if objective.is_flow_map else BY_TEACHER
-        inputs += [torch.empty(batch_size, 3, device="meta"), [target] * batch_size]
+    copied = meta_copy(objective)
+    counter = ProductCounter(copied)
+    with torch.device("meta"):
+        inputs = copied.example_inputs(NUM_EXAMPLES, sequence_length)
     # the objective may draw on the CPU
-    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        ledger = PartLedger(objective, counter)
-        losses = objective(*inputs)
-        total = losses[0] if isinstance(losses, tuple) else losses.total
-        ledger.turn_to(ledger.part, "backward")
-        total.backward()
-        ledger.turn_to(ledger.part, "backward")
-    return +ledger.flops  # without those that are zero
-
-
-def self_conditioning_pass(objective: JointObjective, batch_size: int) -> PartFlops:
-    """Expected FLOPs of the denoiser's extra pass: forward only, on the share of the examples that draws it."""
-    denoiser = meta_copy(objective.transformer)
-    config = denoiser.config
-    noisy_latents = torch.empty(batch_size, config.sample_size, config.in_channels, device="meta")
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        denoiser(noisy_latents, torch.empty(batch_size, device="meta"))
-    probability = objective.settings.self_conditioning_probability
-    return PartFlops("self-conditioning pass", probability * counter.get_total_flops(), 0)
+    with torch.random.fork_rng(devices=[]), counter:
+        losses = copied(**inputs)
+        counter.is_backward = True
+        losses.total.backward()
+    parts = tuple(PartFlops(name, *flops) for name, flops in counter.flops.items())
+    return PassFlops(parts, NUM_EXAMPLES * sequence_length)
 
 
 def meta_copy(module: nn.Module) -> Any:
@@ -173,71 +136,83 @@ def meta_copy(module: nn.Module) -> Any:
         for parameter in module.parameters()
     }
     tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
-    copied = copy.deepcopy(module, tensors)
-    for child in copied.modules():
-        if isinstance(child, LDLMTokenEncoder) and hasattr(child, "backbone"):
-            child.backbone.set_attn_implementation(COUNTED_ATTENTION)
-    return copied
+    return copy.deepcopy(module, tensors)
 
 
-def counted_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The language model's attention on the meta device, of (B, H, L, D/H) queries, keys and values.
+class ProductCounter(TorchFunctionMode):
+    """Counts, while it is active, the FLOPs of matrix products by the component whose layers compute them.
 
-    transformers builds a mask for the attentions that it knows, and for that looks at values, which meta tensors lack;
-    for this one it builds none. A causal product has half as many entries, as if it had half as many keys.
-    """
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    if is_causal:
-        half = key.shape[2] // 2
-        key, value = key[:, :, :half], value[:, :, :half]
-    return sdpa_attention_forward(module, query, key, value, None, is_causal=False, **kwargs)
-
-
-COUNTED_ATTENTION = "ldlm_counted"
-AttentionInterface.register(COUNTED_ATTENTION, counted_attention)
-
-
-class PartLedger:
-    """Assigns FLOPs, as they are counted, to the component that they belong to.
-
-    In the forward pass that is the component whose `forward` runs. In the backward pass it is the one whose output's
-    gradient arrived last: autograd works through the graph in the order opposite to the forward pass, so it is through
-    with one component before it comes to the next. (The counter's own tables by module do not know where a backward
-    pass ends that stops at a detached input.)
+    A product's backward pass is known in its forward pass: as many FLOPs again for each factor that needs a gradient.
+    Python code calls no product in the backward pass but those that gradient checkpointing computes again.
 
     Args:
         objective: its children are the components.
-        counter: the active counter.
+
+    Attributes:
+        flops: by part, of the forward and the backward pass and computed again.
+        is_backward: whether the backward pass has begun.
     """
 
-    def __init__(self, objective: nn.Module, counter: FlopCounterMode):
-        self.counter = counter
-        self.flops: Counter[tuple[str, str]] = Counter()
-        self.part, self.direction, self.counted = "objective", "forward", 0
+    def __init__(self, objective: nn.Module):
+        super().__init__()
+        self.flops: dict[str, tuple[float, float, float]] = {}
+        self.is_backward = False
+        self.component, self.is_trained = "objective", False
         for name, component in objective.named_children():
-            component.register_forward_pre_hook(lambda module, inputs, name=name: self.turn_to(name, "forward"))
-            component.register_forward_hook(lambda module, inputs, output, name=name: self.leave(name, output[0]))
+            is_trained = any(parameter.requires_grad for parameter in component.parameters())
+            # of every layer, since checkpointing calls blocks by themselves
+            for layer in component.modules():
+                layer.register_forward_pre_hook(partial(self.enter, name, is_trained))
+                if getattr(layer, "gradient_checkpointing", False):
+                    layer._gradient_checkpointing_func = self.checkpoint  # type: ignore[assignment]
 
-    def turn_to(self, part: str, direction: str) -> None:
-        """Books what was counted since the last turn, and says what the next FLOPs belong to."""
-        total = self.counter.get_total_flops()
-        self.flops[self.part, self.direction] += total - self.counted
-        self.part, self.direction, self.counted = part, direction, total
+    def checkpoint(self, *call: Any) -> Any:
+        """Calls a block by gradient checkpointing; torch switches the counter off within `backward`, and it is needed
+        there when the block is called again."""
+        return checkpoint(*call, use_reentrant=False, context_fn=lambda: (nullcontext(), self))
 
-    def leave(self, part: str, output: torch.Tensor) -> None:
-        """The end of a component's forward pass, and the start of its backward pass."""
-        self.turn_to("objective", "forward")
-        if output.requires_grad:
-            output.register_hook(lambda gradient: self.turn_to(part, "backward"))
+    def enter(self, component: str, is_trained: bool, *called: object) -> None:
+        """Says whose products come next."""
+        self.component, self.is_trained = component, is_trained
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            # language models ask whether all sequences are whole, neither padded nor packed; meta tensors cannot say
+            return True
+        output = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self.add(attention_flops(*args, **kwargs), 2 * output.requires_grad)
+        elif func in FACTORS:
+            left, right = (args[place] for place in FACTORS[func])
+            gradients = (left.requires_grad + right.requires_grad) if output.requires_grad else 0
+            self.add(2 * left.shape[-1] * output.numel(), gradients)
+        return output
+
+    def add(self, flops: float, gradients: int) -> None:
+        """Adds a product, whose backward pass costs `gradients` times as much."""
+        without_gradients = self.is_trained and not torch.is_grad_enabled()
+        part = f"{self.component}, no gradients" if without_gradients else self.component
+        forward, backward, recomputed = self.flops.get(part, (0.0, 0.0, 0.0))
+        if self.is_backward:
+            recomputed += flops
+        else:
+            forward, backward = forward + flops, backward + gradients * flops
+        self.flops[part] = (forward, backward, recomputed)
+
+
+def attention_flops(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> float:
+    """FLOPs of QK^T and PV, with the arguments of torch's attention; a causal one computes half of them."""
+    rows = query.shape[:-1].numel()
+    return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]) * (0.5 if is_causal else 1)
 
 
 # 2. The peak of a device
@@ -377,12 +352,7 @@ class RunEstimate:
 
 
 def estimate_run(
-    objective: nn.Module,
-    loop: LoopSettings,
-    sequence_length: int,
-    device_batch_size: int,
-    num_devices: int,
-    peak: DevicePeak,
+    objective: nn.Module, loop: LoopSettings, sequence_length: int, num_devices: int, peak: DevicePeak
 ) -> RunEstimate:
     """The estimate of a run.
 
@@ -390,12 +360,11 @@ def estimate_run(
         objective: of one of the training scripts, before accelerate wraps it.
         loop: the run's settings.
         sequence_length: tokens L.
-        device_batch_size: sequences of one pass on one device.
         num_devices: of the run.
         peak: of one device, see [`device_peak`].
     """
     return RunEstimate(
-        pass_flops=count_flops(objective, device_batch_size, sequence_length),
+        pass_flops=count_flops(objective, sequence_length),
         tokens_per_step=loop.batch_size * sequence_length,
         max_steps=loop.max_steps,
         peak=peak,
@@ -417,6 +386,3 @@ def human_duration(seconds: float) -> str:
         if seconds >= size:
             return f"{2 * seconds / size:.1f} {unit}"
     return f"{seconds:.1f} seconds"
-
-
-# 4. The command

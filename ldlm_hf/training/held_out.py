@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..evaluation.samples import sample
-from ..evaluation.scores import score
+from ..evaluation.scores import score_without_judge
 from ..objective import JointObjective
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .randomness import RowRandomness
@@ -68,4 +68,4 @@ def preview(pipeline: LDLMPipeline, settings: EvaluationSettings) -> tuple[list[
     pipeline.set_progress_bar_config(disable=True)
     count = settings.num_preview_samples
     sequences, texts = sample(pipeline, count, settings.num_inference_steps, seed=0, batch_size=settings.batch_size)
-    return texts, {f"samples/{name}": value for name, value in score(sequences).items()}
+    return texts, {f"samples/{name}": value for name, value in score_without_judge(sequences, texts).items()}

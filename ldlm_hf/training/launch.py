@@ -177,9 +177,8 @@ def estimate(
     objective: nn.Module, settings: LoopSettings, sequence_length: int, accelerator: Accelerator
 ) -> RunEstimate:
     """Counts the run's FLOPs, finds its devices' peak, and prints both, with the time that they come to."""
-    device_batch_size, _ = split_batch(settings, accelerator.num_processes)
     peak = device_peak(accelerator.device, settings.mixed_precision, settings.peak_tflops)
-    result = estimate_run(objective, settings, sequence_length, device_batch_size, accelerator.num_processes, peak)
+    result = estimate_run(objective, settings, sequence_length, accelerator.num_processes, peak)
     accelerator.print(result.summary())
     return result
 

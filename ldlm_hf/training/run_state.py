@@ -137,7 +137,7 @@ class RunState:
         if layout != present and (state["is_sharded"] or self.is_sharded):
             raise ValueError(
                 f"{checkpoint} was written by {layout[0]} processes ({'sharded' if layout[1] else 'not sharded'}), "
-                f"and this run has {present[0]} ({'sharded' if present[1] else 'not sharded'}): averaged weights that "
+                f"and this run has {present[0]} ({'sharded' if present[1] else 'not sharded'}): EMA weights that "
                 "are sharded belong to their layout. Resume with the same one."
             )
 

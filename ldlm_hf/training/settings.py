@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from ..data import DataSettings
 from ..evaluation.samplers import OWN, Sampler
-from ..loading.safe_loading import check_settings
+from ..loading.checks import check_settings
 from ..loading.settings_reader import arguments_of
 from ..models.latent_decoder import LDLMLatentDecoderConfig
 from ..models.latent_encoder import LDLMLatentEncoderConfig
@@ -108,7 +108,7 @@ class OptimizerSettings:
         beta2: decay of the gradient's square.
         eps: added to the denominator.
         max_grad_norm: gradients are clipped to this norm.
-        ema_decay: of the averaged weights that are evaluated and saved (the paper does not mention an average).
+        ema_decay: of the EMA weights, which are evaluated and saved (the paper does not mention any).
     """
 
     learning_rate: float = 2e-4
@@ -203,7 +203,7 @@ class LoopSettings:
 
 @dataclass
 class EvaluationSettings:
-    """Evaluation of the averaged weights on held-out text, during the run and at its end.
+    """Evaluation of the EMA weights on held-out text, during the run and at its end.
 
     Attributes:
         every: steps between two evaluations; 0 evaluates at the end only.

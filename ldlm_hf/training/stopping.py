@@ -1,4 +1,7 @@
-"""Being asked to stop: by SIGTERM (clusters, containers, `kill`) or SIGUSR1 (SLURM's warning, see slurm.sh)."""
+"""Being asked to stop: by SIGTERM (clusters, containers, `kill`) or SIGUSR1 (SLURM's warning, see slurm.sh).
+
+accelerate's `set_trigger` and `check_trigger` agree by a sum on the device, which each step would wait for.
+"""
 
 from __future__ import annotations
 

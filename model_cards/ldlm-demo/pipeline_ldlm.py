@@ -27,7 +27,6 @@ import torch
 import transformers
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, SAFETENSORS_WEIGHTS_NAME, replace_example_docstring
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -44,11 +43,22 @@ LDLMLatentEncoder = object
 LDLMTokenDecoder = object
 LDLMTokenEncoder = object
 LDLMTransformer1DModel = object
-TangentChurnScheduler = object
-TangentDDIMScheduler = object
-TangentDPMSolverMultistepScheduler = object
-TangentEulerMaruyamaScheduler = object
-TangentFlowMapScheduler = object
+
+
+# from ldlm_hf/loading/checks.py:
+#
+# Checks of the arguments that constructors and functions are called with; each error names argument and value.
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        return int(float(value)) if is_whole else None
 
 
 # from ldlm_hf/loading/recorded_code.py:
@@ -91,7 +101,7 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
     """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
 
     Args:
-        pipeline_class: class whose constructor's annotations name the classes of components.
+        pipeline_class: of the pipeline, see [`component_classes`].
         model_index: content of model_index.json.
     """
     parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
@@ -105,22 +115,29 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
         library, class_name = entry
         if library is None and class_name is None:
             continue
-        annotation = str(parameters[name].annotation)
-        if not is_loaded(annotation, library, class_name):
+        expected = component_classes(pipeline_class, name)
+        if not is_loaded(expected, library, class_name):
             raise ValueError(
                 f"model_index.json: {name}={reprlib.repr(entry)} is not what {pipeline_class.__name__} loads as its "
-                f"{name}, {annotation}. Load a component of another class yourself, and give all components to the "
-                "constructor."
+                f"{name}, {' | '.join(expected)}. Load a component of another class yourself, and give all components "
+                "to the constructor."
             )
 
 
-def is_loaded(annotation: str, library: Any, class_name: Any) -> bool:
-    """Whether a class of a library is loaded as a component whose parameter in the constructor is so annotated."""
-    classes = re.findall(r"\w+", annotation)
+def component_classes(pipeline_class: type[Any], name: str) -> list[str]:
+    """Names of the classes that a pipeline loads as a component: those of its constructor's annotation, or for any
+    `SchedulerMixin` those that `pipeline_class.scheduler_classes` lists.
+    """
+    annotation = inspect.signature(pipeline_class.__init__).parameters[name].annotation
+    classes = re.findall(r"\w+", str(annotation))
+    return [*pipeline_class.scheduler_classes, "None"] if "SchedulerMixin" in classes else classes
+
+
+def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
+    """Whether a class of a library is one of those that [`component_classes`] names."""
     if library == COMPONENT_LIBRARY:
         return class_name != "None" and class_name in classes
     if library == "diffusers":
-        # of its own classes those only that the annotation names
         return class_name in classes and is_scheduler(class_name)
     return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
 
@@ -222,7 +239,6 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
 
 def check_saveable(pipeline: DiffusionPipeline) -> None:
     """Raises ValueError for a component that would not be saved, or not load with the pipeline again."""
-    parameters = inspect.signature(type(pipeline).__init__).parameters
     for name, component in pipeline.components.items():
         if component is None:
             continue
@@ -231,12 +247,13 @@ def check_saveable(pipeline: DiffusionPipeline) -> None:
         component_class = uncompiled_class(component)
         is_ours = class_source(component_class) is not None
         library = COMPONENT_MODULE if is_ours else component_class.__module__.partition(".")[0]
-        annotation = str(parameters[name].annotation)
-        if not is_loaded(annotation, library, component_class.__name__):
+        expected = component_classes(type(pipeline), name)
+        if not is_loaded(expected, library, component_class.__name__):
             raise ValueError(
                 f"{name} is a {component_class.__name__} of {component_class.__module__}, which "
-                f"{type(pipeline).__name__} does not load as its {name}, {annotation}. Put the model of such a class "
-                f"in its place (of a wrapper, the model inside), or save the component alone and set {name}=None."
+                f"{type(pipeline).__name__} does not load as its {name}, {' | '.join(expected)}. Put the model of "
+                f"such a class in its place (of a wrapper, the model inside), or save the component alone and set "
+                f"{name}=None."
             )
 
 
@@ -331,20 +348,120 @@ def upload_repository(
     )
 
 
-# from ldlm_hf/loading/whole_numbers.py:
+class RepositoryPipeline(DiffusionPipeline):
+    """A pipeline that is saved as a repository, with its code, and that loads no other components than it names.
+
+    Attributes:
+        scheduler_classes: names of the classes that are loaded as a component annotated `SchedulerMixin`.
+    """
+
+    scheduler_classes: tuple[str, ...] = ()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        check_model_index(cls, config_dict)
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves as [`~diffusers.DiffusionPipeline.save_pretrained`] does, and makes the folder a repository that loads
+        with `trust_remote_code=True` where `ldlm_hf` is not installed: with its code, and with the model card of the
+        folder that the pipeline was loaded from, unless it has a card already.
+
+        Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
+        one file or several; those of other variants stay.
+
+        Args:
+            push_to_hub: upload the folder, as it is then.
+            kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
+                `create_pr` of the upload, as in [`~RepositoryPipeline.push_to_hub`].
+
+        Raises:
+            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a variant
+                with other signs than letters, digits, - and _, a component with adapters of peft, or one of another
+                class than those that the constructor names.
+        """
+        check_serialization(safe_serialization, use_flashpack, variant)
+        check_saveable(self)
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        write_repository_code(self, save_directory)
+        keep_card(save_directory, self.config.get("_name_or_path"))
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            stale = superseded_weights(self.components, variant)
+            upload_repository(save_directory, repo_id, delete_patterns=stale, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """Uploads the pipeline to the Hub, with its code and its model card, in place of weights of the same variant
+        that the repository holds already.
+
+        Args:
+            repo_id: "organisation/name", or a name in one's own namespace; created if it does not exist.
+            commit_message: "Upload pipeline" by default.
+            private: whether a new repository is private; `None` is the organisation's default.
+            token: of the Hub; `None` is the stored one.
+            create_pr: open a pull request instead of committing.
+            safe_serialization: only `True`, safetensors, since pickles are never loaded.
+            variant: part of the weights' file names, such as `"fp16"` for a pipeline in half precision.
+            max_shard_size: largest file of weights, such as `"5GB"`.
+            revision: branch to commit to; created if it does not exist.
+
+        Returns:
+            The commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            return upload_repository(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns=superseded_weights(self.components, variant),
+            )
+
+
+# from ldlm_hf/schedulers/__init__.py:
 #
-# Whole numbers of whatever type.
+# Noise processes and samplers, as diffusers schedulers on the tangent schedule.
+#
+# A new solver is one file with a subclass of `TangentScheduler`, and one line in `SCHEDULERS`, which registers and
+# exports it, lets pipelines load it, and makes it known to the command line.
 
 
-def whole_number(value: Any) -> int | None:
-    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
-        return int(float(value)) if is_whole else None
+# class → module of this package
+SCHEDULERS = {
+    "TangentEulerMaruyamaScheduler": "scheduling_tangent_euler_maruyama",
+    "TangentDDIMScheduler": "scheduling_tangent_ddim",
+    "TangentDPMSolverMultistepScheduler": "scheduling_tangent_dpmsolver_multistep",
+    "TangentChurnScheduler": "scheduling_tangent_churn",
+    "TangentFlowMapScheduler": "scheduling_tangent_flow_map",
+}
+
+
+# those of diffusers that `diffusers_config` puts on the tangent schedule
+DIFFUSERS_SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
 
 # from ldlm_hf/schedulers/tangent.py:
@@ -422,6 +539,92 @@ def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
     return scheduler.timesteps
 
 
+class Solver:
+    """A scheduler at the beginning of its grid, be it one of this package or one of diffusers'.
+
+    Args:
+        scheduler: with its timesteps set; the steps are its own.
+
+    Attributes:
+        timesteps: what the scheduler calls its steps by, of shape (S,).
+        times: the times in [0, 1] at which the model is evaluated, of shape (S,), float32.
+        next_times: where each step lands, of the same shape, for a flow map; None for a denoiser of one time.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin):
+        if hasattr(scheduler, "set_begin_index"):
+            # or else the scheduler reads the first time back from the device to look it up
+            scheduler.set_begin_index(0)
+        self.scheduler = scheduler
+        self.timesteps = scheduler.timesteps
+        self.times = model_times(scheduler)
+        self.next_times: torch.Tensor | None = getattr(scheduler, "next_timesteps", None)
+        # deterministic solvers of diffusers have no noise to draw
+        self.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+
+    def model_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What the model sees of the latents at a step, as the scheduler scales it."""
+        return self.scheduler.scale_model_input(latents, timestep)
+
+    def step(
+        self,
+        clean_latents: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The latents (B, N, d_z) of the next, earlier time, by the prediction for this one."""
+        arguments = {"generator": generator} if self.draws_noise else {}
+        return self.scheduler.step(clean_latents, timestep, latents, **arguments).prev_sample
+
+
+# from ldlm_hf/pipelines/calls.py:
+#
+# The calls of a pipeline that are running, of which each thread may have one.
+
+
+@dataclass
+class CallState:
+    """What one call of a pipeline has reached.
+
+    Attributes:
+        num_timesteps: denoising steps that it takes.
+        num_function_evaluations: how often the transformer has seen each sample.
+        interrupt: whether the remaining steps are skipped.
+    """
+
+    num_timesteps: int = 0
+    num_function_evaluations: int = 0
+    interrupt: bool = False
+
+
+class Calls:
+    """The calls of one pipeline, by the threads that they run in."""
+
+    def __init__(self) -> None:
+        self._last = CallState()
+        self._running: dict[int, CallState] = {}
+
+    @property
+    def current(self) -> CallState:
+        """The call that this thread is in, otherwise the one that began last."""
+        return self._running.get(threading.get_ident(), self._last)
+
+    @contextmanager
+    def running(self, call: CallState) -> Iterator[None]:
+        """Makes a call the one that this thread is in; a callback may call the pipeline again."""
+        thread = threading.get_ident()
+        outer = self._running.get(thread)
+        self._running[thread] = self._last = call
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._running[thread]
+            else:
+                self._running[thread] = outer
+
+
 # from ldlm_hf/pipelines/pipeline_output.py:
 #
 # What [`LDLMPipeline`] returns.
@@ -463,16 +666,29 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-@dataclass
-class CallState:
-    """What one call of a pipeline has reached; see the pipeline's properties of these names."""
+@dataclass(frozen=True)
+class DenoisingStep:
+    """What the denoiser is told of a step, beside the latents.
 
-    num_timesteps: int = 0
-    num_function_evaluations: int = 0
-    interrupt: bool = False
+    Attributes:
+        timestep: what the scheduler calls it.
+        time: in [0, 1], of shape ().
+        self_condition_weight: w of the prediction of the step before.
+        conditions: further arguments of the transformer.
+    """
+
+    timestep: torch.Tensor
+    time: torch.Tensor
+    self_condition_weight: float
+    conditions: dict[str, torch.Tensor | None]
+
+    @property
+    def num_function_evaluations(self) -> int:
+        """How often the transformer sees each sample."""
+        return 1 if self.self_condition_weight in (0, 1) else 2
 
 
-class LDLMPipeline(DiffusionPipeline):
+class LDLMPipeline(RepositoryPipeline):
     r"""
     Pipeline for unconditional text generation with a Latent Diffusion Language Model: denoises latents from pure
     noise, then decodes the clean prediction to tokens once (Section 4.3 of the paper).
@@ -512,6 +728,7 @@ class LDLMPipeline(DiffusionPipeline):
         "latent_encoder",
     ]
     _callback_tensor_inputs = ["latents", "clean_latents"]
+    scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
     max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
@@ -521,15 +738,7 @@ class LDLMPipeline(DiffusionPipeline):
         latent_decoder: LDLMLatentDecoder | None,
         token_decoder: LDLMTokenDecoder | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        scheduler: TangentEulerMaruyamaScheduler
-        | TangentDDIMScheduler
-        | TangentDPMSolverMultistepScheduler
-        | TangentChurnScheduler
-        | TangentFlowMapScheduler
-        | DDIMScheduler
-        | DPMSolverMultistepScheduler
-        | UniPCMultistepScheduler
-        | None,
+        scheduler: SchedulerMixin | None,
         token_encoder: LDLMTokenEncoder | None = None,
         latent_encoder: LDLMLatentEncoder | None = None,
     ):
@@ -544,13 +753,7 @@ class LDLMPipeline(DiffusionPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
-        self._last_call = CallState()
-        self._running_calls: dict[int, CallState] = {}  # by thread
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        check_model_index(cls, config_dict)
-        return super().extract_init_dict(config_dict, **kwargs)
+        self._calls = Calls()
 
     def check_components(self) -> None:
         """Raises ValueError where tokenizer, decoders and denoiser do not fit each other."""
@@ -603,113 +806,15 @@ class LDLMPipeline(DiffusionPipeline):
                 "what is missing to from_pretrained or to the constructor."
             )
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Saves as [`~diffusers.DiffusionPipeline.save_pretrained`] does, and makes the folder a repository that loads
-        with `trust_remote_code=True` where `ldlm_hf` is not installed: with its code, and with the model card of the
-        folder that the pipeline was loaded from, unless it has a card already.
-
-        Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
-        one file or several; those of other variants stay.
-
-        Args:
-            push_to_hub: upload the folder, as it is then.
-            kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
-                `create_pr` of the upload, as in [`~LDLMPipeline.push_to_hub`].
-
-        Raises:
-            ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a variant
-                with other signs than letters, digits, - and _, a component with adapters of peft, or one of another
-                class than those that the constructor names.
-        """
-        check_serialization(safe_serialization, use_flashpack, variant)
-        check_saveable(self)
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        write_repository_code(self, save_directory)
-        keep_card(save_directory, self.config.get("_name_or_path"))
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            stale = superseded_weights(self.components, variant)
-            upload_repository(save_directory, repo_id, delete_patterns=stale, **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        revision: str | None = None,
-    ) -> CommitInfo:
-        """Uploads the pipeline to the Hub, with its code and its model card, in place of weights of the same variant
-        that the repository holds already.
-
-        Args:
-            repo_id: "organisation/name", or a name in one's own namespace; created if it does not exist.
-            commit_message: "Upload pipeline" by default.
-            private: whether a new repository is private; `None` is the organisation's default.
-            token: of the Hub; `None` is the stored one.
-            create_pr: open a pull request instead of committing.
-            safe_serialization: only `True`, safetensors, since pickles are never loaded.
-            variant: part of the weights' file names, such as `"fp16"` for a pipeline in half precision.
-            max_shard_size: largest file of weights, such as `"5GB"`.
-            revision: branch to commit to; created if it does not exist.
-
-        Returns:
-            The commit.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
-            return upload_repository(
-                folder,
-                repo_id,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                delete_patterns=superseded_weights(self.components, variant),
-            )
-
-    @property
-    def _call_state(self) -> CallState:
-        """Of the call that this thread is in, otherwise of the one that began last."""
-        return self._running_calls.get(threading.get_ident(), self._last_call)
-
-    @contextmanager
-    def _running(self, call: CallState) -> Iterator[None]:
-        """Makes a call the one that this thread is in; a callback may call the pipeline again."""
-        thread = threading.get_ident()
-        outer = self._running_calls.get(thread)
-        self._running_calls[thread] = self._last_call = call
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self._running_calls[thread]
-            else:
-                self._running_calls[thread] = outer
-
     @property
     def num_timesteps(self) -> int:
         """Number of denoising steps of the running or last call."""
-        return self._call_state.num_timesteps
+        return self._calls.current.num_timesteps
 
     @property
     def num_function_evaluations(self) -> int:
         """How often the transformer has seen each sample in the running or last call (NFE)."""
-        return self._call_state.num_function_evaluations
+        return self._calls.current.num_function_evaluations
 
     @property
     def interrupt(self) -> bool:
@@ -718,11 +823,11 @@ class LDLMPipeline(DiffusionPipeline):
 
     @property
     def _interrupt(self) -> bool:
-        return self._call_state.interrupt
+        return self._calls.current.interrupt
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        self._call_state.interrupt = value
+        self._calls.current.interrupt = value
 
     def check_inputs(
         self,
@@ -767,6 +872,8 @@ class LDLMPipeline(DiffusionPipeline):
                 "one for each sample."
             )
         if latents is not None:
+            if not isinstance(latents, torch.Tensor):
+                raise ValueError(f"`latents` must be a tensor of noise, got {reprlib.repr(latents)}.")
             expected = (batch_size, self.transformer.config.sample_size, self.transformer.config.in_channels)
             if tuple(latents.shape) != expected:
                 raise ValueError(
@@ -798,65 +905,66 @@ class LDLMPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return noise * self.scheduler.init_noise_sigma
 
-    def prepare_scheduler(
-        self, num_inference_steps: int, timesteps: list[float] | None, device: torch.device
-    ) -> SchedulerMixin:
-        """A copy of the scheduler at the start of a call's grid, for this call's steps alone.
+    def prepare_solver(self, num_inference_steps: int, timesteps: list[float] | None, device: torch.device) -> Solver:
+        """A copy of the scheduler at the beginning of a call's grid, for this call's steps alone.
 
         The pipeline's own scheduler is given the grid too, for those who read its timesteps, but takes no step.
+
+        Raises:
+            ValueError: a scheduler of another noise schedule, explicit times for one that has none, or a flow map's
+                scheduler for a transformer that is no flow map.
         """
+        name = type(self.scheduler).__name__
+        check_schedule(self.scheduler)
+        if timesteps is not None and is_discrete(self.scheduler):
+            raise ValueError(
+                f"`timesteps` are times in [0, 1], but {name} counts discrete levels; leave them out, or use a "
+                "scheduler of the tangent schedule."
+            )
         with SCHEDULER_LOCK:
             if timesteps is None:
                 self.scheduler.set_timesteps(num_inference_steps, device=device)
             else:
                 self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-            scheduler = copy.deepcopy(self.scheduler)
-        if hasattr(scheduler, "set_begin_index"):
-            # or else the scheduler reads the first time back from the device to look it up
-            scheduler.set_begin_index(0)
-        return scheduler
+            solver = Solver(copy.deepcopy(self.scheduler))
+        if solver.next_times is not None and not self.transformer.config.next_timestep_conditioning:
+            raise ValueError(
+                f"{name} takes steps of a flow map, which this transformer is not (next_timestep_conditioning=False). "
+                "Distil it by training/distill.py, or use another scheduler."
+            )
+        return solver
 
-    def prepare_step_arguments(
-        self, generator: torch.Generator | list[torch.Generator] | None
-    ) -> dict[str, torch.Generator | list[torch.Generator] | None]:
-        """What the scheduler's step takes beside prediction, time and sample: not all have noise to draw."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if takes_generator else {}
-
-    def self_condition_weights(self, times: torch.Tensor, scale: float, decay: float) -> list[float]:
+    def self_condition_weights(self, times: torch.Tensor, scale: float | None, decay: float) -> list[float]:
         """Weights w of the self-condition, one a step: w = 1 + (scale - 1) exp(-decay sigma / alpha).
 
         With a decay the weight is 1, plain carry-over, where there is mostly noise, and goes to `scale` as it clears.
+        The first step's is 1: it has no prediction to be conditioned on.
 
         Args:
             times: those of the steps, in [0, 1].
-            scale: w without noise.
+            scale: w without noise; None is 1, or 0 for a model trained without a self-condition.
             decay: how fast w - 1 falls as the noise level sigma / alpha grows.
         """
+        if scale is None:
+            scale = 1.0 if self.transformer.config.self_conditioning else 0.0
         if decay == 0 or scale == 1:
-            return [float(scale)] * len(times)
-        alpha, sigma = alpha_sigma(times.cpu(), self.scheduler.config.tangent_d)
-        return [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
+            weights = [float(scale)] * len(times)
+        else:
+            alpha, sigma = alpha_sigma(times.cpu(), self.scheduler.config.tangent_d)
+            weights = [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
+        return [1.0, *weights[1:]]
 
-    def next_times(self, scheduler: SchedulerMixin) -> torch.Tensor | None:
-        """Where each step goes, for a flow map with its scheduler; None for a denoiser of one time."""
-        if not hasattr(scheduler, "next_timesteps"):
-            return None
-        if not self.transformer.config.next_timestep_conditioning:
-            raise ValueError(
-                f"{type(scheduler).__name__} takes steps of a flow map, which this transformer is not "
-                "(next_timestep_conditioning=False). Distil it by training/distill.py, or use another scheduler."
-            )
-        return scheduler.next_timesteps
+    def denoising_steps(self, solver: Solver, scale: float | None, decay: float) -> Iterator[DenoisingStep]:
+        """The steps of a grid; scale and decay as in [`~LDLMPipeline.self_condition_weights`]."""
+        weights = self.self_condition_weights(solver.times, scale, decay)
+        modulations = self.transformer.modulations(solver.times, solver.next_times)
+        for i, (weight, modulation) in enumerate(zip(weights, modulations, strict=True)):
+            conditions = {"modulation": modulation}
+            if solver.next_times is not None:
+                conditions["next_timestep"] = solver.next_times[i]
+            yield DenoisingStep(solver.timesteps[i], solver.times[i], weight, conditions)
 
-    def predict_clean_latents(
-        self,
-        latents: torch.Tensor,
-        time: torch.Tensor,
-        self_condition: torch.Tensor,
-        weight: float,
-        **conditions: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, step: DenoisingStep, self_condition: torch.Tensor) -> torch.Tensor:
         """The denoiser's prediction (B, N, d_z), guided by its self-condition: x^ = x^_0 + w (x^_sc - x^_0).
 
         x^_sc is the prediction from the self-condition, x^_0 that without one. For w = 1 and w = 0 one of them is all
@@ -864,21 +972,18 @@ class LDLMPipeline(DiffusionPipeline):
 
         Args:
             latents: noisy latents (B, N, d_z).
-            time: their time, of shape ().
+            step: their time, w, and what else the transformer is told.
             self_condition: the last prediction (B, N, d_z).
-            weight: w.
-            conditions: what else the transformer is told of the step.
         """
         latents, self_condition = latents.to(self.transformer.dtype), self_condition.to(self.transformer.dtype)
-        if weight == 1:
-            return self.transformer(latents, time, self_condition, **conditions).sample
         nothing = torch.zeros_like(self_condition)
-        if weight == 0:
-            return self.transformer(latents, time, nothing, **conditions).sample
+        if step.num_function_evaluations == 1:
+            condition = self_condition if step.self_condition_weight == 1 else nothing
+            return self.transformer(latents, step.time, condition, **step.conditions).sample
         both = torch.cat([nothing, self_condition])
-        predictions = self.transformer(torch.cat([latents, latents]), time, both, **conditions).sample
+        predictions = self.transformer(torch.cat([latents, latents]), step.time, both, **step.conditions).sample
         unguided, guided = predictions.float().chunk(2)
-        return torch.lerp(unguided, guided, weight)
+        return torch.lerp(unguided, guided, step.self_condition_weight)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -942,8 +1047,12 @@ class LDLMPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = ["latents"]
 
         # 1. Check components and inputs
-        decoders = {"latent": [], "text": ["token_decoder", "tokenizer"]}.get(output_type, ["token_decoder"])
-        self.require_components("generation", "transformer", "scheduler", *decoders)
+        needed = ["transformer", "scheduler"]
+        if output_type != "latent":
+            needed.append("token_decoder")
+        if output_type == "text":
+            needed.append("tokenizer")
+        self.require_components("generation", *needed)
         self.check_inputs(
             batch_size,
             num_inference_steps,
@@ -954,48 +1063,29 @@ class LDLMPipeline(DiffusionPipeline):
             self_condition_scale,
             self_condition_decay,
         )
-        batch_size, num_inference_steps = int(batch_size), int(num_inference_steps)
-        check_schedule(self.scheduler)
-        if timesteps is not None and is_discrete(self.scheduler):
-            raise ValueError(
-                f"`timesteps` are times in [0, 1], but {type(self.scheduler).__name__} counts discrete levels; leave "
-                "them out, or use a scheduler of the tangent schedule."
-            )
         device = self._execution_device
 
-        # 2. Prepare timesteps and latents
-        scheduler = self.prepare_scheduler(num_inference_steps, timesteps, device)
-        times, next_times = model_times(scheduler), self.next_times(scheduler)
-        step_arguments = self.prepare_step_arguments(generator)
-        latents = self.prepare_latents(batch_size, device, generator, latents)
+        # 2. Prepare the solver's grid and the latents
+        solver = self.prepare_solver(int(num_inference_steps), timesteps, device)
+        latents = self.prepare_latents(int(batch_size), device, generator, latents)
         clean_latents = torch.zeros_like(latents)
-        if self_condition_scale is None:
-            self_condition_scale = 1.0 if self.transformer.config.self_conditioning else 0.0
-        weights = self.self_condition_weights(times, self_condition_scale, self_condition_decay)
-        # the first step has no prediction to be conditioned on
-        weights[0] = 1.0
+        steps = self.denoising_steps(solver, self_condition_scale, self_condition_decay)
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
-        call = CallState(num_timesteps=len(times))
-        with self._running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
-            modulations = self.transformer.modulations(times, next_times)
-            for i, (t, modulation) in enumerate(zip(scheduler.timesteps, modulations, strict=True)):
+        call = CallState(num_timesteps=len(solver.times))
+        with self._calls.running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
+            for i, step in enumerate(steps):
                 if call.interrupt:
                     continue
-                conditions = {"modulation": modulation}
-                if next_times is not None:
-                    conditions["next_timestep"] = next_times[i]
-                model_input = scheduler.scale_model_input(latents, t)
-                clean_latents = self.predict_clean_latents(
-                    model_input, times[i], clean_latents, weights[i], **conditions
-                )  # (B, N, d_z)
-                call.num_function_evaluations += 1 if weights[i] in (0, 1) else 2
-                latents = scheduler.step(clean_latents, t, latents, **step_arguments).prev_sample
+                model_input = solver.model_input(latents, step.timestep)
+                clean_latents = self.predict(model_input, step, clean_latents)  # (B, N, d_z)
+                latents = solver.step(clean_latents, step.timestep, latents, generator)
+                call.num_function_evaluations += step.num_function_evaluations
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "clean_latents": clean_latents}
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    callback_outputs = callback_on_step_end(self, i, step.timestep, callback_kwargs) or {}
                     latents = callback_outputs.pop("latents", latents)
                     clean_latents = callback_outputs.pop("clean_latents", clean_latents)
                 progress_bar.update()
@@ -1106,6 +1196,8 @@ class LDLMPipeline(DiffusionPipeline):
         num_latents, latent_size = self.decoded_shape
         if num_latents is None and self.transformer is not None:
             num_latents = self.transformer.config.sample_size
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` must be a tensor, as `encode` returns it, got {reprlib.repr(latents)}.")
         if latents.ndim != 3 or latents.shape[2] != latent_size or num_latents not in (None, latents.shape[1]):
             raise ValueError(
                 f"`latents` of shape {tuple(latents.shape)} must have the shape (batch_size, num_latents, "

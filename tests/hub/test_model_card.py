@@ -17,20 +17,23 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from PIL import Image
 
-from ldlm_hf.hub.model_card import (
-    NUM_SAMPLES,
-    Run,
-    RunResults,
-    Sample,
-    Source,
-    TextScores,
-    duration,
-    fenced,
-    main,
-    read_run,
-    write_card,
+from ldlm_hf.hub.model_card import NUM_SAMPLES, duration, fenced, main, write_card
+from ldlm_hf.hub.run_files import Run, RunResults, Sample, Source, TextScores, read_run
+from ldlm_hf.hub.training_curves import (
+    MAX_POINTS,
+    PANELS,
+    group_means,
+    group_size,
+    panels_of,
+    plot_training_curves,
+    series,
 )
-from ldlm_hf.hub.training_curves import MAX_POINTS, PANELS, group_means, plot_training_curves, series
+
+
+def text_scores(num_texts: int, *values: float) -> TextScores:
+    """Scores in the order of a card's columns; those that are left out were not measured."""
+    names = ("entropy", "diversity", "generative_perplexity", "mauve")
+    return TextScores(num_texts, dict(zip(names, values, strict=False)))
 
 
 SETTINGS = {
@@ -59,8 +62,8 @@ RESULTS = RunResults(
     num_held_out=64,
     judge={"name": "org/judge", "max_length": 1024, "add_bos": False},
     mauve={"num_texts": 500, "num_buckets": 3, "max_length": 1024, "seed": 25},
-    sample_scores=TextScores(500, 1.5, 0.75, 321.0625, 0.5),
-    real_scores=TextScores(500, 1.75, 0.875, 123.5, 0.96875),
+    sample_scores=text_scores(500, 1.5, 0.75, 321.0625, 0.5),
+    real_scores=text_scores(500, 1.75, 0.875, 123.5, 0.96875),
     samples=[Sample(f"text number {number}", 100.0 + number, 1.0 + number / 100) for number in range(30)],
 )
 
@@ -106,6 +109,19 @@ def test_results_are_read_as_they_were_saved(tmp_path: Path) -> None:
         assert RunResults.load(tmp_path / "results.json") == results
 
 
+def test_results_hold_the_scores_of_a_set_as_one_mapping(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    counts = {"num_blank_texts": 0, "num_unscored_texts": None, "num_nonfinite_texts": None}
+    scores = {"entropy": 1.5, "diversity": 0.75, "generative_perplexity": None}
+    replace(RESULTS, real_scores=TextScores(500, scores, num_blank_texts=0)).save(file)
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert list(values["real_scores"].items()) == [("num_texts", 500), *scores.items(), *counts.items()]
+    # what was written before a score was there has no value for it, and one of a score that is gone is kept
+    values["real_scores"] = {"num_texts": 3, "entropy": 1.0, "former": 2.0}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert RunResults.load(file).real_scores == TextScores(3, {"entropy": 1.0, "former": 2.0})
+
+
 def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "small")
     text = write_card(read_run(run), run / "pipeline").text
@@ -132,8 +148,8 @@ def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
 
 def test_the_mauve_of_few_texts_is_left_out_with_the_reason(tmp_path: Path) -> None:
     few = {
-        "sample_scores": TextScores(499, 1.5, 0.75, 321.0, 0.5),
-        "real_scores": TextScores(499, 1.75, 0.875, 99.0, 0.9),
+        "sample_scores": text_scores(499, 1.5, 0.75, 321.0, 0.5),
+        "real_scores": text_scores(499, 1.75, 0.875, 99.0, 0.9),
     }
     run = make_run(tmp_path / "few", replace(RESULTS, **few))
     card = write_card(read_run(run), run / "pipeline")
@@ -142,7 +158,7 @@ def test_the_mauve_of_few_texts_is_left_out_with_the_reason(tmp_path: Path) -> N
     assert "MAUVE is left out: it was measured on 499 texts of one seed" in card.text
     assert "Not measured" not in card.text
     # the run keeps what it has measured
-    assert read_run(run).results.sample_scores.mauve == 0.5
+    assert read_run(run).results.sample_scores.values["mauve"] == 0.5
     card = write_card(read_run(make_run(tmp_path / "many")), tmp_path / "card")
     assert "of the samples 500 texts of one seed, 7" in card.text
 
@@ -203,8 +219,8 @@ def test_what_was_not_measured_is_left_out_and_named(tmp_path: Path) -> None:
         RESULTS,
         judge=None,
         mauve=None,
-        sample_scores=TextScores(500, 1.5, 0.75),
-        real_scores=TextScores(10, 1.75, 0.875),
+        sample_scores=text_scores(500, 1.5, 0.75),
+        real_scores=text_scores(10, 1.75, 0.875),
         samples=[Sample("w", None, 0.5)],
     )
     run = make_run(tmp_path / "small", results)
@@ -247,7 +263,7 @@ def test_card_of_a_student_names_its_teacher_and_draws_its_distillation(tmp_path
     log = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in range(1, 5)]
     text = write_card(Run("student", settings, results, log), tmp_path).text
     assert "Teacher of the denoiser (flow map), whose other parts are kept as they are: `org/ldlm` on the Hub." in text
-    assert "distillation loss, distance to the teacher." in text
+    assert [list(panel.curves) for panel in panels_of(log)] == [list(PANELS[2].curves), keys[2:]]
     assert "It was distilled for few sampling steps" in text and "was not distilled" not in text
     assert "was not distilled" in write_card(Run("teacher", SETTINGS, RESULTS), tmp_path / "teacher").text
 
@@ -281,10 +297,10 @@ def test_pictures_lie_beside_the_card_and_are_small(tmp_path: Path) -> None:
         assert (run / "pipeline" / name).stat().st_size < 100_000
 
 
-def test_pictures_of_a_long_noisy_run_stay_small_and_say_that_they_are_means(tmp_path: Path) -> None:
+def test_pictures_of_a_long_noisy_run_stay_small(tmp_path: Path) -> None:
     pictures = plot_training_curves(log_lines(20_000), tmp_path)
     assert all((tmp_path / picture.file).stat().st_size < 100_000 for picture in pictures)
-    assert "the mean of 50 lines" in pictures[0].caption
+    assert group_size(20_000) == 50
 
 
 def test_same_log_gives_the_same_pictures_whatever_the_user_has_set(
@@ -303,8 +319,8 @@ def test_same_log_gives_the_same_pictures_whatever_the_user_has_set(
 
 def test_only_what_the_log_holds_is_drawn(tmp_path: Path) -> None:
     log = [{"step": step, "token_loss": 1 / step, "token_accuracy": 0.5} for step in range(1, 5)]
-    [picture] = plot_training_curves(log, tmp_path)
-    assert "training loss, token accuracy." in picture.caption and "gate" not in picture.caption
+    assert [panel.label for panel in panels_of(log)] == ["training loss", "token accuracy (share)"]
+    assert [picture.file for picture in plot_training_curves(log, tmp_path)] == ["training_curves.png"]
     assert plot_training_curves([], tmp_path) == []
 
 

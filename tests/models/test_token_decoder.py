@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,6 +44,23 @@ def test_head_is_neither_tied_nor_resized_behind_ones_back():
     assert not decoder.config.tie_word_embeddings
     assert not any("bias" in name for name, _ in decoder.named_parameters())
     assert decoder.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(("arguments", "size"), [((33,), 33), ((33, 8), 40), ((None, 16), 32), ((20,), 20)])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_vocabulary_may_grow_and_shrink(tmp_path: Path, arguments: tuple, size: int, is_trained: bool):
+    decoder = make_decoder().requires_grad_(is_trained)
+    hidden_states = torch.randn(2, 5, 24)
+    before = decoder(hidden_states).logits
+    assert decoder.resize_token_embeddings(*arguments, mean_resizing=False) is decoder.head
+    assert decoder.head.weight.requires_grad == is_trained
+    assert decoder.config.vocab_size == size
+    logits = decoder(hidden_states).logits
+    assert logits.shape == (2, 5, size)
+    kept = min(size, 30)
+    torch.testing.assert_close(logits[..., :kept], before[..., :kept])
+    decoder.save_pretrained(tmp_path)
+    assert torch.equal(LDLMTokenDecoder.from_pretrained(tmp_path)(hidden_states).logits, logits)
 
 
 def test_input_may_have_another_width():

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from ldlm_hf import LDLMTokenEncoder, LDLMTokenEncoderConfig
-from ldlm_hf.models.token_encoder import UNMASKED_ATTENTION
+from ldlm_hf.models.language_model import UNMASKED_ATTENTION
 
 
 LAYERS = [0, 1, -3, -2, -1]

@@ -20,7 +20,7 @@ from ldlm_hf import (
     LDLMTokenEncoder,
     LDLMTransformer1DModel,
 )
-from ldlm_hf.objective.joint import systematic_sample
+from ldlm_hf.objective.draws import systematic_sample
 
 
 PARTS = ["token_encoder", "latent_encoder", "latent_decoder", "token_decoder", "transformer"]

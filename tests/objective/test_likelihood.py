@@ -10,28 +10,23 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from ldlm_hf import AdaptiveTimestepSampler, LikelihoodBound, LikelihoodSettings, TangentEulerMaruyamaScheduler
+from ldlm_hf.evaluation.likelihood_report import Estimate, estimate
 from ldlm_hf.objective.likelihood import (
-    PROPOSALS,
     Denoiser,
-    Estimate,
-    TimeProposal,
     best_end_time,
-    build_proposal,
     diffusion_integral,
     encoder_entropy,
-    estimate,
     first_time,
     gaussian_draw,
     hidden_nll,
     last_step_kl,
     likelihood_weight,
     predict_clean_latents,
-    prior_cross_entropy,
-    stratified_uniforms,
     sum_of_squares,
     terminal_kl,
     token_nll,
 )
+from ldlm_hf.objective.time_proposals import PROPOSALS, TimeProposal, build_proposal, stratified_uniforms
 from ldlm_hf.schedulers import tangent
 
 
@@ -112,7 +107,7 @@ def test_prior_is_the_true_cross_entropy_of_gaussian_latents(d: float, encoder_n
     alpha, sigma = (float(level) for level in tangent.alpha_sigma(torch.ones(()), d))
     terminal = terminal_kl(latents, alpha, sigma)
     entropy = encoder_entropy(NUM_ENTRIES, encoder_noise)
-    measured = estimate(prior_cross_entropy(draws, torch.zeros(512), terminal, entropy))
+    measured = estimate(draws + terminal + entropy)
     truths = model.cross_entropies(latents, encoder_noise)
     assert measured.mean == pytest.approx(float(truths.mean()), abs=4 * measured.monte_carlo_error)
     # uniform times rarely come near t_s, where the weight is largest
@@ -383,7 +378,9 @@ def test_tokens_have_the_likelihood_of_their_decoder():
     probabilities = torch.rand(3, 7, 11, generator=generator).softmax(-1)
     expected = -torch.stack([probabilities[i, torch.arange(7), input_ids[i]].log().sum() for i in range(3)]).double()
     for shift in (0.0, 5.0):
-        torch.testing.assert_close(token_nll(probabilities.log() + shift, input_ids), expected, rtol=1e-6, atol=0)
+        logits = probabilities.log() + shift
+        found = torch.stack([token_nll(*sequence) for sequence in zip(logits, input_ids, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_gaussian_draws_have_the_width_that_they_are_given():
@@ -474,13 +471,14 @@ def test_times_are_drawn_on_the_cpu_wherever_the_models_are(
 def test_terms_of_a_tiny_model_add_up_to_equation_23(draw_terms: Callable):
     bound, terms, (hidden_states, latents) = draw_terms()
     assert latents.shape == (4, 6, 16)
-    assert terms.terminal.tolist() == 4 * [0.0]
-    assert terms.entropy == encoder_entropy(6 * 16, 0.2)
+    assert terms.terminal_kl.tolist() == 4 * [0.0]
+    assert terms.encoder_entropy.tolist() == 4 * [encoder_entropy(6 * 16, 0.2)]
     assert terms.last_step.tolist() == 4 * [0.0]
     torch.testing.assert_close(terms.rate, terms.diffusion)
-    torch.testing.assert_close(terms.prior, terms.diffusion + terms.entropy)
-    torch.testing.assert_close(terms.total, terms.hidden + terms.token + terms.prior - terms.entropy)
-    torch.testing.assert_close(terms.tokens_only, terms.token + terms.diffusion)
+    torch.testing.assert_close(terms.prior_cross_entropy, terms.diffusion + terms.encoder_entropy)
+    reconstruction = terms.hidden_reconstruction + terms.token_reconstruction
+    torch.testing.assert_close(terms.total, reconstruction + terms.prior_cross_entropy - terms.encoder_entropy)
+    torch.testing.assert_close(terms.tokens_only, terms.token_reconstruction + terms.diffusion)
 
     # the same draws by hand: encoder noise, decoder noise, then the diffusion's
     generator = random_generator(7)
@@ -488,9 +486,12 @@ def test_terms_of_a_tiny_model_add_up_to_equation_23(draw_terms: Callable):
     with torch.no_grad():
         predicted = bound.latent_decoder(latents + 0.2 * noises[0] + 0.3 * noises[1]).hidden_states
         logits = bound.token_decoder(predicted).logits
-        torch.testing.assert_close(terms.hidden, hidden_nll(predicted, hidden_states, 0.8), rtol=1e-5, atol=0)
-        tokens = token_nll(logits, torch.randint(2, 40, (4, 8), generator=random_generator(0)))
-        torch.testing.assert_close(terms.token, tokens, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            terms.hidden_reconstruction, hidden_nll(predicted, hidden_states, 0.8), rtol=1e-5, atol=0
+        )
+        input_ids = torch.randint(2, 40, (4, 8), generator=random_generator(0))
+        tokens = torch.stack([token_nll(*sequence) for sequence in zip(logits, input_ids, strict=True)])
+        torch.testing.assert_close(terms.token_reconstruction, tokens, rtol=1e-5, atol=0)
 
 
 def test_prior_may_end_where_sampling_does(draw_terms: Callable):
@@ -517,21 +518,23 @@ def test_a_token_decoder_that_knows_nothing_costs_log_v_a_token(draw_terms: Call
     token_decoder = make_components()["token_decoder"]
     torch.nn.init.zeros_(token_decoder.head.weight)
     _, terms, _ = draw_terms(token_decoder=token_decoder)
-    torch.testing.assert_close(terms.token, torch.full((4,), 8 * math.log(40), dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        terms.token_reconstruction, torch.full((4,), 8 * math.log(40), dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_self_conditioning_changes_the_prior_and_nothing_else(draw_terms: Callable):
     settings = {"encoder_noise": 0.2, "decoder_noise": 0.3, "hidden_noise": 0.8}
     _, plain, _ = draw_terms(LikelihoodSettings(**settings))
     _, conditioned, _ = draw_terms(LikelihoodSettings(**settings, self_conditioning=True))
-    assert torch.equal(plain.hidden, conditioned.hidden)
-    assert torch.equal(plain.token, conditioned.token)
+    assert torch.equal(plain.hidden_reconstruction, conditioned.hidden_reconstruction)
+    assert torch.equal(plain.token_reconstruction, conditioned.token_reconstruction)
     assert not torch.allclose(plain.diffusion, conditioned.diffusion)
 
 
 def test_without_hidden_states_there_is_the_bound_on_tokens_alone(draw_terms: Callable, make_components: Callable):
     _, terms, _ = draw_terms(LikelihoodSettings(0.2, 0.3, hidden_noise=None))
-    assert terms.hidden is None
+    assert terms.hidden_reconstruction is None
     assert terms.total is None
     assert torch.isfinite(terms.tokens_only).all()
     with pytest.raises(ValueError, match="hidden_noise=None"):

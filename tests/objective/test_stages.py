@@ -11,7 +11,7 @@ import torch
 
 from ldlm_hf import JointLosses, JointObjective, JointObjectiveSettings
 from ldlm_hf.models.statistics import mean_and_std
-from ldlm_hf.objective.joint import random_mask
+from ldlm_hf.objective.draws import random_mask
 
 
 TIMESTEPS = torch.tensor([0.1, 0.5, 0.9])

@@ -7,10 +7,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler
 from diffusers.callbacks import PipelineCallback
 from diffusers.models.modeling_outputs import BaseOutput
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,25 +25,19 @@ from ldlm_hf import (
     LDLMTokenDecoder,
     LDLMTokenDecoderConfig,
     LDLMTransformer1DModel,
-    TangentChurnScheduler,
     TangentDDIMScheduler,
-    TangentDPMSolverMultistepScheduler,
     TangentEulerMaruyamaScheduler,
     TangentFlowMapScheduler,
     diffusers_config,
 )
+from ldlm_hf.schedulers import DIFFUSERS_SCHEDULERS, SCHEDULERS
 from ldlm_hf.schedulers.discrete import model_times
 
 
 STEPS = 5
+# all but that of a flow map, which a plain denoiser is not
 ALL_SCHEDULERS = [
-    TangentEulerMaruyamaScheduler,
-    TangentDDIMScheduler,
-    TangentDPMSolverMultistepScheduler,
-    TangentChurnScheduler,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
+    getattr(diffusers, name) for name in (*SCHEDULERS, *DIFFUSERS_SCHEDULERS) if name != "TangentFlowMapScheduler"
 ]
 
 
@@ -229,6 +224,7 @@ def test_a_progress_bar_counts_the_steps(pipe: LDLMPipeline, capsys: pytest.Capt
         ({"num_inference_steps": 2.5}, "`num_inference_steps`.*2.5"),
         ({"timesteps": [0.2, 0.4]}, "strictly decrease"),
         ({"output_type": "pil"}, "`output_type`.*text, seq, latent, pt.*'pil'"),
+        ({"output_type": ["text"]}, r"`output_type`.*text, seq, latent, pt.*\['text'\]"),
         ({"generator": [torch.Generator()]}, "`generator`.*list of 1.*`batch_size` is 2"),
         ({"generator": 3 * [torch.Generator()]}, "`generator`.*list of 3.*`batch_size` is 2"),
         ({"generator": 7}, "`generator`.*7"),
@@ -237,6 +233,7 @@ def test_a_progress_bar_counts_the_steps(pipe: LDLMPipeline, capsys: pytest.Capt
         ({"latents": torch.zeros(3, 6, 16)}, r"`latents`.*\(3, 6, 16\).*\(2, 6, 16\)"),
         ({"latents": torch.zeros(6, 16)}, r"`latents`.*\(6, 16\)"),
         ({"latents": torch.zeros(2, 6, 16, dtype=torch.long)}, "`latents`.*torch.int64"),
+        ({"latents": [1.0]}, r"`latents` must be a tensor.*\[1.0\]"),
         ({"callback_on_step_end_tensor_inputs": ["latents", "prompt"]}, "clean_latents.*prompt"),
     ],
 )
@@ -306,6 +303,11 @@ def test_encode_refuses_what_it_cannot_hold(pipe: LDLMPipeline):
 def test_decode_refuses_other_shapes(pipe: LDLMPipeline, shape: tuple):
     with pytest.raises(ValueError, match=r"\(batch_size, 6, 16\)"):
         pipe.decode(torch.zeros(shape))
+
+
+def test_decode_refuses_what_is_no_tensor(pipe: LDLMPipeline):
+    with pytest.raises(ValueError, match=r"`latents` must be a tensor.*\[1\]"):
+        pipe.decode([1])
 
 
 @pytest.mark.parametrize("missing", [["token_encoder"], ["latent_encoder"], ["token_encoder", "latent_encoder"]])

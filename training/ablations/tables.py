@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ablations.definitions import AblationRun, Plan, Table, scaled_values
-from ldlm_hf import warmup_gate
+from ablations.definitions import Table
+from ablations.runs import AblationRun, Plan, check_finished, read_held_out, read_scores, scaled_values
 from ldlm_hf.evaluation.markdown import cell, human_count, markdown_table
 from ldlm_hf.evaluation.provenance import without_path
 from ldlm_hf.evaluation.report import COLUMNS, COUNTS, conditions
-from ldlm_hf.training.settings import MACHINE_SETTINGS
+from ldlm_hf.objective.warmup import warmup_gate
+from ldlm_hf.training.settings import MACHINE_SETTINGS, RunSettings
 
 
 # why a run that nobody has worked on now has no scores
@@ -23,46 +24,42 @@ NOT_RUN, NOT_EVALUATED = "not run", "not evaluated as asked"
 
 @dataclass(frozen=True)
 class RowResults:
-    """A row of a table: its label, and for each training seed the run with what was measured of it.
+    """A row of a table, with what was measured of its runs.
 
     Attributes:
         group: heading above the row.
         label: of the row.
-        runs: of the training seeds.
-        scores: `results.json` of each run's evaluation; None where there is none.
-        problems: why a run has none.
+        run: of the first training seed.
+        measured: the runs that were evaluated, each with the `results.json` of its evaluation.
+        problems: why the others were not.
     """
 
     group: str
     label: str
-    runs: list[AblationRun]
-    scores: list[dict[str, Any] | None]
-    problems: list[str | None]
-
-    @property
-    def measured(self) -> list[tuple[AblationRun, dict[str, Any]]]:
-        """The runs that were evaluated, with their results."""
-        return [(run, scores) for run, scores in zip(self.runs, self.scores, strict=True) if scores is not None]
+    run: AblationRun
+    measured: dict[AblationRun, dict[str, Any]]
+    problems: dict[AblationRun, str]
 
     def over_seeds(self, name: str) -> tuple[float | None, float | None]:
         """Mean and standard deviation (with n - 1) of a score.
 
         Over training seeds, each one's mean over its sampling seeds; over the sampling seeds of a single one.
         """
-        sets = [scores["pipelines"][0]["sets"][0] for _, scores in self.measured]
-        if not sets or any(one["mean"][name] is None for one in sets):
-            return None, None
+        sets = [scores["pipelines"][0]["sets"][0] for scores in self.measured.values()]
+        means = [one["mean"].get(name) for one in sets]
         if len(sets) == 1:
-            return sets[0]["mean"][name], sets[0]["std"][name]
-        means = [one["mean"][name] for one in sets]
-        return statistics.fmean(means), statistics.stdev(means)
+            return means[0], sets[0]["std"].get(name)
+        return mean_and_deviation([] if None in means else means)
 
     def held_out_accuracy(self) -> tuple[float | None, float | None]:
         """Mean and standard deviation over training seeds of the held-out token accuracy from clean latents."""
-        values = [run.held_out()["reconstruction_accuracy"] for run, _ in self.measured]
-        if not values:
-            return None, None
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+        return mean_and_deviation([read_held_out(run)["reconstruction_accuracy"] for run in self.measured])
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation (with n - 1); None where there are too few values."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
 def write_table(number: str, plan: Plan, seeds: int, problems: Mapping[AblationRun, str | None], command: str) -> Path:
@@ -92,24 +89,22 @@ def row_results(
     group: str, label: str, runs: list[AblationRun], plan: Plan, problems: Mapping[AblationRun, str | None]
 ) -> RowResults:
     """A row from the folders of its runs."""
-    scores: list[dict[str, Any] | None] = []
-    reasons: list[str | None] = []
+    measured, missing = {}, {}
     for run in runs:
-        found, problem = None, problems.get(run)
+        scores, problem = None, problems.get(run)
         try:
-            if problem is None and not run.is_finished:
-                problem = NOT_RUN
-            elif problem is None:
-                found = run.scores(plan.evaluation)
-                problem = None if found else NOT_EVALUATED
+            if problem is None:
+                is_finished = check_finished(run)
+                scores = read_scores(run, plan.evaluation) if is_finished else None
+                problem = NOT_EVALUATED if is_finished else NOT_RUN
         except (OSError, ValueError) as error:
             problem = str(error)
-        scores.append(found)
-        reasons.append(problem)
+        if scores is None:
+            missing[run] = problem
+        else:
+            measured[run] = scores
     # a label may name any setting of its run, a folder too
-    settings = runs[0].settings
-    values = {name: getattr(settings, name) for name in vars(settings)}
-    return RowResults(group, without_path(label.format(**values)), runs, scores, reasons)
+    return RowResults(group, without_path(label.format(**vars(runs[0].settings))), runs[0], measured, missing)
 
 
 def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan: Plan, command: str) -> str:
@@ -117,7 +112,7 @@ def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan:
     names = definition.columns
     header = ["", *(COLUMNS[name][0] for name in names), "held-out token accuracy ↑", "training seeds"]
     lines = [
-        [label, *(cell(scores[name], None, COLUMNS[name][1]) for name in names), "", ""]
+        [label, *(cell(scores.get(name), None, COLUMNS[name][1]) for name in names), "", ""]
         for label, scores in real_texts(rows).items()
     ]
     previous = None
@@ -127,61 +122,55 @@ def table_text(number: str, definition: Table, rows: Sequence[RowResults], plan:
             previous = row.group
         if row.measured:
             cells = [cell(*row.over_seeds(name), COLUMNS[name][1]) for name in names]
-            cells += [cell(*row.held_out_accuracy(), 3), ", ".join(str(run.seed) for run, _ in row.measured)]
+            cells += [cell(*row.held_out_accuracy(), 3), ", ".join(str(run.seed) for run in row.measured)]
         else:
             # the worst of it: a seed that has failed
-            missing = [problem if problem in (NOT_EVALUATED, NOT_RUN) else "failed" for problem in row.problems]
+            missing = [one if one in (NOT_EVALUATED, NOT_RUN) else "failed" for one in row.problems.values()]
             cells = [min(missing), *[""] * (len(header) - 2)]
         lines.append([row.label, *cells])
     sections = [
         f"# Table {number}: {definition.title}",
         f"The rows of the paper's {definition.reference}, on the base `{plan.base_name}`. Written by\n\n    {command}",
         "\n".join(markdown_table(header, lines)),
+        "\n".join(f"- {remark}" for remark in dict.fromkeys(note for row in rows for note in notes(row, plan))),
+        "## What was run\n\n" + "\n".join(f"- {line}" for line in what_was_run(rows, plan)),
     ]
-    remarks = notes(rows, plan)
-    if remarks:
-        sections.append("\n".join(f"- {remark}" for remark in remarks))
-    sections.append("## What was run\n\n" + "\n".join(f"- {line}" for line in what_was_run(rows, plan)))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def real_texts(rows: Sequence[RowResults]) -> dict[str, dict[str, Any]]:
     """Scores of real text, by label: of each tokenizer, since texts of as many tokens are others with another one."""
-    found = {without_path(run.tokenizer): scores["real_text"] for row in rows for run, scores in row.measured}
+    found = {without_path(run.tokenizer): scores["real_text"] for row in rows for run, scores in row.measured.items()}
     if len(found) == 1:
         return {"Real text": next(iter(found.values()))}
     return {f"Real text, in tokens of {tokenizer}": scores for tokenizer, scores in found.items()}
 
 
-def notes(rows: Sequence[RowResults], plan: Plan) -> list[str]:
-    """What a reader of the table has to know: runs that are missing, texts that were not scored, values of ours."""
-    found = []
-    for row in rows:
-        for run, problem in zip(row.runs, row.problems, strict=True):
-            if problem not in (None, NOT_EVALUATED, NOT_RUN):
-                found.append(f"{run.name}: failed: {problem}")
-        for run, scores in row.measured:
-            for one in scores["pipelines"][0]["sets"][0]["seeds"]:
-                counts = [f"{one[key]} {what}" for key, what in COUNTS.items() if one[key]]
-                if counts:
-                    found.append(
-                        f"{run.name}, sampling seed {one['seed']}: {', '.join(counts)} of {one['num_texts']} texts."
-                    )
-        gate = last_gate(row.runs[0])
-        if row.measured and gate is not None and gate < 1:
-            found.append(
-                f"{row.group}, {row.label}: the run ends before its warmup does; its last gate is {gate:.2g}."
-            )
-        note = plan.ablations.rows[row.runs[0].row].note
-        if note is not None:
-            found.append(note)
-    return list(dict.fromkeys(found))
+def notes(row: RowResults, plan: Plan) -> list[str]:
+    """What a reader of a row has to know: runs that have failed, texts that were not scored, values of ours."""
+    found = [
+        f"{run.name}: failed: {problem}"
+        for run, problem in row.problems.items()
+        if problem not in (NOT_EVALUATED, NOT_RUN)
+    ]
+    for run, scores in row.measured.items():
+        for one in scores["pipelines"][0]["sets"][0]["seeds"]:
+            counts = ", ".join(f"{one[key]} {what}" for key, what in COUNTS.items() if one[key])
+            if counts:
+                found.append(f"{run.name}, sampling seed {one['seed']}: {counts} of {one['num_texts']} texts.")
+    gate = last_gate(row.run)
+    if row.measured and gate is not None and gate < 1:
+        found.append(f"{row.group}, {row.label}: the run ends before its warmup does; its last gate is {gate:.2g}.")
+    note = plan.ablations.rows[row.run.row].note
+    return found if note is None else [*found, note]
 
 
 def last_gate(run: AblationRun) -> float | None:
     """gamma at a run's last step (Eq. 29–30); None where no latent encoder is trained beside a denoiser."""
     settings = run.settings
-    if getattr(settings, "stage", None) != "joint" or settings.model.latent_encoder.get("architecture") == "identity":
+    if not isinstance(settings, RunSettings) or settings.stage != "joint":
+        return None
+    if settings.model.latent_encoder.get("architecture") == "identity":
         return None
     warmup = settings.warmup
     return warmup_gate(settings.loop.max_steps - 1, warmup.steps, warmup.midpoint, warmup.steepness)
@@ -197,23 +186,22 @@ def what_was_run(rows: Sequence[RowResults], plan: Plan) -> list[str]:
         "say otherwise.",
         *(f"For all rows: `{override}`." for override in described(plan.overrides)),
     ]
-    measured = [pair for row in rows for pair in row.measured]
+    measured = {run: scores for row in rows for run, scores in row.measured.items()}
     if not measured:
         return lines
-    lines.append(
-        "±: with several training seeds the standard deviation over them, of each one's mean over its sampling seeds; "
-        "with one, that over its sampling seeds."
-    )
-    trained = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run, _ in measured]
+    trained = [json.loads((run.folder / "results.json").read_text(encoding="utf-8")) for run in measured]
     sizes = ", ".join(f"{name} {human_count(size)}" for name, size in trained[0]["parameters"].items())
-    lines.append(f"Parameters of {measured[0][0].row}: {sizes}.")
     minutes = sorted({f"{one['seconds'] / 60:.1f}" for one in trained}, key=float)
-    lines.append(
+    return [
+        *lines,
+        "±: with several training seeds the standard deviation over them, of each one's mean over its sampling seeds; "
+        "with one, that over its sampling seeds.",
+        f"Parameters of {next(iter(measured)).row}: {sizes}.",
         f"Trained on {' and '.join(dict.fromkeys(one['hardware'] for one in trained))}; "
-        f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} minutes a run."
-    )
-    # each once: rows may have been scored on several machines, with several versions, or with tokens of their own
-    return lines + list(dict.fromkeys(line for _, scores in measured for line in conditions(scores)))
+        f"{' to '.join(dict.fromkeys([minutes[0], minutes[-1]]))} minutes a run.",
+        # each once: rows may have been scored on several machines, with several versions, or with tokens of their own
+        *dict.fromkeys(line for scores in measured.values() for line in conditions(scores)),
+    ]
 
 
 def described(overrides: Sequence[str]) -> list[str]:
@@ -226,15 +214,6 @@ def table_values(
     number: str, definition: Table, rows: Sequence[RowResults], plan: Plan, command: str
 ) -> dict[str, Any]:
     """The table with every number that went into it."""
-    names = [*COLUMNS, *COUNTS]
-
-    def of_run(run: AblationRun, scores: dict[str, Any] | None, problem: str | None) -> dict[str, Any]:
-        values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
-        if scores is None:
-            return values | {"problem": problem}
-        sampled = scores["pipelines"][0]["sets"][0]["seeds"]
-        return values | {"held_out": run.held_out(), "hardware": scores["hardware"], "samples": sampled}
-
     return {
         "table": number,
         "title": definition.title,
@@ -245,16 +224,30 @@ def table_values(
         "overrides": described(plan.overrides),
         "evaluation": asdict(plan.evaluation),
         "real_text": real_texts(rows),
-        "rows": [
-            {
-                "group": row.group,
-                "label": row.label,
-                "mean": {name: row.over_seeds(name)[0] for name in names},
-                "std": {name: row.over_seeds(name)[1] for name in names},
-                "held_out_accuracy": row.held_out_accuracy()[0],
-                "held_out_accuracy_std": row.held_out_accuracy()[1],
-                "runs": [of_run(*one) for one in zip(row.runs, row.scores, row.problems, strict=True)],
-            }
-            for row in rows
-        ],
+        "rows": [row_values(row) for row in rows],
     }
+
+
+def row_values(row: RowResults) -> dict[str, Any]:
+    """A row with every number that went into it."""
+    scores = {name: row.over_seeds(name) for name in (*COLUMNS, *COUNTS)}
+    accuracy, deviation = row.held_out_accuracy()
+    runs = sorted([*row.measured, *row.problems], key=lambda run: run.seed)
+    return {
+        "group": row.group,
+        "label": row.label,
+        "mean": {name: mean for name, (mean, _) in scores.items()},
+        "std": {name: std for name, (_, std) in scores.items()},
+        "held_out_accuracy": accuracy,
+        "held_out_accuracy_std": deviation,
+        "runs": [run_values(run, row.measured.get(run), row.problems.get(run)) for run in runs],
+    }
+
+
+def run_values(run: AblationRun, scores: dict[str, Any] | None, problem: str | None) -> dict[str, Any]:
+    """A run, and every number that was measured of it."""
+    values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
+    if scores is None:
+        return values | {"problem": problem}
+    sampled = scores["pipelines"][0]["sets"][0]["seeds"]
+    return values | {"held_out": read_held_out(run), "hardware": scores["hardware"], "samples": sampled}

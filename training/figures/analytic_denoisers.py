@@ -70,7 +70,7 @@ def flow_error(scheduler: TangentScheduler, mixture: GaussianMixture, num_steps:
     x = mixture.flow(quantiles, *scheduler.marginal(times[0].double()))
     for t in times:
         clean = mixture.denoise(x, *scheduler.marginal(t.double()))
-        x = scheduler.step(clean, t, x).prev_sample
+        x = scheduler.step(clean, t, x, return_dict=False)[0]
     end = mixture.flow(quantiles, *scheduler.marginal(torch.tensor(scheduler.config.t_min, dtype=torch.float64)))
     return float((x - end).square().mean().sqrt())
 

@@ -10,35 +10,27 @@ from matplotlib.figure import Figure
 
 from figures.style import run_style
 from ldlm_hf.hub.training_curves import WIDTH
-
-
-# score → heading, whether its axis is logarithmic
-PANELS = {
-    "generative_perplexity": ("Gen. PPL ↓", True),
-    "mauve": ("MAUVE ↑", False),
-    "entropy": ("entropy (nats)", False),
-    "diversity": ("diversity", False),
-}
+from ldlm_hf.metrics.registry import MAIN_COLUMNS
 
 
 def plot_over_evaluations(results: list[dict[str, Any]]) -> Figure:
     """Means over seeds with their standard deviations; what was not measured has no panel."""
     entries = [entry for one in results for entry in one["pipelines"]]
     measured = {
-        name: panel
-        for name, panel in PANELS.items()
-        if any(one["mean"][name] is not None for entry in entries for one in entry["sets"])
+        name: score
+        for name, score in MAIN_COLUMNS.items()
+        if any(one["mean"].get(name) is not None for entry in entries for one in entry["sets"])
     }
     num_rows = (len(measured) + 1) // 2
     figure = Figure(figsize=(WIDTH, 3.2 * num_rows + 0.3 * len(entries)), layout="constrained")
     panels = figure.subplots(num_rows, 2, squeeze=False).flatten()
-    for axes, (name, (heading, is_logarithmic)) in zip(panels, measured.items(), strict=False):
+    for axes, (name, score) in zip(panels, measured.items(), strict=False):
         for place, entry in enumerate(entries):
             draw_curve(axes, entry["sets"], name, label=entry["name"], markersize=4, linewidth=1.2, **run_style(place))
-        for value in {one["real_text"][name] for one in results} - {None}:
+        for value in {one["real_text"].get(name) for one in results} - {None}:
             axes.axhline(value, color="black", linewidth=0.8, linestyle=":")
-        axes.set(xscale="log", xlabel="evaluations of the denoiser (NFE)", ylabel=heading)
-        if is_logarithmic:
+        axes.set(xscale="log", xlabel="evaluations of the denoiser (NFE)", ylabel=score.heading)
+        if score.is_logarithmic:
             axes.set_yscale("log")
         ticks = sorted({one["nfe"] for entry in entries for one in entry["sets"]})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize="small")
@@ -53,7 +45,7 @@ def plot_over_evaluations(results: list[dict[str, Any]]) -> Figure:
 
 def draw_curve(axes: Axes, sets: Iterable[dict[str, Any]], score: str, **style: Any) -> None:
     """Means of a score over the evaluations of the sets that have it, with standard deviations."""
-    measured = sorted((one for one in sets if one["mean"][score] is not None), key=lambda one: one["nfe"])
+    measured = sorted((one for one in sets if one["mean"].get(score) is not None), key=lambda one: one["nfe"])
     axes.errorbar(
         [one["nfe"] for one in measured],
         [one["mean"][score] for one in measured],

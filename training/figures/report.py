@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import matplotlib.style
 
-from figures.logged_runs import (
+from figures.logged_runs import LoggedRun, NotLoggedError, differing_settings, gate_error
+from figures.loss_over_time import (
     Comparison,
-    Deviation,
-    LoggedRun,
     LossOverTime,
-    NotLoggedError,
     compare_sampling,
-    differing_settings,
-    gate_error,
     largest_fall,
-    line_deviation,
     loss_over_own_time,
     loss_over_t,
     timestep_cdf,
 )
-from figures.runs import plot_loss_over_time, plot_training, plot_warmup
+from figures.runs import plot_loss_over_time, plot_training, plot_warmup, training_panels
 from figures.style import save_figure
 from ldlm_hf.evaluation.markdown import cell, markdown_table
 from ldlm_hf.evaluation.provenance import without_path
@@ -48,6 +43,32 @@ FINAL_NUMBERS = {
     "token_accuracy": ("training token accuracy, noisy latents", 4),
     "latent_std": ("standard deviation of latents", 3),
 }
+TRAINING_CAPTION = (
+    "Diffusion loss, decoder accuracy and scale of the latents over training. On the left, training text with the "
+    "training weights: {smoothing}, and faintly what was logged, one batch a point. On the right, held-out text "
+    "with the averaged weights. The training loss is over the times that each run samples; the held-out one is "
+    "over evenly spaced t, and compares between samplers. Both are mean squared errors of the latents: where "
+    "latents shrink, they fall with them."
+)
+LOSS_CAPTION = (
+    "Held-out diffusion loss over the time that each run samples uniformly: t, or u = F(t) of the adaptive "
+    "sampler. Points are measured; lines are the straight lines that fit them best; in brackets, the deviation "
+    "from them as a share of the range. On the right, the share F(t) of the draws that fall below t."
+)
+DEVIATION_MEANING = (
+    "The deviation is the distance of the points from their least-squares straight line, as a share of the curve's "
+    "range (largest − smallest point): its root mean square, and its maximum. The formula is ours, the same for all "
+    "runs, and does not change with the scale of the latents. *Scatter* is the part of the root mean square that "
+    "noise from point to point alone would make, from second differences (a sharp bend counts as noise too): a "
+    "deviation of that size is a straight line as far as so many sequences can tell. The last column is over t for "
+    "every run: of an adaptive run, the same model over the other time."
+)
+WARMUP_CAPTION = (
+    "Gate γ(s) of the diffusion loss's gradient into the encoder. Lines are Equations 29 and 30 with each run's "
+    "settings; points are what the run has logged."
+)
+
+Measured = TypeVar("Measured")
 
 
 def write_report(
@@ -79,7 +100,7 @@ def write_report(
     sections = [
         ["# Report of training: " + (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")],
         runs_section(runs),
-        numbers_section(runs, smoothing_steps),
+        numbers_section(runs),
     ]
     # as for a model card: no settings of the user's
     with matplotlib.style.context("default", after_reset=True):
@@ -99,33 +120,48 @@ def picture(name: str, caption: str) -> list[str]:
     return [f"![{caption.partition('.')[0]}]({name}.png)", "", f"*{caption}*"]
 
 
+def paragraphs(texts: Sequence[str]) -> list[str]:
+    """Lines of paragraphs that follow something."""
+    return [line for text in texts for line in ("", text)]
+
+
 def runs_section(runs: Sequence[LoggedRun]) -> list[str]:
     """What each run is."""
     keys = [key for key in differing_settings(runs) if key != "loop.seed"]
-    rows = []
-    for run in runs:
-        steps = f"{run.last_step:,}"
-        if run.last_step < run.settings["loop.max_steps"]:
-            steps += f" of {run.settings['loop.max_steps']:,}, not finished"
-        hardware, seconds = (run.results.hardware, run.results.seconds) if run.results else (None, None)
-        values = ", ".join(f"`{key}={without_path(run.settings.get(key))}`" for key in keys)
-        rows.append([run.name, steps, str(run.settings["loop.seed"]), hardware or "–"])
-        rows[-1] += ["–" if seconds is None else duration(seconds), values or "–"]
     columns = ["run", "optimiser steps", "seed", "trained on", "in", "settings in which the runs differ"]
-    shared = runs[0].settings
-    lines = ["## Runs", "", *markdown_table(columns, rows)]
+    texts = []
     if len(runs) > 1 and not keys:
-        lines += ["", "The runs have the same settings, but for the seed and the folders of the machine."]
-    facts = [f"`{key}={without_path(shared[key])}`" for key in ("model.backbone", "data.source", "loop.batch_size")]
-    common = [fact for fact in facts if fact.partition("=")[0].strip("`") not in keys]
-    if common:
-        lines += ["", f"{'All of them' if len(runs) > 1 else 'It has'}: {', '.join(common)}."]
+        texts.append("The runs have the same settings, but for the seed and the folders of the machine.")
+    shared = [key for key in ("model.backbone", "data.source", "loop.batch_size") if key not in keys]
+    if shared:
+        texts.append(f"{'All of them' if len(runs) > 1 else 'It has'}: {settings_text(runs[0], shared)}.")
     if any(run.results is None for run in runs):
-        lines += ["", "A run without `results.json` has not ended, or has left it out; its machine is not known here."]
-    return lines
+        texts.append("A run without `results.json` has not ended, or has left it out; its machine is not known here.")
+    return ["## Runs", "", *markdown_table(columns, [run_cells(run, keys) for run in runs]), *paragraphs(texts)]
 
 
-def numbers_section(runs: Sequence[LoggedRun], smoothing_steps: int) -> list[str]:
+def run_cells(run: LoggedRun, keys: Sequence[str]) -> list[str]:
+    """A row of the table of runs, with its settings of these keys."""
+    steps = f"{run.last_step:,}"
+    if run.last_step < run.settings["loop.max_steps"]:
+        steps += f" of {run.settings['loop.max_steps']:,}, not finished"
+    hardware, seconds = (run.results.hardware, run.results.seconds) if run.results else (None, None)
+    return [
+        run.name,
+        steps,
+        str(run.settings["loop.seed"]),
+        hardware or "–",
+        "–" if seconds is None else duration(seconds),
+        settings_text(run, keys) or "–",
+    ]
+
+
+def settings_text(run: LoggedRun, keys: Sequence[str]) -> str:
+    """Settings as they are typed."""
+    return ", ".join(f"`{key}={without_path(run.settings.get(key))}`" for key in keys)
+
+
+def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
     """The last numbers that each run has logged, and the scores of its samples."""
     logged = {key: column for key, column in FINAL_NUMBERS.items() if any(series(run.log, key)[0] for run in runs)}
     scores = {run.name: run.results.sample_scores if run.results else None for run in runs}
@@ -136,46 +172,46 @@ def numbers_section(runs: Sequence[LoggedRun], smoothing_steps: int) -> list[str
         for key, (_, digits) in logged.items():
             values = series(run.log, key)[1]
             cells.append(cell(values[-1] if values else None, None, digits))
-        cells += [cell(getattr(scores[run.name], name, None), None, metric.digits) for name, metric in metrics.items()]
+        measured = scores[run.name]
+        values_of_run = measured.values if measured else {}
+        cells += [cell(values_of_run.get(name), None, metric.digits) for name, metric in metrics.items()]
         rows.append(cells)
     titles = [title for title, _ in logged.values()] + [f"samples' {metric.title}" for metric in metrics.values()]
-    lines = ["## Final numbers", "", *markdown_table(["run", "evaluated after step", *titles], rows), ""]
-    lines.append(
+    return [
+        "## Final numbers",
+        "",
+        *markdown_table(["run", "evaluated after step", *titles], rows),
+        "",
         "Held-out numbers are of the averaged weights at the last evaluation; numbers of training text are of the "
-        "last line of the log, one batch."
-    )
-    for run in runs:
-        judge = run.results.judge if run.results else None
-        if judge is not None:
-            lines.append(f"The judge of {run.name} is `{judge['name']}`, over {scores[run.name].num_texts} samples.")  # type: ignore[union-attr]
-        skipped = series(run.log, "skipped_steps")[1]
-        if skipped and skipped[-1]:
-            lines.append(f"{run.name} skipped {skipped[-1]:,} steps, whose loss or gradient was not finite.")
-    return lines
+        "last line of the log, one batch.",
+        *(remark for run in runs for remark in remarks_on_numbers(run)),
+    ]
+
+
+def remarks_on_numbers(run: LoggedRun) -> list[str]:
+    """The judge of a run's scores, and the steps that it has skipped."""
+    remarks = []
+    if run.results is not None and run.results.judge is not None and run.results.sample_scores is not None:
+        count = run.results.sample_scores.num_texts
+        remarks.append(f"The judge of {run.name} is `{run.results.judge['name']}`, over {count} samples.")
+    skipped = series(run.log, "skipped_steps")[1]
+    if skipped and skipped[-1]:
+        remarks.append(f"{run.name} skipped {skipped[-1]:,} steps, whose loss or gradient was not finite.")
+    return remarks
 
 
 def training_section(runs: Sequence[LoggedRun], output_dir: Path, smoothing_steps: int) -> list[str]:
     """Figure 3, middle and right."""
     lines = ["## Diffusion loss and decoder accuracy over training (Figure 3, middle and right)", ""]
-    try:
-        figure = plot_training(runs, smoothing_steps)
-    except NotLoggedError as error:
-        return [*lines, f"Not drawn: {error}."]
-    save_figure(figure, output_dir / "figure_3_training")
+    if not training_panels(runs):
+        return [*lines, "Not drawn: no log has a curve of training that Figure 3 shows."]
+    save_figure(plot_training(runs, smoothing_steps), output_dir / "figure_3_training")
     lines_in_window = max(1 + smoothing_steps // logging_steps(run) for run in runs)
-    smoothing = (
-        f"moving means over a window of {smoothing_steps:,} steps, which holds {lines_in_window} lines of the log"
-    )
+    window = f"a window of {smoothing_steps:,} steps"
+    smoothing = f"moving means over {window}, which holds {lines_in_window} lines of the log"
     if lines_in_window == 1:
-        smoothing = f"not smoothed, since a window of {smoothing_steps:,} steps holds one line of the log"
-    caption = (
-        "Diffusion loss, decoder accuracy and scale of the latents over training. On the left, training text with the "
-        f"training weights: {smoothing}, and faintly what was logged, one batch a point. On the right, held-out text "
-        "with the averaged weights. The training loss is over the times that each run samples; the held-out one is "
-        "over evenly spaced t, and compares between samplers. Both are mean squared errors of the latents: where "
-        "latents shrink, they fall with them."
-    )
-    return [*lines, *picture("figure_3_training", caption)]
+        smoothing = f"not smoothed, since {window} holds one line of the log"
+    return [*lines, *picture("figure_3_training", TRAINING_CAPTION.format(smoothing=smoothing))]
 
 
 def logging_steps(run: LoggedRun) -> int:
@@ -187,77 +223,71 @@ def logging_steps(run: LoggedRun) -> int:
 def loss_over_time_section(runs: Sequence[LoggedRun], output_dir: Path, count: int) -> list[str]:
     """Figure 5, and the deviation from a straight line as a number."""
     lines = ["## Diffusion loss over time, and the straight line (Figure 5, Section 5.3)", ""]
-    remarks: list[str] = []
-
-    def of_each(measure: Callable[[LoggedRun, int], Any]) -> dict[str, Any]:
-        found = {}
-        for run in runs:
-            try:
-                found[run.name] = measure(run, count)
-            except NotLoggedError as error:
-                remarks.append(f"Left out: {error}.")
-        return found
-
-    curves, over_t, cdfs = of_each(loss_over_own_time), of_each(loss_over_t), of_each(timestep_cdf)
-    remarks = list(dict.fromkeys(remarks))
+    curves, without_curve = of_each(runs, loss_over_own_time, count)
+    over_t, without_t = of_each(runs, loss_over_t, count)
+    cdfs, without_cdf = of_each(runs, timestep_cdf, count)
+    left_out = list(dict.fromkeys([*without_curve, *without_t, *without_cdf]))
     if not curves:
-        return [*lines, "Not drawn.", *remarks]
-    deviations = {name: line_deviation(curve.times, curve.losses) for name, curve in curves.items()}
-    save_figure(plot_loss_over_time(runs, curves, deviations, cdfs), output_dir / "figure_5_loss_over_time")
-    caption = (
-        "Held-out diffusion loss over the time that each run samples uniformly: t, or u = F(t) of the adaptive "
-        "sampler. Points are measured; lines are the straight lines that fit them best; in brackets, the deviation "
-        "from them as a share of the range. On the right, the share F(t) of the draws that fall below t."
-    )
-    lines += picture("figure_5_loss_over_time", caption)
-    lines += ["", *deviation_table(runs, curves, deviations, over_t), "", DEVIATION_MEANING]
+        return [*lines, "Not drawn.", *left_out]
+    save_figure(plot_loss_over_time(runs, curves, cdfs), output_dir / "figure_5_loss_over_time")
+    remarks = [remark for run in runs for remark in remarks_on_loss(run, curves.get(run.name), over_t.get(run.name))]
+    return [
+        *lines,
+        *picture("figure_5_loss_over_time", LOSS_CAPTION),
+        "",
+        *deviation_table(runs, curves, over_t),
+        *paragraphs([DEVIATION_MEANING, *left_out, *remarks]),
+        "",
+        *comparison_lines(compare_sampling(runs, curves)),
+    ]
+
+
+def of_each(
+    runs: Sequence[LoggedRun], measure: Callable[[LoggedRun, int], Measured], count: int
+) -> tuple[dict[str, Measured], list[str]]:
+    """What is measured over the last `count` evaluations of each run, by its name; remarks on those left out."""
+    found, left_out = {}, []
     for run in runs:
-        curve = curves.get(run.name)
-        if curve is not None and curve.is_interpolated:
-            remarks.append(
-                f"The log of {run.name} has no loss over u: it is interpolated between the logged times t, which "
-                "reach down to the first of them, and its scatter is that of the interpolation."
-            )
-        if curve is not None and curve.variable == "t" and run.is_adaptive:
-            remarks.append(f"The adaptive sampler of {run.name} had not taken over yet: it drew t uniformly.")
-        fall = largest_fall(over_t[run.name].losses) if run.name in over_t else 0.0
-        if fall > FALL_TOLERANCE:
-            remarks.append(
-                f"The loss of {run.name} over t falls with t somewhere, by {fall:.0%} of its range. Section 5.3 takes "
-                "it to grow, and the adaptive sampler draws no times where it falls."
-            )
-    for remark in remarks:
-        lines += ["", remark]
-    return [*lines, "", *comparison_lines(compare_sampling(runs, curves, deviations), runs, curves)]
+        try:
+            found[run.name] = measure(run, count)
+        except NotLoggedError as error:
+            left_out.append(f"Left out: {error}.")
+    return found, left_out
 
 
-DEVIATION_MEANING = (
-    "The deviation is the distance of the points from their least-squares straight line, as a share of the curve's "
-    "range (largest − smallest point): its root mean square, and its maximum. The formula is ours, the same for all "
-    "runs, and does not change with the scale of the latents. *Scatter* is the part of the root mean square that "
-    "noise from point to point alone would make, from second differences (a sharp bend counts as noise too): a "
-    "deviation of that size is a straight line as far as so many sequences can tell. The last column is over t for "
-    "every run: of an adaptive run, the same model over the other time."
-)
+def remarks_on_loss(run: LoggedRun, curve: LossOverTime | None, over_t: LossOverTime | None) -> list[str]:
+    """What the loss over its own time rests on, and where over t it is not what Section 5.3 takes it for."""
+    remarks = []
+    if curve is not None and curve.is_interpolated:
+        remarks.append(
+            f"The log of {run.name} has no loss over u: it is interpolated between the logged times t, which "
+            "reach down to the first of them, and its scatter is that of the interpolation."
+        )
+    if curve is not None and curve.variable == "t" and run.is_adaptive:
+        remarks.append(f"The adaptive sampler of {run.name} had not taken over yet: it drew t uniformly.")
+    fall = 0.0 if over_t is None else largest_fall(over_t.losses)
+    if fall > FALL_TOLERANCE:
+        remarks.append(
+            f"The loss of {run.name} over t falls with t somewhere, by {fall:.0%} of its range. Section 5.3 takes "
+            "it to grow, and the adaptive sampler draws no times where it falls."
+        )
+    return remarks
 
 
 def deviation_table(
-    runs: Sequence[LoggedRun],
-    curves: dict[str, LossOverTime],
-    deviations: dict[str, Deviation],
-    over_t: dict[str, LossOverTime],
+    runs: Sequence[LoggedRun], curves: Mapping[str, LossOverTime], over_t: Mapping[str, LossOverTime]
 ) -> list[str]:
     """How straight the loss of each run is, and what the numbers rest on."""
     columns = ["run", "over", "after step", "points", "held-out sequences a point", "RMS deviation", "maximum"]
     rows = []
     for run in runs:
         if run.name in curves:
-            curve, line = curves[run.name], deviations[run.name]
-            plain = over_t[run.name]
+            curve = curves[run.name]
             steps = ", ".join(f"{step:,}" for step in curve.steps)
-            rows.append([run.name, curve.variable, steps, str(len(curve.times)), sequences_a_point(run)])
-            rows[-1] += [f"{line.rms:.2%}", f"{line.maximum:.2%}", f"{line.scatter:.2%}"]
-            rows[-1].append(f"{line_deviation(plain.times, plain.losses).rms:.2%}")
+            line = curve.deviation
+            shares = (line.rms, line.maximum, line.scatter, over_t[run.name].deviation.rms)
+            what = [run.name, curve.variable, steps, str(len(curve.times)), sequences_a_point(run)]
+            rows.append([*what, *(f"{share:.2%}" for share in shares)])
     return markdown_table([*columns, "scatter", "RMS deviation over t"], rows)
 
 
@@ -271,9 +301,7 @@ def sequences_a_point(run: LoggedRun) -> str:
     return f"{fewest} to {fewest + 1}" if rest else str(fewest)
 
 
-def comparison_lines(
-    comparisons: Sequence[Comparison], runs: Sequence[LoggedRun], curves: dict[str, LossOverTime]
-) -> list[str]:
+def comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """The claim of Figure 5 as a ratio, for every adaptive run and the uniform runs that are most like it."""
     if not comparisons:
         return [
@@ -286,34 +314,32 @@ def comparison_lines(
         others = ", ".join(f"`{key}`" for key in pair.other_settings) or "none"
         rows.append([pair.adaptive, pair.uniform, f"{pair.rms:.3f}", f"{pair.maximum:.3f}", holds, others])
     columns = ["adaptive run, over u", "uniform run, over t", "ratio of RMS deviations", "ratio of maxima"]
-    lines = markdown_table([*columns, "less than half (RMS)", "other settings in which they differ"], rows)
+    columns += ["less than half (RMS)", "other settings in which they differ"]
     alike = [pair.rms for pair in comparisons if set(pair.other_settings) <= {"loop.seed"}]
+    texts = []
     if len(alike) > 1:
-        lines += [
-            "",
-            f"Over the {len(alike)} pairs that differ in nothing but the sampler and the seed, the ratio of ",
-        ]
-        lines[-1] += f"RMS deviations is {statistics.fmean(alike):.3f} ± {statistics.stdev(alike):.3f} (mean and "
-        lines[-1] += "standard deviation)."
+        texts.append(
+            f"Over the {len(alike)} pairs that differ in nothing but the sampler and the seed, the ratio of RMS "
+            f"deviations is {statistics.fmean(alike):.3f} ± {statistics.stdev(alike):.3f} (mean and standard "
+            "deviation)."
+        )
     if len(alike) < len(comparisons):
-        lines += ["", "Where other settings differ too, a ratio does not tell what the sampler alone does."]
-    return lines
+        texts.append("Where other settings differ too, a ratio does not tell what the sampler alone does.")
+    return [*markdown_table(columns, rows), *paragraphs(texts)]
 
 
 def warmup_section(runs: Sequence[LoggedRun], output_dir: Path) -> list[str]:
     """Figure 6, and whether the logged gate is the formula's."""
     save_figure(plot_warmup(runs), output_dir / "figure_6_warmup")
-    caption = (
-        "Gate γ(s) of the diffusion loss's gradient into the encoder. Lines are Equations 29 and 30 with each run's "
-        "settings; points are what the run has logged."
-    )
-    lines = ["## Diffusion-to-encoder warmup (Figure 6, Appendix A.2)", "", *picture("figure_6_warmup", caption), ""]
-    rows = []
-    for run in runs:
-        error = gate_error(run)
-        distance = "no gate logged" if error is None else f"{error:.1e}"
-        if error is not None and error > GATE_TOLERANCE:
-            distance += ": **not the settings' warmup**"
-        rows.append([run.name, *(f"{value:,}" for value in run.warmup), distance])
+    lines = ["## Diffusion-to-encoder warmup (Figure 6, Appendix A.2)", ""]
     columns = ["run", "steps S_wu", "midpoint c", "steepness k", "largest distance of a logged gate from the formula"]
-    return lines + markdown_table(columns, rows)
+    rows = [[run.name, *(f"{value:,}" for value in run.warmup), gate_distance(run)] for run in runs]
+    return [*lines, *picture("figure_6_warmup", WARMUP_CAPTION), "", *markdown_table(columns, rows)]
+
+
+def gate_distance(run: LoggedRun) -> str:
+    """How far the logged gate is from the formula."""
+    error = gate_error(run)
+    if error is None:
+        return "no gate logged"
+    return f"{error:.1e}" + (": **not the settings' warmup**" if error > GATE_TOLERANCE else "")

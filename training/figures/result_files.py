@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from figures.style import save_figure
-from ldlm_hf.hub.training_curves import finish
+from ldlm_hf.hub.training_curves import label_with_legend
 
 
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -61,4 +61,4 @@ def finish_perplexity(axes: Axes, results: list[dict[str, Any]], x_label: str) -
     axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
     axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     judge = results[0]["judge"]["name"].rpartition("/")[2]
-    finish(axes, x_label, f"Gen. PPL under {judge}")
+    label_with_legend(axes, x_label, f"Gen. PPL under {judge}")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from figures.logged_runs import Deviation, LoggedRun, LossOverTime, NotLoggedError, logged_gate
+from figures.logged_runs import LoggedRun, logged_gate
+from figures.loss_over_time import LossOverTime
 from figures.style import run_style
-from ldlm_hf import warmup_gate
 from ldlm_hf.hub.training_curves import HELD_OUT_PREFIX, MAX_POINTS, WIDTH, Panel, group_means, label, series
+from ldlm_hf.objective.warmup import warmup_gate
 
 
 # points of the logged gate that are drawn of each run
@@ -42,33 +44,24 @@ def moving_mean(steps: Sequence[int], values: Sequence[float], window: int) -> l
     return ((total[behind] - total[first]) / (behind - first)).tolist()
 
 
+def training_panels(runs: Sequence[LoggedRun]) -> list[Panel]:
+    """The panels of Figure 3 that at least one log has a curve for."""
+    return [panel for panel in PANELS if any(series(run.log, key)[0] for run in runs for key in panel.curves)]
+
+
 def plot_training(runs: Sequence[LoggedRun], window: int) -> Figure:
     """Diffusion loss, decoder accuracy and scale of the latents over steps, one curve a run (Fig. 3 middle, right).
 
     Curves of training text are moving means over `window` steps, with what was logged as a faint line behind them.
-
-    Raises:
-        NotLoggedError: there is nothing to draw.
     """
-    panels = [panel for panel in PANELS if any(series(run.log, key)[0] for run in runs for key in panel.curves)]
-    if not panels:
-        raise NotLoggedError("no log has a curve of training that Figure 3 shows")
+    panels = training_panels(runs)
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(WIDTH, 2.7 * rows + 0.5), layout="constrained")
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 2, number)
         [(key, title)] = panel.curves.items()
         for place, run in enumerate(runs):
-            steps, values = series(run.log, key)
-            style = run_style(place)
-            if key.startswith(HELD_OUT_PREFIX):
-                axes.plot(steps, values, **style, linewidth=1.4, markersize=4)
-            elif steps:
-                every = max(1, len(steps) // MAX_POINTS)
-                smooth = moving_mean(steps, values, window)
-                style["marker"] = None
-                axes.plot(group_means(steps), group_means(values), color=style["color"], alpha=0.25, linewidth=0.8)
-                axes.plot([*steps[::every], steps[-1]], [*smooth[::every], smooth[-1]], **style, linewidth=1.4)
+            draw_curve(axes, run, key, run_style(place), window)
         axes.set_title(title, fontsize="medium")
         if panel.logarithmic:
             axes.set_yscale("log")
@@ -81,6 +74,19 @@ def plot_training(runs: Sequence[LoggedRun], window: int) -> Figure:
         label(axes, STEPS_LABEL, panel.label)
     legend_below(figure, {place: run.name for place, run in enumerate(runs)})
     return figure
+
+
+def draw_curve(axes: Axes, run: LoggedRun, key: str, style: dict[str, Any], window: int) -> None:
+    """What a run has logged under a key, if anything; of training text smoothed, and faintly as it is."""
+    steps, values = series(run.log, key)
+    if key.startswith(HELD_OUT_PREFIX):
+        axes.plot(steps, values, **style, linewidth=1.4, markersize=4)
+    elif steps:
+        every = max(1, len(steps) // MAX_POINTS)
+        smooth = moving_mean(steps, values, window)
+        style = style | {"marker": None}
+        axes.plot(group_means(steps), group_means(values), color=style["color"], alpha=0.25, linewidth=0.8)
+        axes.plot([*steps[::every], steps[-1]], [*smooth[::every], smooth[-1]], **style, linewidth=1.4)
 
 
 def count_steps(axes: Axes) -> None:
@@ -107,7 +113,6 @@ def wrapped(text: str, width: int) -> str:
 def plot_loss_over_time(
     runs: Sequence[LoggedRun],
     curves: Mapping[str, LossOverTime],
-    deviations: Mapping[str, Deviation],
     cdfs: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> Figure:
     """The held-out diffusion loss over t and over u = F(t), each with its straight line, and F (Fig. 5).
@@ -115,7 +120,6 @@ def plot_loss_over_time(
     Args:
         runs: all runs; those that a mapping has not are left out of that part.
         curves: run's name → loss over the time that the run samples uniformly.
-        deviations: run's name → the straight line of this curve, and its deviation.
         cdfs: run's name → times and F there.
     """
     titles = {"t": "Uniform sampling", "u": "Adaptive sampling"}
@@ -131,7 +135,7 @@ def plot_loss_over_time(
         for place, run in enumerate(runs):
             curve = curves.get(run.name)
             if curve is not None and curve.variable == variable:
-                line, style = deviations[run.name], run_style(place)
+                line, style = curve.deviation, run_style(place)
                 name = f"{labels[run.name]}\n(RMS {line.rms:.1%}, maximum {line.maximum:.1%})"
                 straight = line.intercept + line.slope * ends
                 axes.plot(ends, straight, **style | {"marker": None}, linewidth=1.2)

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.over_evaluations import PANELS, draw_curve
+from figures.over_evaluations import draw_curve
 from figures.style import run_style
 from ldlm_hf.evaluation.markdown import cell, markdown_table
 from ldlm_hf.hub.training_curves import WIDTH
+from ldlm_hf.metrics.registry import MAIN_COLUMNS
 from ldlm_hf.schedulers.scheduling_tangent import TIME_GRIDS
 
 
-# digits behind the point
-SCORES = {"generative_perplexity": 0, "entropy": 3, "diversity": 3, "mauve": 3}
 PANELS_A_ROW = 4
 # what a curve is called whose sampler names no grid: its scheduler's own
 OWN_GRID = "own"
@@ -88,15 +88,17 @@ def best_rows(
         ]
         if candidates:
             _, label, one = min(candidates, key=lambda candidate: candidate[0])
-            rows.append([str(budget), f"`{label}`", str(one["nfe"]), *[score_cell(one, name) for name in SCORES]])
+            rows.append(
+                [str(budget), f"`{label}`", str(one["nfe"]), *[score_cell(one, name) for name in MAIN_COLUMNS]]
+            )
         else:
-            rows.append([str(budget), "none", "", *[""] * len(SCORES)])
+            rows.append([str(budget), "none", "", *[""] * len(MAIN_COLUMNS)])
     return rows
 
 
 def score_cell(one: dict[str, Any] | None, score: str) -> str:
     """Mean and standard deviation over seeds."""
-    return "" if one is None else cell(one["mean"][score], one["std"][score], SCORES[score])
+    return "" if one is None else cell(one["mean"].get(score), one["std"].get(score), MAIN_COLUMNS[score].digits)
 
 
 def report(
@@ -111,10 +113,15 @@ def report(
     anchor = reference.sets[reference_nfe]
     lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
     real = results[0]["real_text"]
-    heading = ["at most", "sampler", "NFE", *[PANELS[score][0] for score in SCORES]]
+    heading = ["at most", "sampler", "NFE", *[score.heading for score in MAIN_COLUMNS.values()]]
     anchors = [
-        ["reference", f"`{reference.label}`", str(reference_nfe), *[score_cell(anchor, score) for score in SCORES]],
-        ["", "real text", "", *[cell(real[score], None, SCORES[score]) for score in SCORES]],
+        [
+            "reference",
+            f"`{reference.label}`",
+            str(reference_nfe),
+            *[score_cell(anchor, name) for name in MAIN_COLUMNS],
+        ],
+        ["", "real text", "", *[cell(real.get(name), None, score.digits) for name, score in MAIN_COLUMNS.items()]],
     ]
     lines = ["# Samplers", "", "## The best for each number of evaluations", ""]
     lines += [
@@ -126,10 +133,10 @@ def report(
     lines += [*markdown_table(heading, [*rows, *anchors]), "", "Highest MAUVE, whatever the entropy:", ""]
     rows = best_rows(samplers, budgets, "mauve", -1)
     lines += markdown_table(heading, [*rows, *anchors])
-    for score, digits in SCORES.items():
-        lines += ["", f"## {PANELS[score][0]}", "", f"Real text: {cell(real[score], None, digits)}.", ""]
+    for name, score in MAIN_COLUMNS.items():
+        lines += ["", f"## {score.heading}", "", f"Real text: {cell(real.get(name), None, score.digits)}.", ""]
         rows = [
-            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), score) for budget in budgets]]
+            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), name) for budget in budgets]]
             for sampler in samplers
         ]
         lines += markdown_table(["evaluations, at most", *map(str, budgets)], rows)
@@ -160,25 +167,16 @@ def plot_samplers(
     panels = figure.subplots(2 * num_rows, PANELS_A_ROW, squeeze=False, sharex=True, sharey="row")
     for place, (family, members) in enumerate(families.items()):
         row, column = divmod(place, PANELS_A_ROW)
-        for offset, score in enumerate(scores):
-            axes = panels[2 * row + offset, column]
-            draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
-            for sampler in members:
-                grid = without_grid(sampler.label)[1]
-                style = run_style(ALL_GRIDS.index(grid))
-                draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
-            if real_text[score] is not None:
-                axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
-            axes.set(xscale="log", yscale="log" if PANELS[score][1] else "linear")
+        above, below = panels[2 * row, column], panels[2 * row + 1, column]
+        for axes, score in zip((above, below), scores, strict=True):
+            draw_family(axes, members, reference, score, real_text.get(score))
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
-            if offset == 0:
-                axes.set_title(family.removeprefix(f"{common}, ").replace(":", "\n"), fontsize="x-small")
-            else:
-                # the lowest panel of a column may stand above an empty place
-                axes.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
             if column == 0:
-                axes.set_ylabel(PANELS[score][0], fontsize="small")
+                axes.set_ylabel(MAIN_COLUMNS[score].heading, fontsize="small")
+        above.set_title(family.removeprefix(f"{common}, ").replace(":", "\n"), fontsize="x-small")
+        # the lowest panel of a column may stand above an empty place
+        below.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
     for axes in panels.flatten():
         axes.set_visible(axes.has_data())
     drawn = {
@@ -195,6 +193,20 @@ def plot_samplers(
     )
     figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
     return figure
+
+
+def draw_family(
+    axes: Axes, members: Sequence[ScoredSampler], reference: ScoredSampler, score: str, real_value: float | None
+) -> None:
+    """A score of the samplers of one solver, a curve a time grid, over the reference's."""
+    draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
+    for sampler in members:
+        grid = without_grid(sampler.label)[1]
+        style = run_style(ALL_GRIDS.index(grid))
+        draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
+    if real_value is not None:
+        axes.axhline(real_value, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", yscale="log" if MAIN_COLUMNS[score].is_logarithmic else "linear")
 
 
 def without_grid(label: str) -> tuple[str, str]:

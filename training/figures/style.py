@@ -7,19 +7,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ldlm_hf.hub.training_curves import save
+from ldlm_hf.hub.training_curves import save_png
 
 
 # the colours of Okabe and Ito that show on white, which readers with any colour vision tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
 LINES = ("-", "--", "-.", ":")
-
-
 FILLS = ("full", "none", "left", "top")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -27,7 +21,7 @@ def save_figure(figure: Figure, file: Path) -> None:
     """Writes a figure as `file`.png, whether or not `file` has that ending; it changes only where the figure does."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # all colours: fewer would make one of two runs' similar ones
-    save(figure, file.with_name(file.name.removesuffix(".png") + ".png"), colours=None)
+    save_png(figure, file.with_name(file.name.removesuffix(".png") + ".png"), colours=None)
 
 
 def run_style(place: int) -> dict[str, Any]:

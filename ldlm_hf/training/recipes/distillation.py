@@ -17,11 +17,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ...data import DataSettings
-from ...loading.safe_loading import check_settings
+from ...loading.checks import check_settings
 from ...models.transformer_ldlm import LDLMTransformer1DModel
 from ...objective import DistillationObjective
+from ...objective.draws import systematic_sample
 from ...objective.flow_map import BY_STUDENT, BY_TEACHER, DIAGONAL
-from ...objective.joint import systematic_sample
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ...schedulers.scheduling_tangent import TangentScheduler
 from ...schedulers.scheduling_tangent_ddim import TangentDDIMScheduler

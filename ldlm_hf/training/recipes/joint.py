@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from ...evaluation.real_text import training_sequences
 from ...models.statistics import mean_and_std
 from ...models.token_encoder import LDLMTokenEncoder
-from ...objective import AdaptiveTimestepSampler, JointObjective, warmup_gate
-from ...objective.joint import systematic_sample
+from ...objective import JointObjective, warmup_gate
+from ...objective.draws import systematic_sample
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ...schedulers.scheduling_tangent import TangentScheduler
 from ...schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
@@ -186,11 +186,11 @@ class JointRecipe(PipelineRecipe):
 
     def with_timestep_cdf(self, scheduler: TangentScheduler) -> TangentScheduler:
         """The scheduler with F(t) at the edges of the bins in its configuration, for the learned time grid."""
-        if not isinstance(self.timestep_sampler, AdaptiveTimestepSampler) or not self.timestep_sampler.is_active:
+        cdf = self.timestep_sampler.learned_cdf()
+        if cdf is None:
             return scheduler
-        cdf = self.timestep_sampler.cdf(self.timestep_sampler.edges)
         # `register_to_config` would not do: a value that was a default is left out where a scheduler is made from it
-        return type(scheduler).from_config(scheduler.config, timestep_cdf=[round(u, 6) for u in cdf.tolist()])
+        return type(scheduler).from_config(scheduler.config, timestep_cdf=cdf)
 
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         assert isinstance(snapshot, JointObjective)

@@ -7,7 +7,7 @@ both from latents with decoder noise, as in joint training.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -15,13 +15,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ...data import DataSettings
-from ...loading.safe_loading import check_settings
+from ...loading.checks import check_settings
 from ...loading.settings_reader import arguments_of
 from ...models.latent_decoder import LDLMLatentDecoder
 from ...models.latent_encoder import LDLMLatentEncoder
 from ...models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
 from ...models.token_encoder import LDLMTokenEncoder
-from ...objective.joint import layers_to_shard, token_cross_entropy
+from ...objective.base import Objective
+from ...objective.reconstruction import token_cross_entropy
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ..components import build_token_decoder, load_part
 from ..randomness import RowRandomness
@@ -66,7 +67,14 @@ class TokenDecoderSettings:
         check_decay(self.optimizer, self.loop)
 
 
-class TokenDecoderObjective(nn.Module):
+class TokenDecoderLosses(NamedTuple):
+    """Mean cross-entropy in nats a token, with its graph, and accuracy."""
+
+    total: torch.Tensor
+    accuracy: torch.Tensor
+
+
+class TokenDecoderObjective(Objective):
     """Token loss (Eq. 3) of a token decoder on frozen encoders' noisy latents, decoded to hidden states or not."""
 
     def __init__(
@@ -84,17 +92,17 @@ class TokenDecoderObjective(nn.Module):
         self.token_decoder = token_decoder
         self.decoder_noise = decoder_noise
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        return layers_to_shard(self)
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        """Arguments of `forward` for a batch of no particular text, to count what a pass costs."""
+        return {"input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long)}
 
     def forward(
         self,
         input_ids: torch.Tensor,
         decoder_noise: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy in nats a token and accuracy on token ids (B, L), at the noise of training or another."""
+    ) -> TokenDecoderLosses:
+        """Loss and accuracy on token ids (B, L), at the noise of training or another."""
         noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
         with torch.no_grad():
             hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
@@ -105,7 +113,8 @@ class TokenDecoderObjective(nn.Module):
             decoded = latents
             if self.latent_decoder is not None:
                 decoded = self.latent_decoder(latents, return_dict=True).hidden_states
-        return token_cross_entropy(self.token_decoder(decoded, return_dict=True).logits, input_ids)
+        logits = self.token_decoder(decoded, return_dict=True).logits
+        return TokenDecoderLosses(*token_cross_entropy(logits, input_ids))
 
 
 class TokenDecoderRecipe(PipelineRecipe):

@@ -23,6 +23,64 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
+# from ldlm_hf/loading/checks.py:
+#
+# Checks of the arguments that constructors and functions are called with; each error names argument and value.
+
+
+def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
+    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
+    outside of its range.
+
+    Args:
+        constructor: an `__init__` with annotated parameters.
+        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
+    """
+    if "num_labels" in settings.get("kwargs", {}):
+        raise ValueError("num_labels: no model of this package has labels; leave it out.")
+    for name, hint in get_type_hints(constructor).items():
+        if name in settings and not has_type(settings[name], hint):
+            expected = getattr(hint, "__name__", str(hint))
+            raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
+    for name, interval in ranges.items():
+        if settings[name] is not None and not lies_in(settings[name], interval):
+            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
+
+
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval, whose round brackets leave its end out."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (value > low or (interval[0] == "[" and value == low)) and (
+        value < high or (interval[-1] == "]" and value == high)
+    )
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value has an annotated type; whole numbers are also floating-point numbers, truth values are none."""
+    if hint is Any:
+        return True
+    types = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if isinstance(value, bool):
+        return bool in types
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(value, int) and float in types:
+        return True
+    return isinstance(value, tuple(get_origin(one) or one for one in types))
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        return int(float(value)) if is_whole else None
+
+
 # from ldlm_hf/loading/safe_loading.py:
 #
 # Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
@@ -86,62 +144,26 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
             yield from nested_settings(value, name, depth + 1)
 
 
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
-    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
-    outside of its range.
-
-    Args:
-        constructor: an `__init__` with annotated parameters.
-        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
-        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
-    """
-    if "num_labels" in settings.get("kwargs", {}):
-        raise ValueError("num_labels: no model of this package has labels; leave it out.")
-    for name, hint in get_type_hints(constructor).items():
-        if name in settings and not has_type(settings[name], hint):
-            expected = getattr(hint, "__name__", str(hint))
-            raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
-    for name, interval in ranges.items():
-        if settings[name] is not None and not lies_in(settings[name], interval):
-            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
-
-
-def lies_in(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval, whose round brackets leave its end out."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (value > low or (interval[0] == "[" and value == low)) and (
-        value < high or (interval[-1] == "]" and value == high)
-    )
-
-
-def has_type(value: Any, hint: Any) -> bool:
-    """Whether a value has an annotated type; whole numbers are also floating-point numbers, truth values are none."""
-    if hint is Any:
-        return True
-    types = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if isinstance(value, bool):
-        return bool in types
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if isinstance(value, int) and float in types:
-        return True
-    return isinstance(value, tuple(get_origin(one) or one for one in types))
-
-
-# from ldlm_hf/loading/whole_numbers.py:
+# from ldlm_hf/schedulers/__init__.py:
 #
-# Whole numbers of whatever type.
+# Noise processes and samplers, as diffusers schedulers on the tangent schedule.
+#
+# A new solver is one file with a subclass of `TangentScheduler`, and one line in `SCHEDULERS`, which registers and
+# exports it, lets pipelines load it, and makes it known to the command line.
 
 
-def whole_number(value: Any) -> int | None:
-    """A whole number as an int, be it one of numpy's or of torch's, or the 4.0 of a form; None for everything else."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
-        return int(float(value)) if is_whole else None
+# class → module of this package
+SCHEDULERS = {
+    "TangentEulerMaruyamaScheduler": "scheduling_tangent_euler_maruyama",
+    "TangentDDIMScheduler": "scheduling_tangent_ddim",
+    "TangentDPMSolverMultistepScheduler": "scheduling_tangent_dpmsolver_multistep",
+    "TangentChurnScheduler": "scheduling_tangent_churn",
+    "TangentFlowMapScheduler": "scheduling_tangent_flow_map",
+}
+
+
+# those of diffusers that `diffusers_config` puts on the tangent schedule
+DIFFUSERS_SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
 
 # from ldlm_hf/schedulers/tangent.py:
@@ -298,16 +320,7 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
     """
 
-    _compatibles = [
-        "TangentEulerMaruyamaScheduler",
-        "TangentDDIMScheduler",
-        "TangentDPMSolverMultistepScheduler",
-        "TangentChurnScheduler",
-        "TangentFlowMapScheduler",
-        "DDIMScheduler",
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-    ]
+    _compatibles = [*SCHEDULERS, *DIFFUSERS_SCHEDULERS]
     # evaluations of the model in a step
     order = 1
     init_noise_sigma = 1.0

@@ -37,6 +37,53 @@ from torch.nn.modules.module import (
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 
+# from ldlm_hf/loading/checks.py:
+#
+# Checks of the arguments that constructors and functions are called with; each error names argument and value.
+
+
+def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
+    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
+    outside of its range.
+
+    Args:
+        constructor: an `__init__` with annotated parameters.
+        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
+    """
+    if "num_labels" in settings.get("kwargs", {}):
+        raise ValueError("num_labels: no model of this package has labels; leave it out.")
+    for name, hint in get_type_hints(constructor).items():
+        if name in settings and not has_type(settings[name], hint):
+            expected = getattr(hint, "__name__", str(hint))
+            raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
+    for name, interval in ranges.items():
+        if settings[name] is not None and not lies_in(settings[name], interval):
+            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
+
+
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval, whose round brackets leave its end out."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (value > low or (interval[0] == "[" and value == low)) and (
+        value < high or (interval[-1] == "]" and value == high)
+    )
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value has an annotated type; whole numbers are also floating-point numbers, truth values are none."""
+    if hint is Any:
+        return True
+    types = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if isinstance(value, bool):
+        return bool in types
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(value, int) and float in types:
+        return True
+    return isinstance(value, tuple(get_origin(one) or one for one in types))
+
+
 # from ldlm_hf/loading/safe_loading.py:
 #
 # Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
@@ -136,48 +183,6 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
         yield name, value, depth
         if isinstance(value, (Mapping, list, tuple)):
             yield from nested_settings(value, name, depth + 1)
-
-
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
-    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
-    outside of its range.
-
-    Args:
-        constructor: an `__init__` with annotated parameters.
-        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
-        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
-    """
-    if "num_labels" in settings.get("kwargs", {}):
-        raise ValueError("num_labels: no model of this package has labels; leave it out.")
-    for name, hint in get_type_hints(constructor).items():
-        if name in settings and not has_type(settings[name], hint):
-            expected = getattr(hint, "__name__", str(hint))
-            raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
-    for name, interval in ranges.items():
-        if settings[name] is not None and not lies_in(settings[name], interval):
-            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
-
-
-def lies_in(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval, whose round brackets leave its end out."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (value > low or (interval[0] == "[" and value == low)) and (
-        value < high or (interval[-1] == "]" and value == high)
-    )
-
-
-def has_type(value: Any, hint: Any) -> bool:
-    """Whether a value has an annotated type; whole numbers are also floating-point numbers, truth values are none."""
-    if hint is Any:
-        return True
-    types = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if isinstance(value, bool):
-        return bool in types
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    if isinstance(value, int) and float in types:
-        return True
-    return isinstance(value, tuple(get_origin(one) or one for one in types))
 
 
 def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: str | None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,7 +26,9 @@ from ldlm_hf import (
     LDLMTokenDecoderConfig,
     LDLMTransformer1DModel,
 )
-from speed import benchmark
+from speed import measuring, workloads
+from speed.matrix_products import MatrixProductRecorder
+from speed.workloads import GEOMETRIES, Case
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,8 +61,8 @@ def measured() -> Callable[..., dict[str, Any]]:
 
     @functools.cache
     def measure(workload: str, length: int, dtype: str) -> list[dict[str, Any]]:
-        case = benchmark.Case(workload, "tiny", length, TOKENS // length, dtype, "cpu", repeats=1, profile=False)
-        return [asdict(item) for item in benchmark.measure_case(case)]
+        case = Case(workload, "tiny", length, TOKENS // length, dtype, "cpu", repeats=1)
+        return [asdict(item) for item in measuring.measure_case(case)]
 
     def find(name: str, length: int, dtype: str = "float32") -> dict[str, Any]:
         items = measure("training" if name == "training step" else "sampling", length, dtype)
@@ -70,17 +73,16 @@ def measured() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command writes and prints, measured in this process."""
     output = tmp_path_factory.mktemp("benchmark") / "report.json"
     options = ["--geometry", "tiny", "--workloads", "sampling", "peers", "--lengths", "8", "--dtypes", "bfloat16"]
     options += ["--sampling_tokens", str(TOKENS), "--repeats", "1", "--profile", "--device", "cpu"]
-    options += ["--peer_lengths", "8", "--peer_batch_size", "2", "--nfe", "4", "128"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "training/benchmark.py", *options, "--output", str(output)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(output.read_text())
-    report["printed"] = done.stdout
-    return report
+    options += ["--peer_lengths", "8", "--peer_batch_size", "2", "--nfe", "4", "128", "--output", str(output)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(measuring, "in_fresh_process", lambda measure, case: measure(case))
+        patch.setattr(sys, "argv", ["benchmark.py", *options])
+        runpy.run_path(str(REPOSITORY / "training" / "benchmark.py"), run_name="__main__")
+    return {**json.loads(output.read_text()), "printed": printed.getvalue()}
 
 
 def matrix_sizes(module: Any) -> dict[str, int]:
@@ -158,6 +160,13 @@ def test_training_step_flops(measured: Callable[..., dict[str, Any]], length: in
     assert examples in range(1, batch_size + 1)
 
 
+@pytest.mark.slow
+def test_a_fresh_process_measures_the_same_products(measured: Callable[..., dict[str, Any]]) -> None:
+    case = Case("sampling", "tiny", 8, TOKENS // 8, "float32", "cpu", repeats=1)
+    step, decode = measuring.in_fresh_process(measuring.measure_case, case)
+    assert (step.flops, decode.flops) == tuple(measured(name, 8)["flops"] for name in ("sampling step", "decode"))
+
+
 def test_every_field_is_reported(measured: Callable[..., dict[str, Any]], report: dict[str, Any]) -> None:
     items = [*report["measurements"], measured("training step", 8, "bfloat16")]
     assert [item["workload"] for item in items] == ["sampling step", "decode", "training step"]
@@ -184,19 +193,13 @@ def test_every_field_is_reported(measured: Callable[..., dict[str, Any]], report
 
 def test_printed_tables(report: dict[str, Any]) -> None:
     printed = report["printed"]
-    headings = (
-        "## Machine",
-        "## Measured",
-        "## Whole sampling, by arithmetic",
-        "## Cost against L",
-        "## Seconds a sample",
-    )
-    for heading in headings:
-        assert heading in printed
+    assert printed.count("\n## ") + printed.startswith("## ") == 5
     assert f"| cpu | {report['machine']['cpu']} |" in printed
     assert f"| vector_instructions | {torch.backends.cpu.get_cpu_capability()} |" in printed
     for item in report["measurements"]:
-        assert f"| {item['workload']} | {item['dtype']} | {item['length']} | {item['batch_size']} |" in printed
+        row = f"| {item['workload']} | {item['dtype']} | {item['length']} | {item['batch_size']} |"
+        # one among the measured, and one for each operator
+        assert printed.count(row) == 1 + len(item["operators"])
 
 
 def test_peers_are_reported(report: dict[str, Any]) -> None:
@@ -220,9 +223,9 @@ def test_peers_are_reported(report: dict[str, Any]) -> None:
 
 def test_peers_have_the_denoisers_backbone() -> None:
     """The same blocks, and beside them an embedding and a vocabulary projection."""
-    case = benchmark.Case("peers", "tiny", 8, 2, "float32", "cpu", repeats=1, profile=False)
-    masked, uniform, autoregressive = (peer.model for peer in benchmark.build_peers(case))
-    denoiser = benchmark.build_denoiser(benchmark.GEOMETRIES["tiny"], 8)
+    peers = workloads.peer_workloads(Case("peers", "tiny", 8, 2, "float32", "cpu", repeats=1))
+    masked, uniform, autoregressive = (model for peer in peers for model in peer.modules)
+    denoiser = workloads.build_denoiser(GEOMETRIES["tiny"], 8)
     shapes = {name: value.shape for name, value in denoiser.state_dict().items() if not name.startswith("proj_")}
     for peer in (masked, uniform):
         added = {name: tuple(value.shape) for name, value in peer.state_dict().items() if name not in shapes}
@@ -234,7 +237,7 @@ def test_peers_have_the_denoisers_backbone() -> None:
 
 
 def test_the_papers_autoregressive_peer_is_gpt2_small() -> None:
-    config = benchmark.gpt2_config(benchmark.GEOMETRIES["paper"], 1024)
+    config = workloads.gpt2_config(GEOMETRIES["paper"], 1024)
     standard = GPT2Config()
     for name in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"):
         assert getattr(config, name) == getattr(standard, name)
@@ -244,17 +247,17 @@ def test_compiled_blocks_count_the_same_products(
     measured: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the default backend needs a C++ compiler and half a minute a block
-    compile_with = functools.partial(benchmark.compile_blocks, backend="aot_eager")
-    monkeypatch.setattr(benchmark, "compile_blocks", compile_with)
+    compile_with = functools.partial(workloads.compile_blocks, backend="aot_eager")
+    monkeypatch.setattr(workloads, "compile_blocks", compile_with)
     torch._dynamo.reset()
     counters.clear()
-    case = benchmark.Case("sampling", "tiny", 8, TOKENS // 8, "float32", "cpu", repeats=1, profile=False, compile=True)
-    step, decode = benchmark.measure_case(case)
+    case = Case("sampling", "tiny", 8, TOKENS // 8, "float32", "cpu", repeats=1, compile=True)
+    step, decode = measuring.measure_case(case)
     # the denoiser's block, the token decoder's, and the latent decoder's, whose first has expanded latents to read
     assert counters["stats"]["unique_graphs"] == 4
     assert step.flops == measured("sampling step", 8)["flops"]
     assert decode.flops == measured("decode", 8)["flops"]
-    timings = benchmark.measure_peers(case)
+    timings = measuring.measure_peers(case)
     assert len(timings) == 4
     torch._dynamo.reset()
 
@@ -262,13 +265,12 @@ def test_compiled_blocks_count_the_same_products(
 @pytest.mark.parametrize(
     "option", ["--repeats", "--lengths", "--sampling_tokens", "--peer_lengths", "--peer_batch_size", "--nfe"]
 )
-def test_bad_arguments(option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", option, "0"])
+def test_bad_arguments(option: str, run_script: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark.parse_arguments()
-    assert f"{option} 0 must be at least 1" in capsys.readouterr().err
+        run_script("benchmark", option, "0")
+    assert f"argument {option}: 0" in capsys.readouterr().err
 
 
 def test_unknown_products_are_not_forgotten() -> None:
-    with pytest.raises(NotImplementedError, match="convolution"), benchmark.MatrixProductRecorder():
+    with pytest.raises(NotImplementedError, match="convolution"), MatrixProductRecorder():
         torch.nn.functional.conv1d(torch.ones(1, 1, 4), torch.ones(1, 1, 2))

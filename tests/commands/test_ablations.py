@@ -6,11 +6,13 @@ import contextlib
 import json
 import math
 import os
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,19 +22,13 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from torch import nn
 
-from ablations.conductor import CommandProcess, Conductor, failure, main, size_of, training_command
-from ablations.definitions import (
-    JOINT,
-    TOKEN_DECODER,
-    AblationRun,
-    EvaluationPlan,
-    Plan,
-    dotted_values,
-    read_ablations,
-    times,
-)
+from ablate import main
+from ablations.definitions import JOINT, TOKEN_DECODER, EvaluationPlan, read_ablations
+from ablations.execution import CommandRunner, execute, run_all, training_command
+from ablations.runs import AblationRun, Plan, check_finished, dotted_values, read_scores, times
 from ablations.tables import described, last_gate
 from ldlm_hf.evaluation.folder_lock import lock_folder
 from ldlm_hf.loading.settings_reader import differences, load_settings, to_yaml
@@ -187,6 +183,10 @@ def plan_of(base: str, scale: float = 1.0, *overrides: str, config: Path = SHIPP
     return Plan(ablations, config.parent, base, scale, overrides, EvaluationPlan(), Path(root) / base)
 
 
+PAPER = plan_of("openwebtext_128")
+PAPER_DEFAULT = PAPER.run("default", 0)
+
+
 @pytest.fixture
 def tiny_config(tiny_overrides: list[str], backbone_folders: dict[str, Path], tiny_tokenizer, tmp_path: Path) -> Path:
     """The shipped rows and tables, with a base `tiny` whose runs take a second."""
@@ -207,45 +207,45 @@ def tiny_config(tiny_overrides: list[str], backbone_folders: dict[str, Path], ti
     return file
 
 
-class FinishedScript:
-    """A script that was run in this process."""
+class InThisProcess(CommandRunner):
+    """Runs scripts in this process, and keeps their commands."""
 
-    def __init__(self, status: int):
-        self.status = status
+    def __init__(self, run_script: Callable):
+        self.run_script = run_script
+        self.launched: list[list[str]] = []
 
-    def poll(self) -> int:
-        return self.status
-
-    def stop(self) -> None:
-        """There is nothing left to stop."""
-
-
-@pytest.fixture
-def launched() -> list[list[str]]:
-    """Commands that `ablate` has started."""
-    return []
-
-
-@pytest.fixture
-def ablate(tiny_config: Path, run_script: Callable, launched: list[list[str]], tmp_path: Path) -> Ablate:
-    """`ablate.py` on the base `tiny`, its commands run in this process."""
-
-    def launch(command: list[str], log: Path) -> FinishedScript:
-        launched.append(command)
+    def run(self, command: list[str], log: Path) -> int:
+        self.launched.append(command)
         script, *arguments = command[command.index("--config_file") + 2 :]
-        # of the script evaluate.py only these lines are its own
-        module = {"evaluate": "pipeline_evaluation"}.get(Path(script).stem, Path(script).stem)
         with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
-                run_script(module, *arguments)
+                self.run_script(Path(script).stem, *arguments)
             except Exception:
                 traceback.print_exc()
-                return FinishedScript(1)
-        return FinishedScript(0)
+                return 1
+        return 0
+
+
+@pytest.fixture
+def runner(run_script: Callable, monkeypatch: pytest.MonkeyPatch) -> InThisProcess:
+    # scripts have their signals handled, which threads must not
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
+    return InThisProcess(run_script)
+
+
+@pytest.fixture
+def launched(runner: InThisProcess) -> list[list[str]]:
+    """Commands that `ablate` has run."""
+    return runner.launched
+
+
+@pytest.fixture
+def ablate(tiny_config: Path, runner: InThisProcess, tmp_path: Path) -> Ablate:
+    """`ablate.py` on the base `tiny`, its commands run in this process."""
 
     def run(*arguments: str) -> int:
         common = ["--base", "tiny", "--config", str(tiny_config), "--output_dir", str(tmp_path / "ablations")]
-        return main("", [*common, *arguments], launch)
+        return main([*common, *arguments], runner)
 
     return run
 
@@ -340,9 +340,8 @@ def test_the_expectations_cover_every_row() -> None:
 
 @pytest.mark.parametrize("row", CHANGES)
 def test_a_row_changes_what_it_is_named_after_and_nothing_else(row: str) -> None:
-    plan = plan_of("openwebtext_128")
-    default, settings = plan.run("default", 0).settings, plan.run(row, 0).settings
-    changed = set(differences(settings, to_yaml(default))) - {"loop.output_dir"}
+    settings = PAPER.run(row, 0).settings
+    changed = set(differences(settings, to_yaml(PAPER_DEFAULT.settings))) - {"loop.output_dir"}
     # a section that is empty in one of them only
     changed -= {"model.latent_encoder", "model.latent_decoder"}
     values = dotted_values(settings)
@@ -481,7 +480,11 @@ def test_overrides_change_the_base_and_rows_win_over_them() -> None:
 
 
 def test_a_configuration_in_several_places_is_one_run_and_is_reused(
-    ablate: Ablate, launched: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ablate: Ablate,
+    launched: list[list[str]],
+    tiny_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = ["--table", "1", "--table", "7", "--rows", "default"]
     assert ablate(*rows, "--seeds", "2") == 0
@@ -523,13 +526,12 @@ def test_a_configuration_in_several_places_is_one_run_and_is_reused(
     assert [Path(one[4]).name for one in launched] == ["evaluate.py"]
     launched.clear()
     # nor are those of another precision, which only a call of evaluate.py by hand can have asked for
-    results = tmp_path / "ablations/tiny/default/seed-0/evaluation/results.json"
+    run = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations")).run("default", 0)
+    planned = EvaluationPlan(num_samples=6, sampling_seeds=2, steps=2, judge=None)
+    assert read_scores(run, planned) is not None
+    results = run.evaluation / "results.json"
     results.write_text(results.read_text(encoding="utf-8").replace('"float32"', '"bfloat16"'), encoding="utf-8")
-    assert ablate("--table", "7", "--rows", "self_attention", "--num_samples", "6", "--train_only") == 0
-    assert ablate("--table", "7", "--rows", "self_attention", "--num_samples", "100000") == 1
-    rows_of_7 = table_of(tmp_path, "7")[1]["rows"]
-    assert rows_of_7[0]["runs"][0]["problem"] == "not evaluated as asked"
-    assert "| Perceiver Resampler | not evaluated as asked |" in table_of(tmp_path, "7")[0]
+    assert read_scores(run, planned) is None
     launched.clear()
     assert ablate("--table", "7", "--rows", "default", "objective.decoder_noise=0.25") == 1
     assert launched == []
@@ -567,6 +569,9 @@ def test_a_failed_row_takes_those_that_need_it_and_no_others(
     assert "| failed |" not in text
     assert ": failed:" not in text
     assert [row["label"] for row in values["rows"] if "samples" in row["runs"][0]] == ["TEncDM", "COSMOS"]
+    launched.clear()
+    assert ablate("--table", "2", "--rows", "cosmos", "tencdm", "--num_samples", "3") == 0
+    assert launched == []
 
 
 def test_an_evaluation_that_fails_keeps_the_training(
@@ -610,31 +615,26 @@ def test_a_run_that_was_stopped_goes_on_and_feeds_a_token_decoder(
     assert values["rows"][2]["runs"][0]["held_out"]["reconstruction_accuracy"] >= 0
 
 
-def test_a_run_does_not_outlive_what_it_started_from(
-    ablate: Ablate, launched: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--rows", "token_decoder_head", "cosmos", "--train_only"]
-    folders = [tmp_path / "ablations/tiny" / row / "seed-0" for row in ("default", "cosmos_autoencoder")]
-    assert ablate(*arguments) == 0
-    launched.clear()
-    # the same settings give the same weights
-    shutil.rmtree(folders[0])
-    assert ablate(*arguments) == 0
-    assert trained(launched) == ["default/seed-0"]
-    assert capsys.readouterr().out.count("is trained already") == 3
-    for folder in folders:
-        shutil.rmtree(folder)
-    launched.clear()
-    assert ablate(*arguments, "optimizer.lr_warmup_steps=3", "optimizer.learning_rate=0.01") == 1
-    assert trained(launched) == ["default/seed-0", "cosmos_autoencoder/seed-0"]
-    for row in ("token_decoder_head", "cosmos"):
-        file = tmp_path / "ablations/tiny" / row / "seed-0/settings.yaml"
-        saved = OmegaConf.load(file)
-        OmegaConf.update(saved, "optimizer.lr_warmup_steps", 3)
-        OmegaConf.update(saved, "optimizer.learning_rate", 0.01)
-        OmegaConf.save(saved, file)
-    assert ablate(*arguments, "optimizer.lr_warmup_steps=3", "optimizer.learning_rate=0.01") == 1
-    assert capsys.readouterr().out.count("started from other components than those of") == 2
+@pytest.mark.parametrize(("row", "part"), [("token_decoder_head", "transformer"), ("cosmos", "token_decoder")])
+def test_a_run_does_not_outlive_what_it_started_from(row: str, part: str, tiny_config: Path, tmp_path: Path) -> None:
+    run = plan_of("tiny", config=tiny_config, root=str(tmp_path)).run(row, 0)
+    assert run.needs is not None
+    mine, theirs = (one.pipeline / part / "model.safetensors" for one in (run, run.needs))
+    for file in (mine, theirs):
+        file.parent.mkdir(parents=True)
+        save_file({"weight": torch.ones(2)}, file)
+    (run.folder / "settings.yaml").write_text(to_yaml(run.settings), encoding="utf-8")
+    assert not check_finished(run)
+    (run.pipeline / "README.md").write_text("card", encoding="utf-8")
+    assert check_finished(run)
+    # the same weights, written by another version
+    save_file({"weight": torch.ones(2)}, theirs, metadata={"format": "pt"})
+    assert check_finished(run)
+    save_file({"weight": torch.zeros(2)}, theirs)
+    with pytest.raises(ValueError, match="started from other components than those of"):
+        check_finished(run)
+    shutil.rmtree(run.needs.folder)
+    assert check_finished(run)
 
 
 def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, tmp_path: Path) -> None:
@@ -669,42 +669,41 @@ def test_the_last_gate_is_that_of_the_last_step() -> None:
         assert (gate == 1) is ends
 
 
-class Sleeper:
-    """A process that trains nothing, so that its run counts as failed."""
+class Sleeper(CommandRunner):
+    """Trains nothing, so that its runs count as failed; one of them cannot be started."""
 
-    running = most = 0
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.now = self.most = 0
 
-    def __init__(self, command: list[str], log: Path):
+    def run(self, command: list[str], log: Path) -> int:
+        if log.parent.name == "uniform":
+            raise OSError("no space left")
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.1)
         log.write_text("nothing was trained", encoding="utf-8")
-        self.process = subprocess.Popen(["sleep", "0.5"])
-        Sleeper.running += 1
-        Sleeper.most = max(Sleeper.most, Sleeper.running)
-
-    def poll(self) -> int | None:
-        status = self.process.poll()
-        Sleeper.running -= status is not None
-        return status
-
-    def stop(self) -> None:
-        self.process.terminate()
+        with self.lock:
+            self.now -= 1
+        return 0
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_as_many_runs_at_a_time_as_asked_for(tiny_config: Path, jobs: int, tmp_path: Path) -> None:
-    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
+    plan, runner = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations")), Sleeper()
     names = ["cosmos_autoencoder", "cosmos", "default", "token_decoder_head", "uniform"]
     runs = [plan.run(name, 0) for name in names]
-    conductor = Conductor(plan, jobs, Sleeper)
-    Sleeper.running = Sleeper.most = 0
-    conductor.work(runs, set(runs))
-    assert Sleeper.most == jobs
-    problems = {run.row: problem for run, problem in conductor.problems.items()}
+    problems = {run.row: problem for run, problem in run_all(runs, set(runs), plan, jobs, runner).items()}
+    assert runner.most == jobs
     assert set(problems) == set(names)
     for name, needed in (("cosmos", "cosmos_autoencoder"), ("token_decoder_head", "default")):
         assert problems[name] == f"needs {needed} (seed 0), which failed"
-    assert all("nothing was trained" in problems[name] for name in ("cosmos_autoencoder", "default", "uniform"))
+    assert problems["uniform"] == "could not be started: no space left"
+    assert all("nothing was trained" in problems[name] for name in ("cosmos_autoencoder", "default"))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, repository: Path, tmp_path: Path) -> None:
     output_dir = tmp_path / "ablations"
     command = [
@@ -720,7 +719,7 @@ def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, reposi
             time.sleep(0.05)
         # another call, of the same rows or of others
         with pytest.raises(OSError, match="tiny is in use by another process.*name another --output_dir"):
-            main("", [*command[2:8], "--rows", "self_attention", "--train_only"])
+            main([*command[2:8], "--rows", "self_attention", "--train_only"])
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=120)
     printed = (tmp_path / "log").read_text(encoding="utf-8")
@@ -734,62 +733,66 @@ def test_a_process_that_is_stopped_leaves_a_checkpoint(tiny_config: Path, reposi
     assert not (output_dir / "tiny/uniform").exists()
 
 
+@pytest.mark.slow
 def test_what_an_ablation_that_was_killed_leaves_running_keeps_its_folder(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import time; time.sleep(600)", encoding="utf-8")
     accelerate = str(SHIPPED.parents[1] / "accelerate/one_cpu.yaml")
     command = ["accelerate", "launch", "--config_file", accelerate, str(tmp_path / "script.py")]
     with lock_folder(tmp_path, "wait") as lock:
-        process = CommandProcess(command, tmp_path / "log", dict(os.environ), lock)
+        runner = CommandRunner(os.environ, lock)
+        thread = threading.Thread(target=runner.run, args=(command, tmp_path / "log"))
+        thread.start()
+        deadline = time.monotonic() + 60
+        while not runner.running and time.monotonic() < deadline:
+            time.sleep(0.05)
     with pytest.raises(OSError, match="in use"):
         lock_folder(tmp_path, "wait")
-    process.stop()
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    runner.stop()
+    thread.join(timeout=60)
     lock_folder(tmp_path, "wait").close()
     # nobody is left to be stopped
-    process.stop()
+    runner.stop()
 
 
-def test_a_request_to_stop_reaches_what_is_just_being_started(tiny_config: Path, tmp_path: Path) -> None:
+def test_a_request_to_stop_reaches_what_is_just_being_started(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
-
-    def launch(command: list[str], log: Path) -> Sleeper:
-        process = Sleeper(command, log)
-        conductor.stop()
-        return process
-
-    conductor = Conductor(plan, 1, launch)
     runs = [plan.run("default", 0), plan.run("uniform", 0)]
-    conductor.work(runs, set())
-    assert conductor.problems[runs[0]] == "stopped before its end; the same call goes on with it"
-    assert conductor.problems[runs[1]] == "stopped before it began"
+    started = []
 
+    def start_and_stop(*arguments: Any, start: Callable = subprocess.Popen, **options: Any) -> subprocess.Popen:
+        started.append(start(*arguments, **options))
+        runner.stop()
+        return started[-1]
 
-def test_a_run_that_cannot_be_started_loses_no_other(tiny_config: Path, tmp_path: Path) -> None:
-    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
-
-    def launch(command: list[str], log: Path) -> Sleeper:
-        if "default" in str(log):
-            raise OSError("no space left")
-        return Sleeper(command, log)
-
-    conductor = Conductor(plan, 2, launch)
-    runs = [plan.run("uniform", 0), plan.run("default", 0)]
-    conductor.work(runs, set())
-    assert conductor.problems[runs[1]] == "could not be started: no space left"
-    assert "nothing was trained" in (conductor.problems[runs[0]] or "")
+    monkeypatch.setattr(subprocess, "Popen", start_and_stop)
+    with lock_folder(tmp_path) as lock:
+        runner = CommandRunner(os.environ, lock)
+        problems = run_all(runs, set(), plan, 1, runner)
+    assert problems[runs[0]] == "stopped before its end; the same call goes on with it"
+    assert problems[runs[1]] == "stopped before it began"
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
 
 
 def test_a_failure_is_told_in_the_words_of_the_process_that_failed(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("ValueError: of yesterday\n", encoding="utf-8")
-    earlier = size_of(log)
-    assert failure("training", -9, log, earlier).startswith("training ended with status -9: no output (")
-    with log.open("a") as output:
-        output.write("step 3\n")
-    assert failure("training", -9, log, earlier).startswith("training ended with status -9: step 3 (")
-    assert "of yesterday" in failure("training", 1, log, size_of(tmp_path / "none"))
+    run = plan_of("demo", root=str(tmp_path)).run("default", 0)
+    run.log.parent.mkdir(parents=True)
+    run.log.write_text("ValueError: of yesterday\n", encoding="utf-8")
+
+    class Printing(CommandRunner):
+        def __init__(self, text: str):
+            self.text = text
+
+        def run(self, command: list[str], log: Path) -> int:
+            with log.open("a") as output:
+                output.write(self.text)
+            return -9
+
+    complaint = "subprocess.CalledProcessError: non-zero exit status\n"
+    for text, said in (("", "no output"), ("step 3\n\n", "step 3"), ("OSError: full\n" + complaint, "OSError: full")):
+        ending = execute("training", [], run, Printing(text))
+        assert ending.startswith(f"training ended with status -9: {said} (log: ")
 
 
 # commands
@@ -799,11 +802,10 @@ def test_a_failure_is_told_in_the_words_of_the_process_that_failed(tmp_path: Pat
 def test_printed_commands_are_read_by_the_scripts_in_the_order_of_their_needs(
     base: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
-    from ldlm_hf.training.launch import parse_arguments as parse_evaluation
-
+    parse_evaluation = runpy.run_path(str(repository / "training/evaluate.py"))["parse_arguments"]
     monkeypatch.chdir(repository)
     tables = [text for number in ABLATIONS.tables for text in ("--table", number)]
-    assert main("", ["--base", base, *tables, "--print_commands", "--judge", "none"]) == 0
+    assert main(["--base", base, *tables, "--print_commands", "--judge", "none"]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len({tuple(line) for line in lines}) == len(lines)
     finished: set[str] = set()
@@ -854,12 +856,9 @@ def test_printed_commands_are_read_by_the_scripts_in_the_order_of_their_needs(
 def test_bad_command_lines_name_what_is_known_and_start_nothing(
     arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def launch(command: list[str], log: Path) -> FinishedScript:
-        raise AssertionError(command)
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=expected):
-        main("", arguments, launch)
+        main(arguments)
     assert not list(tmp_path.iterdir())
 
 

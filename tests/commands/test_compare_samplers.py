@@ -60,11 +60,11 @@ def test_the_best_sampler_has_the_lowest_perplexity_at_matched_entropy(tmp_path:
     assert done.returncode == 0, done.stderr
     rows = best_rows(tmp_path)
     assert [rows[budget][:3] for budget in ("1", "2", "4", "8")] == [
-        ["`model, own:self_condition_scale=1.5`", "1", "1,000 ± 0"],
-        ["`model, DDIM:eta=1.0,time_grid=learned`", "2", "800 ± 0"],
+        ["`model, own:self_condition_scale=1.5`", "1", "1,000.0 ± 0.5"],
+        ["`model, DDIM:eta=1.0,time_grid=learned`", "2", "800.0 ± 0.5"],
         # 200 has too little entropy
-        ["`model, own:self_condition_scale=1.5`", "3", "400 ± 0"],
-        ["`model, EulerMaruyama:time_grid=uniform`", "8", "300 ± 0"],
+        ["`model, own:self_condition_scale=1.5`", "3", "400.0 ± 0.5"],
+        ["`model, EulerMaruyama:time_grid=uniform`", "8", "300.0 ± 0.5"],
     ]
     assert rows["reference"][:2] == ["`model, EulerMaruyama:time_grid=uniform`", "8"]
     for name in ("samplers_perplexity", "samplers_mauve"):
@@ -77,7 +77,7 @@ def test_mauve_ranks_samplers_of_any_entropy(tmp_path: Path) -> None:
     assert compare(tmp_path, [scores], "--reference_nfe", "4").returncode == 0
     assert best_rows(tmp_path)["4"][0] == "`model, EulerMaruyama:time_grid=uniform`"
     by_mauve = (tmp_path / "out" / "samplers.md").read_text().split("Highest MAUVE")[1]
-    assert "| 4 | `model, DDIM:eta=1.0,time_grid=learned` | 4 | 200 ± 0 |" in by_mauve.split("##")[0]
+    assert "| 4 | `model, DDIM:eta=1.0,time_grid=learned` | 4 | 200.0 ± 0.5 |" in by_mauve.split("##")[0]
 
 
 def test_a_wider_tolerance_lets_in_less_entropy(tmp_path: Path) -> None:

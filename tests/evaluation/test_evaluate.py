@@ -22,20 +22,23 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from tokenizers import Tokenizer
 
-from figures import over_evaluations, pareto, smoothness
+from figures import evaluation as figures_of_evaluation
+from figures import over_evaluations, pareto, result_files, smoothness
 from figures.pareto import pareto_frontier
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TangentDDIMScheduler, TokenEntropy
-from ldlm_hf.evaluation import run as pipeline_evaluation
+from ldlm_hf.evaluation import plan as evaluation_plan
+from ldlm_hf.evaluation import run as evaluation_run
+from ldlm_hf.evaluation import scorer
 from ldlm_hf.evaluation.folder_lock import lock_folder
-from ldlm_hf.evaluation.part_cache import FinishedParts, module_digest, remove_unfinished
+from ldlm_hf.evaluation.part_cache import FinishedParts, module_digest, remove_half_written
 from ldlm_hf.evaluation.real_text import repeated_words, shuffled_words
-from ldlm_hf.evaluation.run import over_seeds
+from ldlm_hf.evaluation.results import over_seeds
 from ldlm_hf.evaluation.samples import SampleSet, pairs_of, sample_generator
 from ldlm_hf.metrics import load_judge
+from ldlm_hf.metrics.registry import SCORES
 
 
 Run = Callable[..., None]
-METRICS = ("generative_perplexity", "trimmed_mean_perplexity", "entropy", "diversity", "mauve")
 GUIDED = "own:self_condition_scale=1.5"
 COUNTS = ("num_texts", "num_blank_texts", "num_unscored_texts", "num_nonfinite_texts")
 
@@ -73,7 +76,7 @@ def run(run_script: Run, command: list[str], tmp_path: Path) -> Callable[..., di
     """Evaluates into a folder of `tmp_path`, with more or other options; gives the results."""
 
     def evaluate_into(folder: str, *more: str, arguments: list[str] = command) -> dict[str, Any]:
-        run_script("pipeline_evaluation", *arguments, "--output_dir", str(tmp_path / folder), *more)
+        run_script("evaluate", *arguments, "--output_dir", str(tmp_path / folder), *more)
         return read(tmp_path / folder)
 
     return evaluate_into
@@ -81,6 +84,12 @@ def run(run_script: Run, command: list[str], tmp_path: Path) -> Callable[..., di
 
 def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def drawn_points(results: dict[str, Any]) -> list[tuple[float, float]]:
+    """Entropy and perplexity of all points in the picture of the frontier."""
+    collections = pareto.plot_pareto([results]).axes[0].collections
+    return [tuple(points.get_offsets()[0]) for points in collections if isinstance(points, PathCollection)]
 
 
 def without_times(results: dict[str, Any]) -> list[Any]:
@@ -111,8 +120,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 ALL_SAMPLES = Counter((steps, seed, index) for steps in (1, 3) for seed in (0, 1) for index in range(20))
 
 
-def test_the_script_does_not_hide_the_package_of_its_name() -> None:
-    assert Path(sys.modules["pipeline_evaluation"].__file__).with_name("evaluate.py").is_file()
+def test_the_script_does_not_hide_the_package_of_its_name(repository: Path) -> None:
+    assert (repository / "training" / "evaluate.py").is_file() and str(repository / "training") in sys.path
     assert issubclass(TokenEntropy, evaluate.Metric)
     assert "site-packages" in evaluate.__file__
 
@@ -162,12 +171,12 @@ def test_numbers_are_the_metrics_own(
         assert found["mauve"] == pytest.approx(mauve["mauve"], abs=1e-6)
 
     # over seeds
-    for name in METRICS:
+    for name in SCORES:
         values = [one[name] for one in entry["sets"][0]["seeds"]]
         assert entry["sets"][0]["mean"][name] == pytest.approx(statistics.mean(values))
         assert entry["sets"][0]["std"][name] == pytest.approx(statistics.stdev(values))
         assert math.isfinite(results["real_text"][name])
-    assert set(METRICS) | set(COUNTS) <= results["controls"]["shuffled_words"].keys()
+    assert set(SCORES) | set(COUNTS) <= results["controls"]["shuffled_words"].keys()
     assert results["controls"]["repeated_words"]["entropy"] <= math.log(4)
     assert results["controls"]["repeated_words"]["diversity"] < results["real_text"]["diversity"]
     expected = {"num_samples": 20, "seeds": [0, 1], "steps": [1, 3], "judge": judge_folder.name, "mauve": True}
@@ -238,7 +247,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
 
     # and again while it scores
     scored = []
-    score_set = pipeline_evaluation.score_set
+    score_set = scorer.score_set
 
     def watched(*arguments: Any) -> Any:
         if len(scored) == 3:
@@ -247,11 +256,11 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(
         return score_set(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_evaluation, "score_set", watched)
+        patch.setattr(scorer, "score_set", watched)
         with pytest.raises(Killed):
             run("killed", "--controls")
     assert Counter(made) == ALL_SAMPLES
-    monkeypatch.setattr(pipeline_evaluation, "score_set", lambda *a: (scored.append(a[1]), score_set(*a))[1])
+    monkeypatch.setattr(scorer, "score_set", lambda *a: (scored.append(a[1]), score_set(*a))[1])
     resumed = run("killed", "--controls")
     assert Counter(made) == ALL_SAMPLES
     # real text, two controls, four sets: each once
@@ -317,7 +326,7 @@ def test_processes_on_devices_of_several_kinds_are_refused(
     run: Callable, made: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The times of a set would be of neither; here another process has told of its device."""
-    monkeypatch.setattr(pipeline_evaluation, "gather_object", lambda mine: [*mine, "another processor"])
+    monkeypatch.setattr(evaluation_plan, "gather_object", lambda mine: [*mine, "another processor"])
     with pytest.raises(ValueError, match=r"several kinds \(.*another processor.*launch them on one kind"):
         run("out", "--judge", "none", "--steps", "1")
     assert not made
@@ -348,17 +357,17 @@ def test_a_pipeline_that_changes_during_its_evaluation_is_refused(
     run: Callable, make_pipeline: Callable[..., LDLMPipeline], pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its samples would be kept under the name of what was there before."""
-    plan = pipeline_evaluation.plan
+    make_plan = evaluation_run.make_plan
 
     def plan_and_train(*arguments: Any) -> Any:
         pipeline = make_pipeline()
         with torch.no_grad():
             next(pipeline.transformer.parameters()).mul_(1.5)
         pipeline.save_pretrained(pipeline_folder)
-        return plan(*arguments)
+        return make_plan(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_evaluation, "plan", plan_and_train)
+        patch.setattr(evaluation_run, "make_plan", plan_and_train)
         with pytest.raises(OSError, match="has changed since this evaluation has begun"):
             run("out", "--judge", "none", "--steps", "1")
     assert run("out", "--judge", "none", "--steps", "1")["pipelines"]
@@ -373,7 +382,7 @@ def test_reference_features_are_made_once_for_all_evaluations(
     def never(*_: Any) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(pipeline_evaluation, "text_features", never)
+    monkeypatch.setattr(scorer, "text_features", never)
     assert without_times(run("second", *shared)) == without_times(first)
     with pytest.raises(AssertionError, match="made again"):
         run("third", "data.holdout_documents=7", *shared)
@@ -419,7 +428,8 @@ def test_blank_texts_are_counted_and_leave_no_number(
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| run | 1 | 1 | – | – | – | 0." in table and "| 40 | 40 | 0 |" in table
     assert (tmp_path / "out" / "pareto.png").is_file()
-    assert "no text to score: 2." in pareto.plot_pareto([results]).axes[0].get_title(loc="left")
+    real = results["real_text"]
+    assert drawn_points(results) == [(real["entropy"], real["generative_perplexity"])]
 
 
 @pytest.mark.parametrize(
@@ -464,7 +474,7 @@ def test_a_blank_reference_is_refused(run: Callable, tmp_path: Path) -> None:
 def test_bad_command_lines(run_script: Run, command: list[str], bad: list[str], tmp_path: Path) -> None:
     output = ["--output_dir", str(tmp_path / "out")] if bad else []
     with pytest.raises(SystemExit):
-        run_script("pipeline_evaluation", *command, *bad, *output)
+        run_script("evaluate", *command, *bad, *output)
 
 
 def test_pipelines_that_do_not_go_together(
@@ -549,7 +559,7 @@ def test_samplers_in_one_table(run: Callable, pipeline_folder: Path, tmp_path: P
     figure = over_evaluations.plot_over_evaluations([results])
     shown = {axes.get_ylabel(): axes for axes in figure.axes if axes.get_visible()}
     assert len(shown) == 4
-    curves = shown["entropy (nats)"].containers
+    curves = shown[SCORES["entropy"].heading].containers
     assert [list(curve.lines[0].get_xdata()) for curve in curves] == [[2, 3]] * 4 + [[3, 5]]
     assert list(curves[1].lines[0].get_ydata()) == [one["mean"]["entropy"] for one in entries[1]["sets"]]
     assert (tmp_path / "out" / "evaluations.png").is_file()
@@ -601,10 +611,8 @@ def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.M
     # what they show is what was measured
     entry = results["pipelines"][0]
     shown = [entry["sets"][0]["mean"], results["real_text"]]
-    axes = pareto.plot_pareto([results]).axes[0]
-    places = [tuple(points.get_offsets()[0]) for points in axes.collections if isinstance(points, PathCollection)]
-    assert places == [(one["entropy"], one["generative_perplexity"]) for one in shown]
-    assert [text.get_text() for text in axes.texts] == ["1"]
+    assert drawn_points(results) == [(one["entropy"], one["generative_perplexity"]) for one in shown]
+    assert [text.get_text() for text in pareto.plot_pareto([results]).axes[0].texts] == ["1"]
     (line,) = smoothness.plot_smoothness([results]).axes[0].lines
     assert list(line.get_xdata()) == entry["interpolation"]["positions"]
     assert list(line.get_ydata()) == entry["interpolation"]["generative_perplexity"]
@@ -614,7 +622,7 @@ def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.M
     for script in (pareto, smoothness):
         figure = tmp_path / "figures" / script.__name__
         monkeypatch.setattr(sys, "argv", ["", first, str(tmp_path / "b.json"), "--output", f"{figure}.png"])
-        script.draw("", getattr(script, f"plot_{script.__name__}"))
+        result_files.draw("", getattr(script, f"plot_{script.__name__}"))
         assert figure.with_suffix(".png").is_file()
     for name, expected in (
         ("another_judge", "different judges"),
@@ -625,7 +633,7 @@ def test_figures_from_any_number_of_results(run: Callable, monkeypatch: pytest.M
     ):
         monkeypatch.setattr(sys, "argv", ["", first, str(tmp_path / f"{name}.json"), "--output", str(tmp_path / "x")])
         with pytest.raises((ValueError, OSError), match=expected):
-            pareto.draw("", pareto.plot_pareto)
+            result_files.draw("", pareto.plot_pareto)
     del results["pipelines"][0]["interpolation"]
     with pytest.raises(ValueError, match="evaluate with --interpolation"):
         smoothness.plot_smoothness([results])
@@ -656,7 +664,7 @@ def test_results_are_there_when_everything_else_is(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline_evaluation, "plot_pareto", fails)
+        patch.setattr(figures_of_evaluation, "plot_pareto", fails)
         with pytest.raises(OSError, match="disk is full"):
             run("out", "--seeds", "1", "--steps", "1")
     assert not (tmp_path / "out" / "results.json").exists()
@@ -726,7 +734,7 @@ def test_finished_parts(tmp_path: Path) -> None:
     assert rows.load(5)["values"].tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
     with pytest.raises(KeyError, match="5"):
         rows.load(6)
-    remove_unfinished(tmp_path, *tmp_path.iterdir())
+    remove_half_written(tmp_path, *tmp_path.iterdir())
     assert not list(tmp_path.rglob("*.unfinished")) and len(list(rows.folder.iterdir())) == 3
 
 

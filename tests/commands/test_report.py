@@ -17,24 +17,33 @@ from PIL import Image
 
 from figures.logged_runs import (
     NotLoggedError,
-    compare_sampling,
     differing_settings,
     distinguishing_names,
     gate_error,
-    largest_fall,
-    line_deviation,
     logged_gate,
-    loss_over_own_time,
-    loss_over_t,
     read_logged_run,
     read_logged_runs,
+)
+from figures.loss_over_time import (
+    compare_sampling,
+    largest_fall,
+    line_deviation,
+    loss_over_own_time,
+    loss_over_t,
     timestep_cdf,
 )
-from figures.report import write_report
+from figures.report import (
+    comparison_lines,
+    deviation_table,
+    gate_distance,
+    logging_steps,
+    remarks_on_loss,
+    write_report,
+)
 from figures.runs import moving_mean, plot_training, plot_warmup
 from figures.style import COLOURS, LINES, run_style
 from ldlm_hf import warmup_gate
-from ldlm_hf.hub.model_card import RunResults, Source, TextScores
+from ldlm_hf.hub.run_files import RunResults, Source, TextScores
 from ldlm_hf.loading.settings_reader import load_settings, to_yaml
 from ldlm_hf.training.settings import RunSettings
 
@@ -141,7 +150,7 @@ def test_adaptive_run_is_read_over_warped_time(tmp_path: Path) -> None:
     curve = loss_over_own_time(run, 1)
     assert curve.variable == "u" and not curve.is_interpolated and curve.steps == (40,)
     assert curve.times.tolist() == TIMES.tolist()
-    assert line_deviation(curve.times, curve.losses).rms < 1e-12
+    assert curve.deviation.rms < 1e-12
     times, cdf = timestep_cdf(run, 1)
     assert (times[0], cdf[0], times[-1], cdf[-1]) == (0, 0, 1, 1)
     assert cdf.tolist() == np.sqrt(times).tolist()
@@ -179,9 +188,10 @@ def test_adaptive_sampler_that_had_not_taken_over_is_neither_kind(tmp_path: Path
         lambda line: {key: value for key, value in line.items() if "cdf" not in key} | {"adaptive_timesteps": 0.0},
     )
     write_run(tmp_path / "uniform")
-    text = write_report(read_logged_runs([tmp_path / "early", tmp_path / "uniform"]), tmp_path / "report")
-    assert "sampler of early had not taken over yet" in text
-    assert "is not given: it takes one of each" in text
+    runs = read_logged_runs([tmp_path / "early", tmp_path / "uniform"])
+    curves = {run.name: loss_over_own_time(run, 1) for run in runs}
+    assert [len(remarks_on_loss(run, curves[run.name], None)) for run in runs] == [1, 0]
+    assert compare_sampling(runs, curves) == []
 
 
 def test_mean_of_the_last_evaluations(tmp_path: Path) -> None:
@@ -198,7 +208,7 @@ def test_mean_of_the_last_evaluations(tmp_path: Path) -> None:
     curve = loss_over_own_time(run, 2)
     assert curve.steps == (30, 40)
     assert curve.losses == pytest.approx(35 * np.sqrt(TIMES))
-    assert line_deviation(curve.times, curve.losses).rms == pytest.approx(line_deviation(TIMES, np.sqrt(TIMES)).rms)
+    assert curve.deviation.rms == pytest.approx(line_deviation(TIMES, np.sqrt(TIMES)).rms)
     with pytest.raises(ValueError, match="run has 3 at its end that are over the same times.*ask for 3 at most"):
         loss_over_own_time(run, 4)
     with pytest.raises(ValueError, match="last_evaluations 0 must be at least 1"):
@@ -225,18 +235,15 @@ def test_adaptive_runs_are_compared_with_the_uniform_runs_most_like_them(tmp_pat
         [tmp_path / name for name in ("adaptive-0", "adaptive-1", "no-warmup", "uniform-0", "uniform-1")]
     )
     curves = {run.name: loss_over_own_time(run, 1) for run in runs}
-    deviations = {name: line_deviation(curve.times, curve.losses) for name, curve in curves.items()}
-    pairs = compare_sampling(runs, curves, deviations)
+    pairs = compare_sampling(runs, curves)
     assert [(pair.adaptive, pair.uniform, pair.other_settings) for pair in pairs] == [
         ("adaptive-0", "uniform-0", []),
         ("adaptive-1", "uniform-1", []),
     ]
     assert all(pair.rms < 1e-12 for pair in pairs)
-    text = write_report(runs, tmp_path / "report")
-    assert "Over the 2 pairs that differ in nothing but the sampler and the seed" in text
-    assert "RMS deviations is 0.000 ± 0.000" in text and "does not tell what the sampler alone does" not in text
+    assert "0.000 ± 0.000" in comparison_lines(pairs)[-1]
     only = [run for run in runs if run.name in ("adaptive-1", "no-warmup", "uniform-0")]
-    [pair] = compare_sampling(only, curves, deviations)
+    [pair] = compare_sampling(only, curves)
     assert (pair.uniform, pair.other_settings) == ("uniform-0", ["loop.seed"])
     assert differing_settings(only[:2]) == [
         "loop.seed",
@@ -245,37 +252,31 @@ def test_adaptive_runs_are_compared_with_the_uniform_runs_most_like_them(tmp_pat
     ]
 
 
-def test_ratio_in_the_report_is_that_of_the_deviations(tmp_path: Path) -> None:
+def test_ratios_in_the_report_are_those_of_the_deviations(tmp_path: Path) -> None:
     """Uniform: sqrt(t). Adaptive with F = t^(1/4), so the loss over u is u^2: both deviations have closed forms."""
     write_run(tmp_path / "uniform")
+    write_run(tmp_path / "other", "warmup.steps=0")
     write_run(tmp_path / "adaptive", cdf=lambda t: t**0.25, quantile=lambda u: u**4)
-    text = write_report(read_logged_runs([tmp_path / "adaptive", tmp_path / "uniform"]), tmp_path / "report")
-    over_u, over_t = line_deviation(TIMES, TIMES**2), line_deviation(TIMES, np.sqrt(TIMES))
-    row = f"| adaptive | uniform | {over_u.rms / over_t.rms:.3f} | {over_u.maximum / over_t.maximum:.3f} | no | none |"
-    assert row in text
-    assert f"| adaptive | u | 40 | {GRID} | 3 at most | {over_u.rms:.2%} |" in text
-    assert f"| uniform | t | 40 | {GRID} | 3 at most | {over_t.rms:.2%} |" in text
+    for name, others in (("uniform", "none"), ("other", "`warmup.steps`")):
+        runs = read_logged_runs([tmp_path / "adaptive", tmp_path / name])
+        curves = {run.name: loss_over_own_time(run, 1) for run in runs}
+        over_u, over_t = line_deviation(TIMES, TIMES**2), line_deviation(TIMES, np.sqrt(TIMES))
+        ratios = f"{over_u.rms / over_t.rms:.3f} | {over_u.maximum / over_t.maximum:.3f}"
+        lines = comparison_lines(compare_sampling(runs, curves))
+        assert lines[2] == f"| adaptive | {name} | {ratios} | no | {others} |"
+        table = deviation_table(runs, curves, {run.name: loss_over_t(run, 1) for run in runs})
+        assert table[2].startswith(f"| adaptive | u | 40 | {GRID} | 3 at most | {over_u.rms:.2%} |")
+        assert table[3].startswith(f"| {name} | t | 40 | {GRID} | 3 at most | {over_t.rms:.2%} |")
 
 
-def test_ratio_between_runs_that_differ_in_more_is_said_to_be_that(tmp_path: Path) -> None:
-    write_run(tmp_path / "uniform", "warmup.steps=0")
-    write_run(tmp_path / "adaptive", cdf=np.sqrt, quantile=np.square)
-    text = write_report(read_logged_runs([tmp_path / "adaptive", tmp_path / "uniform"]), tmp_path / "report")
-    assert "| adaptive | uniform | 0.000 | 0.000 | yes | `warmup.steps` |" in text
-    assert "does not tell what the sampler alone does" in text and "pairs that differ in nothing" not in text
-
-
-def test_caption_states_what_the_window_holds(tmp_path: Path) -> None:
-    run = read_logged_run(write_run(tmp_path / "run"), "run")
-    assert "not smoothed, since a window of 1 steps holds one line" in write_report([run], tmp_path / "report")
-    smoothed = write_report([run], tmp_path / "report", smoothing_steps=8)
-    assert "moving means over a window of 8 steps, which holds 5 lines of the log" in smoothed
+def test_the_window_is_counted_in_lines_of_training_text(tmp_path: Path) -> None:
+    assert logging_steps(read_logged_run(write_run(tmp_path / "run"), "run")) == 2
 
 
 def test_falling_loss_is_said(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", loss=lambda t: 1 - np.sqrt(t))
-    text = write_report(read_logged_runs([tmp_path / "run"]), tmp_path / "report")
-    assert "The loss of run over t falls with t somewhere, by 100% of its range" in text
+    for name, loss, count in (("falls", lambda t: 1 - np.sqrt(t), 1), ("grows", np.sqrt, 0)):
+        run = read_logged_run(write_run(tmp_path / name, loss=loss), name)
+        assert len(remarks_on_loss(run, None, loss_over_t(run, 1))) == count
 
 
 def test_warmup_curve_and_logged_points_are_the_formula(tmp_path: Path) -> None:
@@ -298,7 +299,7 @@ def test_warmup_curve_and_logged_points_are_the_formula(tmp_path: Path) -> None:
     edit_log(tmp_path / "run", lambda line: line | ({"gate": 0.5} if "gate" in line else {}))
     changed = read_logged_run(tmp_path / "run", "changed")
     assert gate_error(changed) == pytest.approx(0.5)
-    assert "**not the settings' warmup**" in write_report([changed], tmp_path / "report")
+    assert gate_distance(run) == "0.0e+00" and gate_distance(changed).startswith("5.0e-01: **")
 
 
 def test_training_curves_hold_what_was_logged(tmp_path: Path) -> None:
@@ -342,7 +343,7 @@ def test_report_of_a_finished_run_has_its_machine_and_scores(tmp_path: Path) -> 
         seconds=90.0,
         num_held_out=40,
         judge={"name": "org/judge", "max_length": 8, "add_bos": False},
-        sample_scores=TextScores(30, 1.5, 0.75, 321.06),
+        sample_scores=TextScores(30, {"entropy": 1.5, "diversity": 0.75, "generative_perplexity": 321.06}),
     ).save(tmp_path / "run" / "results.json")
     text = write_report(read_logged_runs([tmp_path / "run"]), tmp_path / "report")
     assert "| run | 40 | 0 | a processor | 1.5 minutes | – |" in text
@@ -411,6 +412,7 @@ def test_bad_input(tmp_path: Path) -> None:
         read_logged_runs([other])
 
 
+@pytest.mark.slow
 def test_from_a_real_run_to_the_page(
     run_script: Callable[..., None], tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

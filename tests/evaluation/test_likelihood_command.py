@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldlm_hf import LDLMPipeline, LikelihoodBound, LikelihoodSettings
-from ldlm_hf.evaluation.likelihood import calibrate
+from ldlm_hf.evaluation.likelihood import LikelihoodOptions, calibrate
 
 
 Run = Callable[..., None]
@@ -50,9 +50,12 @@ def test_terms_add_up_and_settings_come_from_the_run(bound: Callable[..., dict[s
     bits = results["terms"]["total"]["bits_per_token"]
     assert bits * 0.6931471805599453 == pytest.approx(nats["total"])
     text = (trained / "likelihood" / "likelihood.md").read_text(encoding="utf-8")
-    assert "token perplexity" in text
+    assert f"| {nats['total']:,.4f} | {bits:,.4f} |" in text
     assert str(trained.parent) not in text
     assert bound()["terms"] == results["terms"]
+    tokens_only = bound("--tokens_only")["terms"]
+    assert {"hidden_reconstruction", "total"} == results["terms"].keys() - tokens_only.keys()
+    assert tokens_only["tokens_only"] == results["terms"]["tokens_only"]
 
 
 def test_calibration_measures_what_its_names_say(make_components: Callable, random_tokens: Callable) -> None:
@@ -71,12 +74,6 @@ def test_calibration_measures_what_its_names_say(make_components: Callable, rand
     for one in (measured, in_batches):
         assert one.hidden_error == pytest.approx(float((predicted - hidden_states).square().mean().sqrt()), rel=1e-4)
         assert one.latent_std == pytest.approx(float(latents.var(0, correction=0).mean().sqrt()), rel=1e-5)
-
-
-def test_tokens_alone_have_the_same_bound(bound: Callable[..., dict[str, Any]]) -> None:
-    whole, tokens_only = bound(), bound("--tokens_only")
-    assert {"hidden_reconstruction", "total"} == whole["terms"].keys() - tokens_only["terms"].keys()
-    assert tokens_only["terms"]["tokens_only"] == whole["terms"]["tokens_only"]
 
 
 def test_times_from_the_runs_own_sampler(
@@ -128,3 +125,12 @@ def test_what_the_bound_cannot_be_had_of_is_refused(
     LDLMPipeline(**pipe.components | {"latent_encoder": None}).save_pretrained(tmp_path / "without")
     with pytest.raises(ValueError, match="lacks latent_encoder"):
         run_script("likelihood", "--pipeline", str(tmp_path / "without"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("num_sequences", 1), ("times_per_sequence", 1), ("batch_size", 0), ("hidden_noise", 1.0)]
+)
+def test_options_that_leave_nothing_to_measure_are_refused(option: str, value: float) -> None:
+    settings: dict[str, Any] = {"encoder_noise": 0.1, "decoder_noise": 1.0, "tokens_only": True, option: value}
+    with pytest.raises(ValueError, match=option):
+        LikelihoodOptions(**settings)

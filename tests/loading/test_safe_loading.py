@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from hostile_repositories import CANARY, CASES, Case, attempt, make_repository, put_pickle
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
-from hostile_repositories import CANARY, CASES, Case, attempt, make_repository, put_pickle
 from ldlm_hf import (
     LDLMLatentDecoder,
     LDLMLatentDecoderConfig,
@@ -30,7 +30,8 @@ from ldlm_hf import (
     LDLMTransformer1DModel,
     TangentEulerMaruyamaScheduler,
 )
-from ldlm_hf.loading.safe_loading import check_settings, limited_construction, read_json
+from ldlm_hf.loading.checks import check_settings
+from ldlm_hf.loading.safe_loading import limited_construction, read_json
 from loopback_hub import LoopbackHub
 
 

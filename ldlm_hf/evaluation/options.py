@@ -1,0 +1,118 @@
+"""What an evaluation is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .real_text import CONTROLS, check_mauve_size
+from .samplers import OWN
+
+
+NO_JUDGE = "none"
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The options of `evaluate.py`, by their names there.
+
+    Attributes:
+        pipeline: folders or Hub ids of the pipelines.
+        output_dir: folder of the results.
+        names: what the results call the pipelines; None takes the names of their runs.
+        num_samples: texts of each set.
+        seeds: sets for each number of steps, of the seeds 0 to `seeds` - 1.
+        steps: numbers of denoising steps.
+        samplers: schedulers and their settings (see [`Sampler`]), each for all pipelines and steps.
+        judge: name of a causal language model, or `none`.
+        no_mauve: leaves MAUVE out.
+        batch_size: texts that a process samples at a time.
+        judge_batch_size: texts that the judge reads at a time.
+        dtype: of the pipelines' weights, a type of torch.
+        controls: whether controls made of real text are scored too.
+        interpolation: whether lines between the latents of real texts are decoded too.
+        num_pairs: lines; None is half the number of samples.
+        num_positions: evenly spaced points of each line, its ends included.
+        cache_dir: folder of MAUVE's reference features, for evaluations to share; None is the evaluation's own.
+
+    Raises:
+        ValueError: what no evaluation can work with.
+    """
+
+    pipeline: Sequence[str]
+    output_dir: Path
+    names: Sequence[str] | None = None
+    num_samples: int = 1000
+    seeds: int = 5
+    steps: Sequence[int] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    samplers: Sequence[str] = (OWN,)
+    judge: str = "gpt2-large"
+    no_mauve: bool = False
+    batch_size: int = 32
+    judge_batch_size: int = 8
+    dtype: str = "float32"
+    controls: bool = False
+    interpolation: bool = False
+    num_pairs: int | None = None
+    num_positions: int = 11
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.with_mauve:
+            check_mauve_size(self.num_samples)
+        if self.names is not None and len(self.names) != len(self.pipeline):
+            raise ValueError(f"--names gives {len(self.names)} names to {len(self.pipeline)} pipelines: name each.")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(
+                f"The pipelines' names {self.labels} are not all different: tell them apart with --names."
+            )
+        if len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"--steps {list(self.steps)} has a number twice: leave one out.")
+        if self.interpolation:
+            self.check_lines()
+        elif self.num_pairs is not None:
+            raise ValueError(f"--num_pairs {self.num_pairs} is of the lines that --interpolation decodes: add that.")
+
+    def check_lines(self) -> None:
+        """Raises ValueError for more lines than pairs of real texts, or without a point between their ends."""
+        if not 1 <= self.num_lines <= self.num_samples // 2:
+            raise ValueError(
+                f"--num_pairs {self.num_lines}: --num_samples {self.num_samples} real texts make at most "
+                f"{self.num_samples // 2} pairs. Ask for fewer pairs or more samples."
+            )
+        if self.num_positions < 3:
+            raise ValueError(f"--num_positions {self.num_positions}: a line needs its ends and a point between.")
+
+    @property
+    def labels(self) -> list[str]:
+        """What the results call the pipelines."""
+        return list(self.names or map(default_name, self.pipeline))
+
+    @property
+    def judge_name(self) -> str | None:
+        """The judge; None without one."""
+        return None if self.judge == NO_JUDGE else self.judge
+
+    @property
+    def with_mauve(self) -> bool:
+        """Whether MAUVE is measured."""
+        return self.judge_name is not None and not self.no_mauve
+
+    @property
+    def control_names(self) -> list[str]:
+        """The controls that are scored."""
+        return list(CONTROLS) if self.controls else []
+
+    @property
+    def num_lines(self) -> int:
+        """Lines between real texts, if they are asked for."""
+        return self.num_pairs or self.num_samples // 2
+
+
+def default_name(pipeline: str) -> str:
+    """RUN/pipeline → RUN's name; other folders and Hub ids by their own."""
+    path = Path(pipeline)
+    if not path.exists():
+        return pipeline
+    return path.resolve().parent.name if path.name == "pipeline" else path.resolve().name

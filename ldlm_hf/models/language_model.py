@@ -1,0 +1,101 @@
+"""What the token encoder does to a language model of transformers: keeps its first blocks, and leaves masks out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AttentionInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+UNMASKED_ATTENTION = "ldlm_unmasked"
+
+
+def language_model_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """A language model's configuration from its settings; ValueError if transformers has no language model of their
+    `model_type`. Others may load further models, of their own choice, when they are built."""
+    model_type = settings.get("model_type")
+    config_class = CONFIG_MAPPING[model_type] if model_type in list(CONFIG_MAPPING) else None
+    is_language_model = config_class in MODEL_FOR_CAUSAL_LM_MAPPING or config_class in MODEL_FOR_MASKED_LM_MAPPING
+    if config_class is None or not is_language_model:
+        raise ValueError(
+            f"backbone_config: model_type={model_type!r} is no causal or masked language model of this version of "
+            "transformers."
+        )
+    return config_class(**{key: value for key, value in settings.items() if key != "model_type"})
+
+
+def leave_out_masks(backbone: PreTrainedModel) -> None:
+    """Replaces torch's fused attention by the same without a mask, where a mask would say nothing."""
+    if backbone.config._attn_implementation == "sdpa" and needs_no_mask(backbone.config):
+        AttentionInterface.register(UNMASKED_ATTENTION, attend_without_mask)
+        backbone.set_attn_implementation(UNMASKED_ATTENTION)
+
+
+def needs_no_mask(backbone_config: PretrainedConfig) -> bool:
+    """Whether all layers attend to everything, or everything before: without padding, then, no mask says more."""
+    layer_types = getattr(backbone_config, "layer_types", None) or ["full_attention"]
+    return set(layer_types) == {"full_attention"} and getattr(backbone_config, "sliding_window", None) is None
+
+
+def attend_without_mask(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA over (B, H, L, D/H), causal where the language model is.
+
+    For the attentions that it knows, transformers first looks for packed sequences among the positions. A look at
+    values waits until an accelerator has done everything that was queued; for this attention it does not look.
+    """
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+def find_blocks(backbone: PreTrainedModel, num_blocks: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The list of a language model's blocks, and the module that it belongs to."""
+    for owner in backbone.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_blocks:
+                return owner, child
+    raise ValueError(
+        f"{type(backbone).__name__} holds no list of {num_blocks} blocks, so it cannot serve as a token encoder."
+    )
+
+
+def cut_config(backbone_config: PretrainedConfig, num_blocks: int) -> dict[str, Any]:
+    """The configuration of the same language model with its first `num_blocks` blocks only."""
+    cut = copy.deepcopy(backbone_config)
+    cut.num_hidden_layers = num_blocks
+    if getattr(cut, "layer_types", None) is not None:
+        cut.layer_types = cut.layer_types[:num_blocks]
+    cut.use_cache = False
+    config = cut.to_dict()
+    # the weights have been unpacked by now, and where they lay on this machine is nobody's business
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    return config
+
+
+def drop_parts_behind_blocks(backbone: PreTrainedModel, apply_final_norm: bool) -> None:
+    """Drops a language model's pooler, and its final norm unless that is asked for."""
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None
+    if not apply_final_norm:
+        owner, _ = find_blocks(backbone, backbone.config.num_hidden_layers)
+        for name, child in owner.named_children():
+            if "Norm" in type(child).__name__ and "embed" not in name:
+                setattr(owner, name, nn.Identity())

@@ -1,0 +1,243 @@
+"""Trains and evaluates the runs of a plan: each in a thread that starts its commands and waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import TextIO
+
+from ablations.definitions import EvaluationPlan
+from ablations.runs import AblationRun, Plan, check_finished, read_scores
+from ldlm_hf.evaluation.real_text import check_mauve_size
+from ldlm_hf.training.launch import check_judge
+from ldlm_hf.training.settings import EvaluationSettings
+
+
+TRAINING = Path(__file__).resolve().parents[1]
+# seconds between two looks whether the processes that were asked to stop have ended
+POLLING_INTERVAL = 0.2
+
+
+def shown(path: Path) -> str:
+    """A path as it is typed: relative to the working directory where it lies below it."""
+    path, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def launch_command(plan: Plan, script: str) -> list[str]:
+    """The beginning of every command."""
+    accelerate = shown(plan.directory / plan.base.accelerate)
+    return ["accelerate", "launch", "--config_file", accelerate, shown(TRAINING / script)]
+
+
+def training_command(run: AblationRun, plan: Plan) -> list[str]:
+    """Trains a run, or goes on with it from its last checkpoint; one that was stopped before its first starts anew."""
+    config = [] if run.config is None else ["--config", shown(run.config)]
+    flags = ["--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
+    return [*launch_command(plan, run.script), *config, *flags, *run.overrides]
+
+
+def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:
+    """Evaluates a run's pipeline."""
+    evaluation = plan.evaluation
+    options = {
+        "pipeline": run.pipeline,
+        "names": run.row,
+        "output_dir": run.evaluation,
+        "num_samples": evaluation.num_samples,
+        "seeds": evaluation.sampling_seeds,
+        "steps": evaluation.steps,
+        "judge": evaluation.judge or "none",
+        "batch_size": evaluation.batch_size,
+        "judge_batch_size": evaluation.judge_batch_size,
+        # the same reference texts for all of them
+        "cache_dir": plan.root / "reference-features",
+        "config": shown(plan.config),
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    data = [override for override in run.overrides if override.startswith("data.")]
+    return [*launch_command(plan, "evaluate.py"), *arguments, *data]
+
+
+def check_evaluation(evaluation: EvaluationPlan) -> None:
+    """Raises OSError or ValueError, before any run is trained, where it could not be scored afterwards."""
+    if evaluation.judge is None:
+        return
+    check_mauve_size(evaluation.num_samples)
+    try:
+        check_judge(EvaluationSettings(judge=evaluation.judge, num_samples=evaluation.num_samples))
+    except OSError as error:
+        raise OSError(f"{error} Of ablations, this is --judge JUDGE|none.") from error
+
+
+class CommandRunner:
+    """Runs commands of `accelerate launch`, each in a process group of its own, until it is asked to stop.
+
+    Attributes:
+        is_stopped: whether it was.
+    """
+
+    is_stopped = False
+
+    def __init__(self, environment: Mapping[str, str], lock: TextIO):
+        self.environment = environment
+        self.lock = lock
+        self.running: set[subprocess.Popen] = set()
+
+    def run(self, command: list[str], log: Path) -> int:
+        """Runs a command, its output appended to a file, and returns its exit status.
+
+        Its processes keep the lock as long as they run, also where this one is killed and leaves them behind.
+
+        Raises:
+            OSError: it cannot be started, or no more shall be.
+        """
+        if self.is_stopped:
+            raise InterruptedError("asked to stop")
+        # the launcher that belongs to this interpreter, whatever the search path says
+        command = [sys.executable, "-m", "accelerate.commands.launch", *command[2:]]
+        with log.open("a", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                start_new_session=True,
+                pass_fds=[self.lock.fileno()],
+            )
+        self.running.add(process)
+        if self.is_stopped:
+            # the request has come while it was being started
+            signal_group(process, signal.SIGTERM)
+        status = process.wait()
+        # the launcher dies of the signal at once, the training process when its checkpoint is written
+        while self.is_stopped and signal_group(process, 0):
+            time.sleep(POLLING_INTERVAL)
+        self.running.remove(process)
+        return status
+
+    def stop(self, *_: object) -> None:
+        """Asks all that is running to stop, which makes training save a checkpoint; a handler of signals."""
+        self.is_stopped = True
+        for process in tuple(self.running):
+            signal_group(process, signal.SIGTERM)
+
+
+def signal_group(process: subprocess.Popen, number: int) -> bool:
+    """Sends a signal (0: none) to a process group; False where all of it has ended."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def stopped_by_signals(runner: CommandRunner) -> Iterator[None]:
+    """SIGINT and SIGTERM stop a runner for as long as the context lasts."""
+    handlers = {number: signal.signal(number, runner.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def run_all(
+    runs: Sequence[AblationRun], scored: set[AblationRun], plan: Plan, jobs: int, runner: CommandRunner
+) -> dict[AblationRun, str | None]:
+    """Works on runs, each as soon as what it needs is there.
+
+    Args:
+        runs: with all that they need.
+        scored: those that are evaluated.
+        plan: what they are of.
+        jobs: how many at the same time.
+        runner: of their commands.
+
+    Returns:
+        what each has failed by; None for those that went well.
+    """
+    order = TopologicalSorter({run: [] if run.needs is None else [run.needs] for run in runs})
+    order.prepare()
+    problems: dict[AblationRun, str | None] = {}
+    active: dict[Future[str | None], AblationRun] = {}
+    with ThreadPoolExecutor(max_workers=jobs) as threads:
+        while order.is_active():
+            for run in order.get_ready():
+                is_blocked = run.needs is not None and problems[run.needs] is not None
+                active[threads.submit(work_on, run, is_blocked, run in scored, plan, runner)] = run
+            for ended in wait(active, return_when=FIRST_COMPLETED).done:
+                run = active.pop(ended)
+                problems[run] = ended.result()
+                order.done(run)
+    return problems
+
+
+def work_on(run: AblationRun, is_blocked: bool, is_scored: bool, plan: Plan, runner: CommandRunner) -> str | None:
+    """Works on one run, unless what it needs has failed; prints and returns what it has failed by, if anything."""
+    if runner.is_stopped:
+        return "stopped before it began"
+    problem = None
+    if is_blocked:
+        assert run.needs is not None
+        problem = f"needs {run.needs.name}, which failed"
+    else:
+        try:
+            train_and_evaluate(run, plan, is_scored, runner)
+        except (OSError, ValueError) as error:
+            problem = "stopped before its end; the same call goes on with it" if runner.is_stopped else str(error)
+    print(f"{run.name}: {'done' if problem is None else 'FAILED: ' + problem}", flush=True)
+    return problem
+
+
+def train_and_evaluate(run: AblationRun, plan: Plan, is_scored: bool, runner: CommandRunner) -> None:
+    """Runs the commands that a run still needs.
+
+    Raises:
+        OSError: one could not be started.
+        ValueError: one has failed, or the folder holds another run.
+    """
+    if check_finished(run):
+        print(f"{run.name}: is trained already", flush=True)
+    else:
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        ending = execute("training", training_command(run, plan), run, runner)
+        if not check_finished(run):
+            raise ValueError(ending)
+    if is_scored and read_scores(run, plan.evaluation) is None:
+        ending = execute("evaluation", evaluation_command(run, plan), run, runner)
+        if read_scores(run, plan.evaluation) is None:
+            raise ValueError(ending)
+
+
+def execute(what: str, command: list[str], run: AblationRun, runner: CommandRunner) -> str:
+    """Runs a command of a run; how it has ended, for people.
+
+    Raises:
+        OSError: it could not be started.
+    """
+    print(f"{run.name}: {what}, log in {shown(run.log)}", flush=True)
+    earlier = run.log.stat().st_size if run.log.is_file() else 0
+    try:
+        status = runner.run(command, run.log)
+    except OSError as error:
+        raise OSError(f"could not be started: {error}") from error
+    said = last_words(run.log.read_bytes()[earlier:].decode(errors="replace"))
+    return f"{what} ended with status {status}: {said} (log: {shown(run.log)})"
+
+
+def last_words(printed: str) -> str:
+    """The line of a command's output that says best how it has ended: its last error, or its last line."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    # the launcher's own complaint about a process that has failed comes after what that process says
+    errors = [line for line in lines if "Error" in line and "CalledProcessError" not in line]
+    return (errors or lines or ["no output"])[-1].strip()[:400]

@@ -1,0 +1,144 @@
+"""The matrix products that something executes, and the time that they alone would take: the floor."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """A product of two matrices, or of two batches of them, as it lay in memory.
+
+    Attributes:
+        left_shape: (M, K) or (batch, M, K).
+        left_stride: strides of the left operand, in elements.
+        right_shape: (K, N) or (batch, K, N).
+        right_stride: strides of the right operand.
+        dtype: element type.
+        attention: whether it is one of attention's.
+    """
+
+    left_shape: tuple[int, ...]
+    left_stride: tuple[int, ...]
+    right_shape: tuple[int, ...]
+    right_stride: tuple[int, ...]
+    dtype: torch.dtype
+    attention: bool = False
+
+    @classmethod
+    def of(cls, left: torch.Tensor, right: torch.Tensor, attention: bool = False) -> MatrixProduct:
+        """The product left @ right; the tensors may be on the meta device."""
+        return cls(tuple(left.shape), left.stride(), tuple(right.shape), right.stride(), left.dtype, attention)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions: 2 batch M K N."""
+        return 2 * math.prod(self.left_shape) * self.right_shape[-1]
+
+
+aten = torch.ops.aten
+# operator → positions of its two matrices among the arguments
+PRODUCT_OPERATORS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.bmm: (0, 1), aten.baddbmm: (1, 2)}
+
+
+class MatrixProductRecorder(TorchDispatchMode):
+    """Counts, while it is active, each distinct matrix product that torch dispatches, in forward and backward.
+
+    Attributes:
+        counts: of each product; half counts are causal ones, which have nothing to compute above the diagonal.
+
+    Raises:
+        NotImplementedError: an operator with matrix products that it does not know, so that none is forgotten.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[MatrixProduct, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operator = func.overloadpacket
+        products: list[MatrixProduct] = []
+        share = 1.0
+        if operator in PRODUCT_OPERATORS:
+            left, right = (args[position] for position in PRODUCT_OPERATORS[operator])
+            # batched products are those of `attend_by_products` alone
+            products = [MatrixProduct.of(left, right, attention=operator is aten.bmm)]
+        elif operator.__name__.startswith("_scaled_dot_product"):
+            names = [argument.name for argument in func._schema.arguments]
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            share = 0.5 if arguments.get("is_causal") else 1.0
+            forward, backward = attention_products(arguments["query"], arguments["key"], arguments["value"])
+            products = backward if operator.__name__.endswith("_backward") else forward
+        elif operator in flop_registry:
+            raise NotImplementedError(f"{operator} computes matrix products that the recorder does not know.")
+        for product in products:
+            if product.flops:
+                self.counts[product] = self.counts.get(product, 0.0) + share
+        return func(*args, **kwargs)
+
+
+def attention_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[list[MatrixProduct], list[MatrixProduct]]:
+    """Products of attention, forward and backward, each a batched product over batch and heads of packed operands.
+
+    Forward S = Q K^T and O = P V; backward dP = dO V^T, dV = P^T dO, dQ = dS K and dK = dS^T Q.
+    """
+    query, key, value = (
+        torch.empty((math.prod(part.shape[:-2]), *part.shape[-2:]), dtype=part.dtype, device="meta")
+        for part in (query, key, value)
+    )
+    scores = torch.empty((*query.shape[:2], key.shape[1]), dtype=query.dtype, device="meta")
+    output = torch.empty((*query.shape[:2], value.shape[2]), dtype=query.dtype, device="meta")
+    forward = [(query, key.mT), (scores, value)]
+    backward = [(output, value.mT), (scores.mT, output), (scores, key), (scores.mT, query)]
+    return (
+        [MatrixProduct.of(left, right, attention=True) for left, right in forward],
+        [MatrixProduct.of(left, right, attention=True) for left, right in backward],
+    )
+
+
+def elapsed_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, on CUDA that of the device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start_event.record()
+    function()
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return start_event.elapsed_time(end_event) / 1000
+
+
+def random_operand(
+    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Standard normal numbers in the recorded layout, or packed where the recorded operand was an expanded one."""
+    if any(step == 0 and size > 1 for size, step in zip(shape, stride, strict=True)):
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+
+
+def time_product(product: MatrixProduct, device: torch.device, at_least_seconds: float = 0.02) -> float:
+    """Median time of the plain product alone, its output allocated beforehand, over calls that fill the given time."""
+    left = random_operand(product.left_shape, product.left_stride, product.dtype, device)
+    right = random_operand(product.right_shape, product.right_stride, product.dtype, device)
+    multiply = torch.mm if left.ndim == 2 else torch.bmm
+    output = multiply(left, right)
+    times: list[float] = []
+    while sum(times) < at_least_seconds:
+        times.append(elapsed_seconds(lambda: multiply(left, right, out=output), device))
+    return statistics.median(times)
