@@ -77,16 +77,13 @@ from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
 from ldlm_hf.training.recipes.distillation import DistillationRecipe, DistillationSettings  # noqa: E402
 from ldlm_hf.training.recipes.joint import JointRecipe  # noqa: E402
 from ldlm_hf.training.settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
-from speed.benchmark import (  # noqa: E402
+from speed.measuring import Measurement, measure_case, measure_peers, peer_rows  # noqa: E402
+from speed.report import describe_machine  # noqa: E402
+from speed.workloads import (  # noqa: E402
     GEOMETRIES,
     Case,
-    Measurement,
     build_objective,
     build_tokenizer,
-    describe_machine,
-    measure_case,
-    measure_peers,
-    peer_rows,
     randomize_zero_weights,
 )
 
@@ -688,7 +685,6 @@ def measured(scale: Scale, measure: Callable[[Case], Any], workload: str, length
             dtype="bfloat16",
             device=str(scale.device),
             repeats=scale.repeats,
-            profile=False,
             **case,
         )
         try:
