@@ -685,7 +685,6 @@ def measured(scale: Scale, measure: Callable[[Case], Any], workload: str, length
             dtype="bfloat16",
             device=str(scale.device),
             repeats=scale.repeats,
-            profile=False,
             **case,
         )
         try:
