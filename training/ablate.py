@@ -13,21 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ablations.definitions import Ablations, check_known, read_ablations, selected_rows
-from ablations.execution import (
-    CommandRunner,
-    check_evaluation,
-    evaluation_command,
-    run_all,
-    shown,
-    stopped_by_signals,
-    training_command,
-)
+from ablations.execution import CommandRunner, check_evaluation, evaluation_command, run_all, shown, training_command
 from ablations.runs import Plan, with_needs
 from ablations.tables import write_table
 from ldlm_hf.evaluation.folder_lock import lock_folder
@@ -108,8 +101,9 @@ def main(arguments: Sequence[str], runner: CommandRunner | None = None) -> int:
     remedy = "wait for that call of ablate.py and all that it has started, or name another --output_dir."
     with lock_folder(plan.root, remedy) as lock:
         runner = runner or CommandRunner(environment, lock)
-        with stopped_by_signals(runner):
-            problems = run_all(runs, scored, plan, options.jobs, runner)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, runner.stop)
+        problems = run_all(runs, scored, plan, options.jobs, runner)
         for table in [] if options.train_only else options.table:
             command = shlex.join(["python", "training/ablate.py", *arguments])
             print(f"table {table}: {shown(write_table(table, plan, options.seeds, problems, command))}")

@@ -49,30 +49,13 @@ SHIPPED = Path(__file__).parents[2] / "training/configs/ablations.yaml"
 ABLATIONS = read_ablations(SHIPPED)
 ROWS = list(ABLATIONS.rows)
 
+DECODER_LAYERS = {"head": 0, "1_layer": 1, "2_layers": 2, "3_layers": 3, "6_layers": 6}
 EVERYTHING = {"latent_encoder", "latent_decoder", "token_decoder", "transformer"}
 WITHOUT_ENCODER = EVERYTHING - {"latent_encoder"}
-# rows → modules with gradient: of the whole loss, of its token loss, of its diffusion loss with an open gate
-GRADIENTS = {
-    # the paper's recipe: the token loss stays behind its stop-gradient
-    (
-        "default",
-        "uniform",
-        "warmup_none",
-        "warmup_half",
-        "warmup_2.5_times",
-        "warmup_5_times",
-        "warmup_10_times",
-        "decoder_noise_none",
-        "decoder_noise_third",
-        "decoder_noise_two_thirds",
-        "decoder_noise_four_thirds",
-        "decoder_noise_double",
-        "decoder_noise_quadruple",
-        "layer_last",
-        "layer_fifth_to_last",
-        "other_token_encoder",
-        "self_attention",
-    ): (EVERYTHING, {"token_decoder"}, {"latent_encoder", "transformer"}),
+# modules with gradient: of the whole loss, of its token loss, of its diffusion loss with an open gate
+# the paper's recipe, and all rows that are not below: the token loss stays behind its stop-gradient
+RECIPE = (EVERYTHING, {"token_decoder"}, {"latent_encoder", "transformer"})
+GRADIENTS: dict[tuple[str, ...], tuple[set[str], set[str], set[str]]] = {
     # the token loss shapes the latents
     ("reconstruction_ce", "reconstruction_ce_mse", "encoder_embeddings"): (
         EVERYTHING,
@@ -103,15 +86,9 @@ GRADIENTS = {
         set(),
     ),
     ("cosmos", "cosmos_layer_last", "cosmos_layer_fifth_to_last"): ({"transformer"}, set(), {"transformer"}),
-    (
-        "token_decoder_head",
-        "token_decoder_1_layer",
-        "token_decoder_2_layers",
-        "token_decoder_3_layers",
-        "token_decoder_6_layers",
-    ): ({"token_decoder"}, {"token_decoder"}, set()),
+    tuple(f"token_decoder_{name}" for name in DECODER_LAYERS): ({"token_decoder"}, {"token_decoder"}, set()),
 }
-EXPECTED = {row: gradients for rows, gradients in GRADIENTS.items() for row in rows}
+EXPECTED = dict.fromkeys(ROWS, RECIPE) | {row: gradients for rows, gradients in GRADIENTS.items() for row in rows}
 
 # what each row changes in the paper's base; one whose key is None there has no such row
 CHANGES: dict[str, dict[str, Any]] = {
@@ -173,7 +150,6 @@ for layer, index in (("last", -1), ("fifth_to_last", -5)):
         CHANGES[f"{space}_layer_{layer}"] = CHANGES[space] | {"model.layer": index}
     components = f"runs/openwebtext_128/cosmos_autoencoder_layer_{layer}/seed-0/pipeline"
     CHANGES[f"cosmos_layer_{layer}"]["components"] = components
-DECODER_LAYERS = {"head": 0, "1_layer": 1, "2_layers": 2, "3_layers": 3, "6_layers": 6}
 
 Ablate = Callable[..., int]
 
@@ -205,6 +181,11 @@ def tiny_config(tiny_overrides: list[str], backbone_folders: dict[str, Path], ti
     file = tmp_path / "ablations.yaml"
     OmegaConf.save(loaded, file)
     return file
+
+
+@pytest.fixture
+def tiny_plan(tiny_config: Path, tmp_path: Path) -> Plan:
+    return plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
 
 
 class InThisProcess(CommandRunner):
@@ -405,8 +386,16 @@ def test_rows_are_sampled_as_the_paper_does_whatever_their_base_says(tiny_config
     assert given.run("default", 0).settings.evaluation.sampler == "TangentChurnScheduler"
 
 
-@pytest.mark.parametrize(("base", "scale"), [("openwebtext_128", 0.1), ("openwebtext_128", 0.002), ("demo", 0.25)])
-@pytest.mark.parametrize("row", ["default", "warmup_half", "scratch_embeddings", "cosmos", "token_decoder_2_layers"])
+@pytest.mark.parametrize(
+    ("base", "scale", "row"),
+    [
+        ("openwebtext_128", 0.1, "default"),
+        ("openwebtext_128", 0.002, "warmup_half"),
+        ("openwebtext_128", 0.1, "scratch_embeddings"),
+        ("demo", 0.25, "cosmos"),
+        ("demo", 0.25, "token_decoder_2_layers"),
+    ],
+)
 def test_scale_shrinks_steps_and_time_constants_together(base: str, scale: float, row: str) -> None:
     whole, part = plan_of(base), plan_of(base, scale)
     steps = ["loop.max_steps", "loop.checkpointing_steps", "optimizer.lr_warmup_steps", "evaluation.every"]
@@ -479,10 +468,11 @@ def test_overrides_change_the_base_and_rows_win_over_them() -> None:
 # runs
 
 
+@pytest.mark.slow
 def test_a_configuration_in_several_places_is_one_run_and_is_reused(
     ablate: Ablate,
     launched: list[list[str]],
-    tiny_config: Path,
+    tiny_plan: Plan,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -526,7 +516,7 @@ def test_a_configuration_in_several_places_is_one_run_and_is_reused(
     assert [Path(one[4]).name for one in launched] == ["evaluate.py"]
     launched.clear()
     # nor are those of another precision, which only a call of evaluate.py by hand can have asked for
-    run = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations")).run("default", 0)
+    run = tiny_plan.run("default", 0)
     planned = EvaluationPlan(num_samples=6, sampling_seeds=2, steps=2, judge=None)
     assert read_scores(run, planned) is not None
     results = run.evaluation / "results.json"
@@ -586,6 +576,7 @@ def test_an_evaluation_that_fails_keeps_the_training(
     assert [Path(one[4]).name for one in launched] == ["evaluate.py"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_and_feeds_a_token_decoder(
     ablate: Ablate, launched: list[list[str]], run_script: Callable, tiny_config: Path, tmp_path: Path
 ) -> None:
@@ -616,8 +607,8 @@ def test_a_run_that_was_stopped_goes_on_and_feeds_a_token_decoder(
 
 
 @pytest.mark.parametrize(("row", "part"), [("token_decoder_head", "transformer"), ("cosmos", "token_decoder")])
-def test_a_run_does_not_outlive_what_it_started_from(row: str, part: str, tiny_config: Path, tmp_path: Path) -> None:
-    run = plan_of("tiny", config=tiny_config, root=str(tmp_path)).run(row, 0)
+def test_a_run_does_not_outlive_what_it_started_from(row: str, part: str, tiny_plan: Plan) -> None:
+    run = tiny_plan.run(row, 0)
     assert run.needs is not None
     mine, theirs = (one.pipeline / part / "model.safetensors" for one in (run, run.needs))
     for file in (mine, theirs):
@@ -690,11 +681,11 @@ class Sleeper(CommandRunner):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_as_many_runs_at_a_time_as_asked_for(tiny_config: Path, jobs: int, tmp_path: Path) -> None:
-    plan, runner = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations")), Sleeper()
+def test_as_many_runs_at_a_time_as_asked_for(tiny_plan: Plan, jobs: int) -> None:
+    runner = Sleeper()
     names = ["cosmos_autoencoder", "cosmos", "default", "token_decoder_head", "uniform"]
-    runs = [plan.run(name, 0) for name in names]
-    problems = {run.row: problem for run, problem in run_all(runs, set(runs), plan, jobs, runner).items()}
+    runs = [tiny_plan.run(name, 0) for name in names]
+    problems = {run.row: problem for run, problem in run_all(runs, set(runs), tiny_plan, jobs, runner).items()}
     assert runner.most == jobs
     assert set(problems) == set(names)
     for name, needed in (("cosmos", "cosmos_autoencoder"), ("token_decoder_head", "default")):
@@ -755,10 +746,9 @@ def test_what_an_ablation_that_was_killed_leaves_running_keeps_its_folder(tmp_pa
 
 
 def test_a_request_to_stop_reaches_what_is_just_being_started(
-    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
-    runs = [plan.run("default", 0), plan.run("uniform", 0)]
+    runs = [tiny_plan.run("default", 0), tiny_plan.run("uniform", 0)]
     started = []
 
     def start_and_stop(*arguments: Any, start: Callable = subprocess.Popen, **options: Any) -> subprocess.Popen:
@@ -769,7 +759,7 @@ def test_a_request_to_stop_reaches_what_is_just_being_started(
     monkeypatch.setattr(subprocess, "Popen", start_and_stop)
     with lock_folder(tmp_path) as lock:
         runner = CommandRunner(os.environ, lock)
-        problems = run_all(runs, set(), plan, 1, runner)
+        problems = run_all(runs, set(), tiny_plan, 1, runner)
     assert problems[runs[0]] == "stopped before its end; the same call goes on with it"
     assert problems[runs[1]] == "stopped before it began"
     assert [process.returncode for process in started] == [-signal.SIGTERM]

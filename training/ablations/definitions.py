@@ -190,12 +190,9 @@ def selected_rows(ablations: Ablations, tables: Sequence[str], rows: Sequence[st
     """
     for table in tables:
         check_known("table", table, ablations.tables)
-    of_tables = list(dict.fromkeys(name for table in tables for name in ablations.tables[table].rows))
-    if rows is None:
-        if not of_tables:
-            raise ValueError(f"Nothing to do: give --table N ({', '.join(ablations.tables)}) or --rows ROW ...")
-        return of_tables
-    what = f"row of table {' and '.join(tables)}" if tables else "row"
-    for name in rows:
-        check_known(what, name, of_tables or ablations.rows)
-    return list(dict.fromkeys(rows))
+    known = dict.fromkeys(name for table in tables for name in ablations.tables[table].rows)
+    if rows is None and not known:
+        raise ValueError(f"Nothing to do: give --table N ({', '.join(ablations.tables)}) or --rows ROW ...")
+    for name in rows or ():
+        check_known(f"row of table {' and '.join(tables)}" if tables else "row", name, known or ablations.rows)
+    return list(known if rows is None else dict.fromkeys(rows))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -125,7 +124,7 @@ class CommandRunner:
         return status
 
     def stop(self, *_: object) -> None:
-        """Asks all that is running to stop, which makes training save a checkpoint; a handler of signals."""
+        """Asks all that is running to stop, which makes training save a checkpoint; can be the handler of a signal."""
         self.is_stopped = True
         for process in tuple(self.running):
             signal_group(process, signal.SIGTERM)
@@ -138,17 +137,6 @@ def signal_group(process: subprocess.Popen, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def stopped_by_signals(runner: CommandRunner) -> Iterator[None]:
-    """SIGINT and SIGTERM stop a runner for as long as the context lasts."""
-    handlers = {number: signal.signal(number, runner.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def run_all(
