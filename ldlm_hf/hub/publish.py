@@ -36,7 +36,9 @@ logger = logging.get_logger(__name__)
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_PATTERNS = ["*.safetensors", "*.safetensors.index*.json"]
 
-# what sampling imports of the package's requirements
+# what sampling imports of this package
+SPACE_ROOMS = ("loading", "models", "pipelines", "schedulers")
+# and of its requirements
 SPACE_REQUIREMENTS = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub"}
 SPACE_APP = Template('''"""Runs the page of ldlm_hf, whose sources lie beside this file, on $repo_id."""
 
@@ -204,7 +206,7 @@ def add_variant(folder: Path, variant: str, max_shard_size: int | str | None) ->
 def space_files(repo_id: str, revision: str | None = None) -> dict[str, str]:
     """The files of a Space that runs the page of [`ldlm_hf.app`] on a published pipeline.
 
-    The Space carries the sources of this package, so it runs the version that published it.
+    The Space carries the sources of this package that sampling needs, so it runs the version that published it.
 
     Args:
         repo_id: of the pipeline.
@@ -233,7 +235,7 @@ def space_files(repo_id: str, revision: str | None = None) -> dict[str, str]:
         "requirements.txt": "\n".join(needed) + "\n",
     }
     package = Path(__file__).parents[1]
-    sources = sorted(package.rglob("*.py"))
+    sources = [*package.glob("*.py"), *(file for room in SPACE_ROOMS for file in (package / room).rglob("*.py"))]
     return files | {path.relative_to(package.parent).as_posix(): path.read_text("utf-8") for path in sources}
 
 
