@@ -190,7 +190,7 @@ def load_settings(
     for origin, layer in layers:
         check_keys(OmegaConf.to_container(layer), settings_class, origin)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.unsafe_merge(merged, layer)
         except OmegaConfBaseException as error:
             raise ValueError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key}).") from error
     values = {}
