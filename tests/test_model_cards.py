@@ -106,6 +106,7 @@ print(len(pipe(batch_size=2, num_inference_steps=2, output_type="seq").sequences
 """
 
 
+@pytest.mark.slow
 def test_the_trained_model_loads_where_the_package_is_not_imported(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_IMPORT, str(CARDS / "ldlm-demo")]
@@ -114,6 +115,7 @@ def test_the_trained_model_loads_where_the_package_is_not_imported(tmp_path: Pat
     assert done.stdout.splitlines()[-1] == "2"
 
 
+@pytest.mark.slow
 def test_the_readme_samples_without_a_warning(tmp_path: Path) -> None:
     """Its own lines, as they stand there; what is warned of by a log counts too."""
     section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Sample")[1].split("### From the Hub")[0]

@@ -121,6 +121,7 @@ def test_type_checkers_know_the_public_names():
     assert set(named) <= set(ldlm_hf.__all__) <= set(named) | set(SCHEDULERS) | base_classes
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_evaluation_library():
     """Sampling needs neither data sets nor metrics; each is imported when it is first asked for."""
     code = (

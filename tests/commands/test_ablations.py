@@ -680,6 +680,7 @@ class Sleeper(CommandRunner):
         return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_as_many_runs_at_a_time_as_asked_for(tiny_plan: Plan, jobs: int) -> None:
     runner = Sleeper()
@@ -745,6 +746,7 @@ def test_what_an_ablation_that_was_killed_leaves_running_keeps_its_folder(tmp_pa
     runner.stop()
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_reaches_what_is_just_being_started(
     tiny_plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 
+# it starts the command as a process
+pytestmark = pytest.mark.slow
 TRAINING = Path(__file__).parents[2] / "training"
 EULER = "model, TangentEulerMaruyamaScheduler:time_grid=uniform"
 DDIM = "model, TangentDDIMScheduler:eta=1.0,time_grid=learned"

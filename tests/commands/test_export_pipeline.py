@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from ldlm_hf import LDLMPipeline, LDLMTransformer1DModel, TangentEulerMaruyamaScheduler
 
 
+# it starts the command as a process
+pytestmark = pytest.mark.slow
 TRAINING = Path(__file__).parents[2] / "training"
 
 

@@ -301,6 +301,7 @@ def test_samples_do_not_depend_on_their_batch(run: Callable, made: list) -> None
     assert without_times(run("eights", *no_judge)) == without_times(expected)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(
     run: Callable, command: list[str], repository: Path, tmp_path: Path
 ) -> None:
@@ -735,6 +736,7 @@ def test_finished_parts(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.unfinished")) and len(list(rows.folder.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_user_at_a_time(tmp_path: Path) -> None:
     with lock_folder(tmp_path / "new", "wait"), pytest.raises(OSError, match=r"new is in use .*\.lock: wait"):
         lock_folder(tmp_path / "new", "wait")

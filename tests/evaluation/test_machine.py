@@ -29,6 +29,7 @@ def page_faults(keep: bool) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert page_faults(keep=False) > 1000

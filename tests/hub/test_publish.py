@@ -253,6 +253,7 @@ def test_dry_run_lists_what_would_be_uploaded(folder: Path, capsys: pytest.Captu
     assert [title.partition(":")[0] for title in titles] == ["org/tiny", "org/tiny-space"]
 
 
+@pytest.mark.slow
 def test_publishing_over_http(folder: Path, loopback_hub: LoopbackHub, tmp_path: Path):
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("README.md", "curves.png"))
@@ -312,6 +313,7 @@ def test_space_files():
     ast.parse(files["app.py"])
 
 
+@pytest.mark.slow
 def test_a_space_runs_without_the_package(folder: Path, tmp_path: Path):
     space = tmp_path / "space"
     for name, content in space_files(str(folder)).items():

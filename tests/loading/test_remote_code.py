@@ -204,6 +204,7 @@ def built() -> dict[str, Any]:
     return {}
 
 
+@pytest.mark.slow
 def test_nothing_runs_without_trust(without_package: dict):
     assert len(without_package["refusals"]) == 3
     assert all("trust_remote_code=True" in refusal for refusal in without_package["refusals"])
@@ -211,6 +212,7 @@ def test_nothing_runs_without_trust(without_package: dict):
     assert not without_package["copied"]
 
 
+@pytest.mark.slow
 def test_trusted_code_gives_the_same(without_package: dict, repositories: Repositories):
     assert without_package["module"].startswith("diffusers_modules.")
     assert without_package["latents"] == repositories.latents
@@ -221,6 +223,7 @@ def test_trusted_code_gives_the_same(without_package: dict, repositories: Reposi
     assert "cannot get type annotation" not in without_package["warnings"]
 
 
+@pytest.mark.slow
 def test_trusted_code_loads_every_form_of_weights(without_package: dict, repositories: Repositories):
     full = dict.fromkeys(["transformer", *TRANSFORMERS_MODELS], "torch.float32")
     decoders = {name: full[name] for name in ("transformer", "latent_decoder", "token_decoder")}
@@ -237,12 +240,14 @@ def test_trusted_code_loads_every_form_of_weights(without_package: dict, reposit
     assert without_package["without encoders"] == {"types": decoders, "latents": sharded}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS_MODELS)
 def test_auto_model_runs_trusted_code(without_package: dict, repositories: Repositories, name: str):
     class_name = type(getattr(repositories.pipe, name)).__name__
     assert without_package["models"][name] == [class_name, True, class_name]
 
 
+@pytest.mark.slow
 def test_saved_by_trusted_code_it_loads_both_ways(without_package: dict, repositories: Repositories):
     assert without_package["latents again"] == repositories.latents
     again = repositories.again / "whole"
@@ -274,6 +279,7 @@ def test_installed_auto_model_and_single_components(repositories: Repositories):
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+@pytest.mark.slow
 def test_package_imported_after_the_repositorys_code(repositories: Repositories, run_python: Callable[..., Any]):
     found = run_python(
         NOT_IMPORTED_AT_FIRST, repositories.whole, repositories.folder / "imported late", installed=True

@@ -162,6 +162,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_components_from_the_hub(honest: Path, copied: Path, tmp_path: Path, loopback_hub: LoopbackHub):
     """By Hub id, revision and subfolder, over HTTP: what is downloaded is checked, and is no more than is needed."""
     put_pickle("transformer/diffusion_pytorch_model.bin", True, "transformer/diffusion_pytorch_model.safetensors")(

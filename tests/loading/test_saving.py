@@ -101,6 +101,7 @@ def test_a_pipeline_saved_over_another_loads(make_pipeline, tmp_path: Path, firs
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_push_replaces_the_weights_of_its_variant(make_pipeline, loopback_hub: LoopbackHub, tmp_path: Path):
     make_pipeline().save_pretrained(tmp_path / "pipeline")
     environment = loopback_hub.environment(tmp_path / "home", token="hf_org") | {"OMP_NUM_THREADS": "1"}

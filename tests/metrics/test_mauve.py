@@ -129,6 +129,7 @@ def test_bad_input_is_named(judge, make_model):
         Mauve().compute(predictions=animals, references=animals, judge=Judge(broken, judge.tokenizer, "broken"))
 
 
+@pytest.mark.slow
 def test_importing_the_metrics_does_not_import_mauve():
     code = "import sys, ldlm_hf.metrics; sys.exit('mauve' in sys.modules or 'faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -187,6 +187,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_and_samples_the_same(make_pipeline, saved: tuple[Path, list]):
     path, expected = saved
     small = path.parent / "small"
