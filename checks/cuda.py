@@ -500,7 +500,7 @@ def build_loop(scale: Scale, length: int, batch_size: int, folder: Path, distil:
     dataset: Any = [{"input_ids": row} for row in recipe.held_out]
     peak = DevicePeak(1.0, "not asked for")
     estimate = RunEstimate(PassFlops((), batch_size * length), batch_size * length, loop_settings.max_steps, peak, 1)
-    return TrainingLoop(recipe, dataset, estimate, accelerator, recipe.settings)
+    return TrainingLoop(recipe, dataset, accelerator, recipe.settings, estimate)
 
 
 def check_training(scale: Scale) -> Part:

@@ -7,11 +7,14 @@ package lie in `recipes/`, the scripts that name them in the repository's `train
 from .launch import run
 from .loop import TrainingLoop
 from .recipe import Evaluation, PipelineRecipe, Recipe, StepLosses
-from .settings import RunSettings, TrainingSettings
+from .settings import EvaluationSettings, LoopSettings, OptimizerSettings, RunSettings, TrainingSettings
 
 
 __all__ = [
     "Evaluation",
+    "EvaluationSettings",
+    "LoopSettings",
+    "OptimizerSettings",
     "PipelineRecipe",
     "Recipe",
     "RunSettings",

@@ -324,10 +324,6 @@ class RunEstimate:
         """The share of the devices' peak that goes into model FLOPs, at a measured rate over all devices."""
         return self.pass_flops.per_token * tokens_per_second / self.peak_of_all
 
-    def seconds_left(self, step: int, tokens_per_second: float) -> float:
-        """Time to the last step, from the number of steps done."""
-        return (self.max_steps - step) * self.tokens_per_step / tokens_per_second
-
     def seconds_at(self, utilization: float) -> float:
         """Time of all steps at a share of the devices' peak."""
         return self.max_steps * self.tokens_per_step * self.pass_flops.per_token / (utilization * self.peak_of_all)

@@ -18,7 +18,7 @@ from ..loading.settings_reader import flatten
 from .flops import RunEstimate
 from .recipe import Evaluation
 from .run_folder import METRICS, MetricsLog
-from .settings import TrainingSettings
+from .settings import LoopRunSettings
 from .tracking import log_figure, log_samples, loss_over_time_figure, start_trackers
 
 
@@ -28,10 +28,10 @@ class Journal:
     Args:
         accelerator: with the run's trackers.
         settings: of the run.
-        estimate: what tokens and FLOPs a step has.
+        estimate: what FLOPs a token takes, and what the devices can do; None logs no share of their peak.
     """
 
-    def __init__(self, accelerator: Accelerator, settings: TrainingSettings, estimate: RunEstimate):
+    def __init__(self, accelerator: Accelerator, settings: LoopRunSettings, estimate: RunEstimate | None):
         self.accelerator = accelerator
         self.settings = settings
         self.estimate = estimate
@@ -72,6 +72,7 @@ class Journal:
         values: dict[str, torch.Tensor],
         recipe_values: dict[str, float],
         learning_rate: float,
+        tokens_per_step: int,
         skipped_steps: int,
     ) -> None:
         """Writes the line of the log after `step` steps.
@@ -81,29 +82,31 @@ class Journal:
             values: scalars of this rank's part of the last step; their means over all ranks are logged.
             recipe_values: the recipe's own.
             learning_rate: of the last step.
+            tokens_per_step: over all devices.
             skipped_steps: steps so far that were not finite.
         """
-        tokens_per_second = (
-            (step - self.logged_step) * self.estimate.tokens_per_step / (time.perf_counter() - self.since)
-        )
+        seconds_per_step = (time.perf_counter() - self.since) / (step - self.logged_step)
+        tokens_per_second = tokens_per_step / seconds_per_step
         means = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), reduction="mean")
         reduced = dict(zip(values, means.tolist(), strict=True))
-        utilization = self.estimate.model_flops_utilization(tokens_per_second)
         record = {
             "step": step,
             **{name: value for name, value in reduced.items() if math.isfinite(value)},
             "learning_rate": learning_rate,
             **recipe_values,
-            "tokens": step * self.estimate.tokens_per_step,
+            "tokens": step * tokens_per_step,
             "tokens_per_second": tokens_per_second,
-            "model_flops_utilization": utilization,
-            "hours_left": self.estimate.seconds_left(step, tokens_per_second) / 3600,
-            "skipped_steps": skipped_steps,
         }
+        rates = {"tokens/s": f"{tokens_per_second:.0f}"}
+        if self.estimate is not None:
+            utilization = self.estimate.model_flops_utilization(tokens_per_second)
+            record["model_flops_utilization"] = utilization
+            rates["MFU"] = f"{utilization:.1%}"
+        record["hours_left"] = (self.settings.loop.max_steps - step) * seconds_per_step / 3600
+        record["skipped_steps"] = skipped_steps
         self.write(record)
         self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
         losses = {name.removesuffix("_loss"): f"{value:.3f}" for name, value in reduced.items() if "loss" in name}
-        rates = {"tokens/s": f"{tokens_per_second:.0f}", "MFU": f"{utilization:.1%}"}
         self.progress.set_postfix(losses | rates, refresh=False)
         self.logged_step = step
         self.since = time.perf_counter()

@@ -59,9 +59,9 @@ def run(recipe_class: type[PipelineRecipe], description: str) -> None:
     loop = TrainingLoop(
         recipe,
         train,
-        estimate(recipe.module, settings.loop, recipe.sequence_length, accelerator),
         accelerator,
         settings,
+        estimate(recipe.module, settings.loop, recipe.sequence_length, accelerator),
         checkpoint,
         on_checkpoint=uploads.push_checkpoint if uploads is not None and arguments.push_checkpoints else None,
     )

@@ -31,7 +31,7 @@ from .randomness import RowRandomness
 from .recipe import Evaluation, Recipe
 from .run_folder import claim_output_dir
 from .run_state import RunState
-from .settings import LoopSettings, OptimizerSettings, TrainingSettings
+from .settings import LoopRunSettings, LoopSettings, OptimizerSettings
 from .stopping import StopRequest
 
 
@@ -57,9 +57,9 @@ class TrainingLoop:
     Args:
         recipe: what is trained.
         dataset: training sequences; items hold `input_ids` (L,).
-        estimate: what the run costs, see [`launch.estimate`].
         accelerator: devices and precision.
-        settings: the merged settings of the run, saved beside it.
+        settings: the settings of the run, saved beside it.
+        estimate: what the run costs, as [`launch.estimate`] counts it; None logs no share of the devices' peak.
         checkpoint: folder to go on from, as [`check_output_dir`] has found it; None starts anew.
         on_checkpoint: called on the main process with each checkpoint's folder.
 
@@ -71,9 +71,9 @@ class TrainingLoop:
         self,
         recipe: Recipe,
         dataset: Dataset[dict[str, torch.Tensor]],
-        estimate: RunEstimate,
         accelerator: Accelerator,
-        settings: TrainingSettings,
+        settings: LoopRunSettings,
+        estimate: RunEstimate | None = None,
         checkpoint: Path | None = None,
         on_checkpoint: Callable[[Path], None] | None = None,
     ):
@@ -97,6 +97,7 @@ class TrainingLoop:
         self.journal = Journal(accelerator, settings, estimate)
         self.not_read_back: list[TakenStep] = []
         self.nonfinite_in_a_row = 0
+        self.tokens_per_step = 0  # until the first batch
         if checkpoint is not None:
             self.state.load(checkpoint)
 
@@ -187,6 +188,7 @@ class TrainingLoop:
         observations: list[tuple[torch.Tensor, ...]] = []
         for index in range(self.accumulation_steps):
             input_ids = next(self.batches)["input_ids"].to(self.accelerator.device, non_blocking=True)
+            self.tokens_per_step = loop.batch_size * input_ids.shape[1]
             rows = global_rows(index, rank, self.device_batch_size, num_processes)
             randomness = RowRandomness(loop.seed, step, rows, loop.batch_size)
             is_last = index == self.accumulation_steps - 1
@@ -254,6 +256,7 @@ class TrainingLoop:
             values,
             self.recipe.log_values(step - 1),
             self.learning_rate(step - 1),
+            self.tokens_per_step,
             self.state.nonfinite_steps,
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..loading.settings_reader import differences, to_yaml
 from .checkpoints import remove_unfinished, resolve_checkpoint
-from .settings import TrainingSettings
+from .settings import LoopRunSettings, TrainingSettings
 
 
 METRICS = "metrics.jsonl"
@@ -94,7 +94,7 @@ def delete_run(output_dir: Path) -> None:
         shutil.rmtree(output_dir)
 
 
-def claim_output_dir(settings: TrainingSettings) -> None:
+def claim_output_dir(settings: LoopRunSettings) -> None:
     """Makes the folder this run's own: with its settings, and without half-written checkpoints."""
     output_dir = Path(settings.loop.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

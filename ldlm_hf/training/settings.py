@@ -250,15 +250,20 @@ class EvaluationSettings:
             )
 
 
-class TrainingSettings(Protocol):
-    """What the settings of every recipe have; they are a dataclass."""
+class LoopRunSettings(Protocol):
+    """What the loop reads of the settings of a run, which are a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    components: str
-    data: DataSettings
     optimizer: OptimizerSettings
     loop: LoopSettings
     evaluation: EvaluationSettings
+
+
+class TrainingSettings(LoopRunSettings, Protocol):
+    """What the settings of every recipe have that [`launch.run`] runs."""
+
+    components: str
+    data: DataSettings
 
 
 @dataclass

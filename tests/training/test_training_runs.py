@@ -22,7 +22,6 @@ from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaSche
 from ldlm_hf.evaluation.samples import sample, sample_latents
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training.devices import check_sharding
-from ldlm_hf.training.flops import DevicePeak, PassFlops, RunEstimate
 from ldlm_hf.training.loop import TrainingLoop, learning_rate_at, split_batch
 from ldlm_hf.training.randomness import RowRandomness
 from ldlm_hf.training.recipe import Evaluation, Recipe, StepLosses
@@ -468,8 +467,7 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(
 ) -> None:
     settings: RunSettings = load_settings(RunSettings, None, tiny_overrides)
     dataset = [{"input_ids": torch.arange(8)}] * 16
-    estimate = RunEstimate(PassFlops((), 1), 64, 4, DevicePeak(1.0, "none"), 1)
-    loop = TrainingLoop(SometimesInfinite(), dataset, estimate, Accelerator(cpu=True), settings)
+    loop = TrainingLoop(SometimesInfinite(), dataset, Accelerator(cpu=True), settings)
     weights, moments, counts = [], [], []
     for _ in range(3):
         loop.train_step()
