@@ -82,7 +82,7 @@ class FunctionMetric:
     columns: ClassVar[dict[str, Any]]
 
     def _info(self) -> evaluate.MetricInfo:
-        documentation = inspect.getdoc(self._compute)  # type: ignore[attr-defined]
+        documentation = inspect.getdoc(self._compute) or ""  # type: ignore[attr-defined]
         return evaluate.MetricInfo(
             description=documentation.partition("\n")[0],
             citation=self.citation_text,
