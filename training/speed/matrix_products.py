@@ -19,11 +19,8 @@ class MatrixProduct:
     """A product of two matrices, or of two batches of them, as it lay in memory.
 
     Attributes:
-        left_shape: (M, K) or (batch, M, K).
-        left_stride: strides of the left operand, in elements.
-        right_shape: (K, N) or (batch, K, N).
-        right_stride: strides of the right operand.
-        dtype: element type.
+        left_shape, left_stride: (M, K) or (batch, M, K), and its strides in elements.
+        right_shape, right_stride: (K, N) or (batch, K, N), and its strides.
         attention: whether it is one of attention's.
     """
 
@@ -77,8 +74,8 @@ class MatrixProductRecorder(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             arguments = dict(zip(names, args, strict=False)) | kwargs
             share = 0.5 if arguments.get("is_causal") else 1.0
-            operands = (arguments[name] for name in ("query", "key", "value"))
-            products = attention_products(*operands, backward=operator.__name__.endswith("_backward"))
+            backward = operator.__name__.endswith("_backward")
+            products = attention_products(arguments["query"], arguments["key"], arguments["value"], backward)
         elif operator in flop_registry:
             raise NotImplementedError(f"{operator} computes matrix products that the recorder does not know.")
         for product in products:

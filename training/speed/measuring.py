@@ -29,7 +29,6 @@ class Measurement:
         workload: `sampling step`, `decode` or `training step`.
         tokens: tokens of one run, B x L.
         seconds: median time of one run.
-        tokens_per_second: tokens over seconds.
         flops: of all matrix products of one run.
         attention_flops: how many of those are attention's.
         floor_seconds: median time of those products alone.
@@ -187,7 +186,7 @@ def measure_peers(case: Case) -> list[SamplerTiming]:
     for _ in range(case.repeats):
         once.append(elapsed_seconds(decode.run, device))
         for sampler in samplers:
-            seconds[sampler.name].append(elapsed_seconds(sampler.run, device) / sampler.steps_of_a_run)
+            seconds[sampler.name].append(elapsed_seconds(sampler.run, device) / (sampler.num_steps or 1))
     ours = seconds[step.name]
     return [
         SamplerTiming(
