@@ -14,7 +14,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from ..metrics.registry import SCORES
+from ..metrics.registry import SCORES, Score
 from .run_files import Run, RunResults, Sample, TextScores, read_run
 
 
@@ -35,63 +35,26 @@ NUM_SAMPLES = 8
 LINE_WIDTH = 110
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a card shows a score.
-
-    Attributes:
-        title: in words.
-        type: of the metric on the Hub.
-        digits: behind the point.
-        needs_judge: whether it is a judge's.
-        meaning: what it depends on, with places for what `notes` fills in; empty says nothing.
-    """
-
-    title: str
-    type: str
-    digits: int
-    needs_judge: bool
-    meaning: str = ""
-
-
-# name → title, type and meaning, where the registry's title and the name do not say enough
-WORDING = {
-    "entropy": (
-        "entropy (nats)",
-        "entropy",
-        "Entropy is that of the token frequencies within a text, averaged over texts; it falls where a text repeats "
-        "itself, and its highest value here is {highest_entropy:.3f}.",
-    ),
-    "diversity": (
-        "n-gram diversity",
-        "diversity",
-        "Diversity is the share of unique n-grams of tokens in the pooled set, multiplied over n = 2, 3, 4; it "
-        "compares only between sets of one size.",
-    ),
-    "generative_perplexity": (
-        "generative perplexity",
-        "perplexity",
-        "Generative perplexity is that of the judge `{judge}` over the whole set; a text is cut to {judge_length} "
-        "tokens, and its first token is {first_token}. Repetitive text scores low too: read it beside the entropy.",
-    ),
-    "mauve": (
-        "MAUVE",
-        "mauve",
-        "MAUVE (0 to 1, higher is closer) compares a set (of the samples {num_samples} texts of one seed, {seed}) "
-        "with {mauve_texts} other held-out texts in the features of the same judge ({mauve_buckets} clusters, seed "
-        "{mauve_seed}).",
-    ),
+# score → its title and its type on the Hub, where they are not its title elsewhere and its name
+TITLES = {"diversity": "n-gram diversity", "generative_perplexity": "generative perplexity"}
+HUB_TYPES = {"generative_perplexity": "perplexity"}
+# score → what it depends on, with places for what `metric_conditions` fills in
+MEANINGS = {
+    "entropy": "Entropy is that of the token frequencies within a text, averaged over texts; it falls where a text "
+    "repeats itself, and its highest value here is {highest_entropy:.3f}.",
+    "diversity": "Diversity is the share of unique n-grams of tokens in the pooled set, multiplied over n = 2, 3, 4; "
+    "it compares only between sets of one size.",
+    "generative_perplexity": "Generative perplexity is that of the judge `{judge}` over the whole set; a text is cut "
+    "to {judge_length} tokens, and its first token is {first_token}. Repetitive text scores low too: read it beside "
+    "the entropy.",
+    "mauve": "MAUVE (0 to 1, higher is closer) compares a set (of the samples {num_samples} texts of one seed, "
+    "{seed}) with {mauve_texts} other held-out texts in the features of the same judge ({mauve_buckets} clusters, "
+    "seed {mauve_seed}).",
 }
-
-
-def card_metrics() -> dict[str, Metric]:
-    """The scores that a card shows, in its order."""
-    found = {}
-    for name, score in SCORES.items():
-        if score.is_main:
-            title, hub_type, meaning = WORDING.get(name, (score.title, name, ""))
-            found[name] = Metric(title, hub_type, score.digits, score.needs_judge, meaning)
-    return found
+# the scores that a card shows, under its titles and in its order
+METRICS = {
+    name: replace(score, title=TITLES.get(name, score.title)) for name, score in SCORES.items() if score.is_main
+}
 
 
 def write_card(run: Run, folder: str | Path) -> ModelCard:
@@ -120,14 +83,10 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
         card_data(run),
         template_path=str(TEMPLATE),
         run=run,
-        name=run.name,
-        license=run.results.license,
         model_id=run.results.model_id or "path/to/this/folder",
-        num_inference_steps=run.settings["evaluation"]["num_inference_steps"],
         results_table=results_table(run.results),
         notes=notes(run),
         facts=facts(run),
-        parameters=run.results.parameters,
         changed_settings=yaml.safe_dump(run.results.changed_settings, allow_unicode=True).strip(),
         pictures=pictures,
         samples=[
@@ -154,8 +113,8 @@ def card_data(run: Run) -> ModelCardData:
     ]
     measured = eval_results(run)
     return ModelCardData(
-        language=run.results.language,
-        license=run.results.license,
+        language=results.language,
+        license=results.license,
         library_name="diffusers",
         pipeline_tag="text-generation",
         tags=["ldlm", "text-diffusion"],
@@ -176,7 +135,7 @@ def eval_results(run: Run) -> list[EvalResult]:
         f"{run.settings['evaluation']['num_inference_steps']} steps, seed {run.settings['loop']['seed']}"
     )
     found = []
-    for name, metric in card_metrics().items():
+    for name, metric in METRICS.items():
         value = results.sample_scores.values.get(name)
         if value is None:
             continue
@@ -189,7 +148,7 @@ def eval_results(run: Run) -> list[EvalResult]:
                 dataset_name=results.corpus.name,
                 dataset_config=data["config_name"],
                 dataset_revision=data["revision"],
-                metric_type=metric.type,
+                metric_type=HUB_TYPES.get(name, name),
                 metric_name=f"{metric.title}{judge}, {conditions}",
                 metric_value=round(value, metric.digits + 1),
             )
@@ -197,10 +156,10 @@ def eval_results(run: Run) -> list[EvalResult]:
     return found
 
 
-def measured_metrics(*sets: TextScores | None) -> dict[str, Metric]:
+def measured_metrics(*sets: TextScores | None) -> dict[str, Score]:
     """The metrics that any of the sets has."""
     measured = {name for scores in sets if scores for name, value in scores.values.items() if value is not None}
-    return {name: metric for name, metric in card_metrics().items() if name in measured}
+    return {name: metric for name, metric in METRICS.items() if name in measured}
 
 
 def results_table(results: RunResults) -> str:
@@ -225,8 +184,8 @@ def notes(run: Run) -> list[str]:
     samples, real = results.sample_scores, results.real_scores
     measured = measured_metrics(samples, real)
     conditions = metric_conditions(run)
-    lines = [metric.meaning.format(**conditions) for metric in measured.values() if metric.meaning]
-    missing = {name: metric.title for name, metric in card_metrics().items() if name not in measured}
+    lines = [MEANINGS[name].format(**conditions) for name in measured if name in MEANINGS]
+    missing = {name: metric.title for name, metric in METRICS.items() if name not in measured}
     if results.mauve and missing.pop("mauve", None):
         lines.append(
             f"MAUVE is left out: it was measured on {conditions['num_samples']} texts of one seed, and cards give it "

@@ -84,9 +84,7 @@ class RunResults:
         num_held_out: sequences of that evaluation.
         judge: of `generative_perplexity` and `mauve`: `name`, and `max_length` and `add_bos` of the former.
         mauve: what the score depends on beside the judge: `num_texts`, `num_buckets`, `max_length` and `seed`.
-        sample_scores: of the samples.
-        real_scores: of held-out real texts.
-        samples: the samples.
+        sample_scores, real_scores: of the samples, and of held-out real texts.
     """
 
     changed_settings: dict[str, Any]

@@ -173,8 +173,7 @@ def plot_over_steps(log: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> F
         for key, name in panel.curves.items():
             steps, values = series(log, key)
             if steps:
-                held_out = key.startswith(HELD_OUT_PREFIX)
-                marker = "o" if held_out else None
+                marker = "o" if key.startswith(HELD_OUT_PREFIX) else None
                 axes.plot(
                     group_means(steps), group_means(values), linewidth=1.2, marker=marker, markersize=4, label=name
                 )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 import torch
 from torch.nn import functional
 
-from ldlm_hf.metrics.inputs import TextInputs, check_positive_int, check_texts
+from ldlm_hf.metrics.inputs import TextMetric, check_positive_int, check_texts
 from ldlm_hf.metrics.judge import Judge, as_judge
 
 
@@ -21,27 +19,6 @@ POSITIONS_PER_SLICE = 1024
 
 # The share of texts that COSMOS's convention leaves out at each end.
 TRIMMED_SHARE = 0.05
-
-INPUTS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): generated texts.
-    judge: the causal language model that scores them: Hub id, folder, `package:NAME/FOLDER`, `package:NAME/FILE.gguf`,
-        a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default `"gpt2-large"`.
-    batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
-    max_length (`int`): tokens a text, the added BOS included, after which it is cut. Default: the judge's context.
-    add_bos (`bool`): prepend a BOS token, so that the first token of the text is scored too. Default `False`.
-    bos_token_id (`int`): the token to prepend, where the tokenizer names none or another (SmolLM2: 0).
-    with_features (`bool`): also return each text's feature for MAUVE, from the same pass. Default `False`.
-    device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
-        float32.
-Returns:
-    perplexity (`float`): exp(sum of NLL / number of scored tokens) over the whole set.
-    trimmed_mean_perplexity (`float`): mean of the texts' own perplexities after leaving out 5% of them at each end.
-    perplexities (`list`): each text's own perplexity, `None` for a text with nothing to score.
-    features (`list`), with `with_features`: arrays (D,), float32, of what is read of each text; `None` as above.
-    num_texts, num_unscored_texts, num_tokens (`int`): texts, those among them with nothing to score, scored tokens.
-    judge (`str`), max_length (`int` or `None`), add_bos (`bool`): what the numbers depend on.
-"""
 
 
 def generative_perplexity(
@@ -55,7 +32,9 @@ def generative_perplexity(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of texts under a judge, re-tokenised with the judge's tokenizer and cut to its context.
+    """Perplexity of generated texts under a pretrained causal language model, the judge.
+
+    Texts are re-tokenised with the judge's tokenizer and cut to its context.
 
     Two conventions are reported, which must not be compared with each other:
 
@@ -71,7 +50,26 @@ def generative_perplexity(
     in `perplexities` is `None`, and it is counted in `num_unscored_texts`. Low perplexity alone means little:
     repetitive text has it too. Read it beside the entropy.
 
-    Arguments and results: see `INPUTS_DESCRIPTION`.
+    Args:
+        predictions (`list[str]`): generated texts.
+        judge: the causal language model that scores them: Hub id, folder, `package:NAME/FOLDER`,
+            `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
+            `"gpt2-large"`.
+        batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
+        max_length (`int`): tokens a text, the added BOS included, after which it is cut. Default: the judge's context.
+        add_bos (`bool`): prepend a BOS token, so that the first token of the text is scored too. Default `False`.
+        bos_token_id (`int`): the token to prepend, where the tokenizer names none or another (SmolLM2: 0).
+        with_features (`bool`): also return each text's feature for MAUVE, from the same pass. Default `False`.
+        device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
+            float32.
+
+    Returns:
+        perplexity (`float`): exp(sum of NLL / number of scored tokens) over the whole set.
+        trimmed_mean_perplexity (`float`): mean of the texts' own perplexities without 5% of them at each end.
+        perplexities (`list`): each text's own perplexity, `None` for a text with nothing to score.
+        features (`list`), with `with_features`: arrays (D,), float32, of what is read of each text; `None` as above.
+        num_texts, num_unscored_texts, num_tokens (`int`): texts, those with nothing to score, scored tokens.
+        judge (`str`), max_length (`int` or `None`), add_bos (`bool`): what the numbers depend on.
 
     Raises:
         ValueError: an argument is out of range, the judge cannot be loaded, or no text has anything to score.
@@ -81,7 +79,9 @@ def generative_perplexity(
     if bos_token_id is not None and not add_bos:
         raise ValueError(f"`bos_token_id` is {bos_token_id}, but `add_bos` is False: set it, or leave the id out.")
     judge = as_judge(judge, device, dtype)
-    max_length = _max_length(judge, max_length)
+    max_length = judge.context_length if max_length is None else judge.check_max_length(max_length)
+    if max_length == 1:
+        raise ValueError("`max_length` is 1, but the first token is not scored: it must be 2 or more.")
     prefix = [_bos_token_id(judge, bos_token_id)] if add_bos else []
     text_length = None if max_length is None else max_length - len(prefix)
 
@@ -92,24 +92,19 @@ def generative_perplexity(
             f"None of the {len(predictions)} `predictions` has two tokens of the judge {judge.name!r}, so there "
             f"is nothing to score; the first is {predictions[0]!r}. Look at what the generator writes."
         )
-    features: list[np.ndarray | None] = [None] * len(predictions)
-
-    def keep_features(places: list[int], last_hidden_states: torch.Tensor) -> None:
-        for place, feature in zip(places, last_hidden_states.float().cpu().numpy(), strict=True):
-            features[scored[place]] = feature
-
-    losses = sequence_losses(
-        judge, [sequences[index] for index in scored], batch_size, keep_features if with_features else None
-    )
+    losses, features = sequence_losses(judge, [sequences[index] for index in scored], batch_size, with_features)
     num_tokens = [len(sequences[index]) - 1 for index in scored]
-    perplexities: list[float | None] = [None] * len(predictions)
-    for index, loss, count in zip(scored, losses, num_tokens, strict=True):
-        perplexities[index] = math.exp(loss / count)
+    perplexities = [math.exp(loss / count) for loss, count in zip(losses, num_tokens, strict=True)]
+
+    def of_each_text(values: list[Any]) -> list[Any]:
+        by_index = dict(zip(scored, values, strict=True))
+        return [by_index.get(index) for index in range(len(predictions))]
+
     return {
         "perplexity": math.exp(math.fsum(losses) / sum(num_tokens)),
-        "trimmed_mean_perplexity": trimmed_mean([value for value in perplexities if value is not None]),
-        "perplexities": perplexities,
-        **({"features": features} if with_features else {}),
+        "trimmed_mean_perplexity": trimmed_mean(perplexities),
+        "perplexities": of_each_text(perplexities),
+        **({"features": of_each_text(features)} if with_features else {}),
         "num_texts": len(predictions),
         "num_unscored_texts": len(predictions) - len(scored),
         "num_tokens": sum(num_tokens),
@@ -121,28 +116,29 @@ def generative_perplexity(
 
 @torch.inference_mode()
 def sequence_losses(
-    judge: Judge,
-    sequences: list[list[int]],
-    batch_size: int,
-    on_features: Callable[[list[int], torch.Tensor], None] | None = None,
-) -> list[float]:
+    judge: Judge, sequences: list[list[int]], batch_size: int, with_features: bool = False
+) -> tuple[list[float], list[np.ndarray]]:
     """The sum over each sequence of -log p(token | tokens before), from its second token on, in nats.
 
     Args:
         sequences: token ids of the judge, at least two a sequence.
-        on_features: called for each batch with the places of its sequences and the last hidden states at their last
-            tokens (B, D).
+        with_features: whether to also read the last hidden state at each sequence's last token.
+
+    Returns:
+        The sums, and these features (D,), float32; without `with_features` they are empty.
 
     Raises:
         ValueError: the judge gives a loss that is not finite.
     """
     losses = [0.0] * len(sequences)
+    features = [np.empty(0)] * len(sequences)
     for indices, input_ids, attention_mask in judge.batches(sequences, batch_size, "Scoring texts"):
-        if on_features is None:
-            logits = judge.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        else:
+        if with_features:
             logits, last_hidden_states = judge.read(input_ids, attention_mask)  # (B, L, V), (B, D)
-            on_features(indices, last_hidden_states)
+            for index, feature in zip(indices, last_hidden_states.float().cpu().numpy(), strict=True):
+                features[index] = feature
+        else:
+            logits = judge.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         for row, index in enumerate(indices):
             length = len(sequences[index])
             losses[index] = _sum_of_losses(logits[row, : length - 1], input_ids[row, 1:length])
@@ -150,7 +146,7 @@ def sequence_losses(
                 raise ValueError(
                     f"The judge {judge.name!r} gives a loss of {losses[index]} in {logits.dtype}: load it in float32."
                 )
-    return losses
+    return losses, features
 
 
 def _sum_of_losses(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -184,25 +180,8 @@ def _bos_token_id(judge: Judge, bos_token_id: int | None) -> int:
     return int(token_id)
 
 
-def _max_length(judge: Judge, max_length: int | None) -> int | None:
-    if max_length is None:
-        return judge.context_length
-    max_length = judge.check_max_length(max_length)
-    if max_length < 2:
-        raise ValueError(f"`max_length` is {max_length}, but the first token is not scored: it must be 2 or more.")
-    return max_length
-
-
-class GenerativePerplexity(TextInputs, evaluate.Metric):
+class GenerativePerplexity(TextMetric, evaluate.Metric):
     """[`generative_perplexity`] as a metric of `evaluate`."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Perplexity of generated texts under a pretrained causal language model, the judge.",
-            citation="Sahoo et al., Simple and Effective Masked Diffusion Language Models, 2024.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Value("string")}),
-        )
-
-    def _compute(self, predictions: list[str], **options: Any) -> dict[str, Any]:
-        return generative_perplexity(predictions, **options)
+    citation_text = "Sahoo et al., Simple and Effective Masked Diffusion Language Models, 2024."
+    _compute = staticmethod(generative_perplexity)

@@ -1,15 +1,18 @@
-"""What the metrics accept: texts, or sequences of token ids.
+"""What the metrics accept, texts or sequences of token ids, and what their classes for `evaluate` share.
 
 `evaluate` casts what it is given to the declared features without a word: token probabilities of 0.7 become token 0,
-and a single string becomes a list of characters. So the classes of the metrics check their inputs before `evaluate`
-converts them, by the two mixins below. These are no `evaluate.Metric` themselves, because `evaluate.load` takes the
-first one that it finds in a module.
+and a single string becomes a list of characters. So these classes check their inputs before `evaluate` converts them.
+The mixins below are no `evaluate.Metric` themselves, because `evaluate.load` takes the first one that it finds in a
+module.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
+import datasets
+import evaluate
 import numpy as np
 
 from ldlm_hf.loading.checks import whole_number
@@ -67,19 +70,44 @@ def check_token_sequences(predictions: Any) -> list[list[int]]:
     return [check_token_sequence(f"predictions[{index}]", sequence) for index, sequence in enumerate(predictions)]
 
 
-class TextInputs:
-    """The check of a metric that reads texts."""
+class FunctionMetric:
+    """A function, `_compute`, as a metric of `evaluate`, which its docstring describes.
+
+    Attributes:
+        citation_text: where the metric is from.
+        columns: argument of the function → its type, for those that `evaluate` gathers in batches.
+    """
+
+    citation_text: ClassVar[str]
+    columns: ClassVar[dict[str, Any]]
+
+    def _info(self) -> evaluate.MetricInfo:
+        documentation = inspect.getdoc(self._compute) or ""  # type: ignore[attr-defined]
+        return evaluate.MetricInfo(
+            description=documentation.partition("\n")[0],
+            citation=self.citation_text,
+            inputs_description=documentation,
+            features=datasets.Features(self.columns),
+        )
+
+
+class TextMetric(FunctionMetric):
+    """A metric that reads texts."""
+
+    columns = {"predictions": datasets.Value("string")}
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Adds texts to the set that `compute` measures; raises a `ValueError` if they are not lists of strings."""
         check_texts("predictions", predictions)
-        if "references" in self._feature_names():  # type: ignore[attr-defined]
+        if "references" in self.columns:
             check_references(predictions, references)
         super().add_batch(predictions=predictions, references=references, **kwargs)  # type: ignore[misc]
 
 
-class TokenSequenceInputs:
-    """The check of a metric that reads token ids."""
+class TokenMetric(FunctionMetric):
+    """A metric that reads token ids."""
+
+    columns = {"predictions": datasets.Sequence(datasets.Value("int64"))}
 
     def add_batch(self, *, predictions: Any = None, **kwargs: Any) -> None:
         """Adds sequences of token ids, a list of lists or a 2-D array or tensor; raises a `ValueError` otherwise."""

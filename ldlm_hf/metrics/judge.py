@@ -126,16 +126,14 @@ def load_judge(name: str, device: str | torch.device | None = None, dtype: str |
         source = resolve_pretrained_source(name)
         tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **source.kwargs)
         model = AutoModelForCausalLM.from_pretrained(
-            source.name_or_path, dtype=torch.float32 if dtype is None else dtype, **source.kwargs
+            source.name_or_path, dtype=dtype or torch.float32, **source.kwargs
         )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`judge` {name!r} cannot be loaded: {error} A judge is a causal language model, named by its Hub id, a "
             "local folder, `package:NAME/FOLDER` or `package:NAME/FILE.gguf` of an installed Python package."
         ) from error
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps `Module.to` and loses its types
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]  # transformers wraps `Module.to` and loses its types
     return Judge(model.eval(), tokenizer, name)
 
 

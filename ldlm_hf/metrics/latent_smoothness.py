@@ -10,29 +10,8 @@ import evaluate
 import torch
 
 from ldlm_hf.metrics.generative_perplexity import sequence_losses
-from ldlm_hf.metrics.inputs import TextInputs, check_positive_int, check_texts
+from ldlm_hf.metrics.inputs import TextMetric, check_positive_int, check_texts
 from ldlm_hf.metrics.judge import Judge, as_judge
-
-
-INPUTS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): texts decoded from points on the lines between the latents of pairs of real texts.
-    positions (`list[float]`): the place of each on its line, in [0, 1]; every pair at the same places, 0 and 1 among
-        them.
-    judge: the causal language model that scores the texts: Hub id, folder, `package:NAME/FOLDER`,
-        `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
-        `"gpt2-large"`.
-    batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
-    device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
-        float32.
-Returns:
-    positions (`list[float]`): the places, increasing.
-    perplexities (`list`): generative perplexity of the texts at each of them, `None` where there is nothing to score.
-    roughness (`float`): mean over the inner places of log perplexity minus its straight line from 0 to 1, in nats a
-        token; `None` where a perplexity is missing.
-    num_pairs, num_unscored_texts (`int`): lines; texts with nothing to score.
-    judge (`str`), max_length (`int` or `None`): what the numbers depend on.
-"""
 
 
 def latent_smoothness(
@@ -43,7 +22,7 @@ def latent_smoothness(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Generative perplexity along straight lines between the latents of real texts.
+    """Generative perplexity of texts decoded along lines between the latents of real texts.
 
     Where a space is smooth, what is decoded between two texts reads like text, and the curve stays near its ends; in
     a rough one it rises between them. The paper shows the curve. Its one number, `roughness`, is ours: how much the
@@ -52,7 +31,24 @@ def latent_smoothness(
 
     The perplexity is that of `generative_perplexity`: the texts at a position are one set.
 
-    Arguments and results: see `INPUTS_DESCRIPTION`.
+    Args:
+        predictions (`list[str]`): texts decoded from points on the lines between the latents of pairs of real texts.
+        positions (`list[float]`): the place of each on its line, in [0, 1]; every pair at the same places, 0 and 1
+            among them.
+        judge: the causal language model that scores the texts: Hub id, folder, `package:NAME/FOLDER`,
+            `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
+            `"gpt2-large"`.
+        batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
+        device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
+            float32.
+
+    Returns:
+        positions (`list[float]`): the places, increasing.
+        perplexities (`list`): generative perplexity of the texts at each of them, `None` with nothing to score.
+        roughness (`float`): mean over the inner places of log perplexity minus its straight line from 0 to 1, in nats
+            a token; `None` where a perplexity is missing.
+        num_pairs, num_unscored_texts (`int`): lines; texts with nothing to score.
+        judge (`str`), max_length (`int` or `None`): what the numbers depend on.
 
     Raises:
         ValueError: an argument is out of range, or the judge cannot be loaded.
@@ -64,7 +60,7 @@ def latent_smoothness(
     judge = as_judge(judge, device, dtype)
     sequences = judge.encode(predictions, judge.context_length)
     scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
-    losses = sequence_losses(judge, [sequences[index] for index in scored], batch_size)
+    losses, _ = sequence_losses(judge, [sequences[index] for index in scored], batch_size)
 
     totals, num_tokens = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
     for index, loss in zip(scored, losses, strict=True):
@@ -112,19 +108,11 @@ def roughness(positions: list[float], perplexities: list[float | None]) -> float
     return math.fsum(excess) / len(excess)
 
 
-class LatentSmoothness(TextInputs, evaluate.Metric):
+class LatentSmoothness(TextMetric, evaluate.Metric):
     """[`latent_smoothness`] as a metric of `evaluate`."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Generative perplexity of texts decoded along lines between the latents of real texts.",
-            citation="Meshchaninov et al., How to Train Your Latent Diffusion Language Model Jointly With the Latent "
-            "Space, 2026.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "positions": datasets.Value("float64")}
-            ),
-        )
-
-    def _compute(self, predictions: list[str], positions: list[float], **options: Any) -> dict[str, Any]:
-        return latent_smoothness(predictions, positions, **options)
+    citation_text = (
+        "Meshchaninov et al., How to Train Your Latent Diffusion Language Model Jointly With the Latent Space, 2026."
+    )
+    columns = TextMetric.columns | {"positions": datasets.Value("float64")}
+    _compute = staticmethod(latent_smoothness)

@@ -10,37 +10,12 @@ import numpy as np
 import torch
 
 from ldlm_hf.loading.checks import whole_number
-from ldlm_hf.metrics.inputs import TextInputs, check_positive_int, check_references, check_texts
+from ldlm_hf.metrics.inputs import TextMetric, check_positive_int, check_references, check_texts
 from ldlm_hf.metrics.judge import Judge, as_judge, at_last_token
 
 
 # mauve-text reads this many tokens of a text.
 MAX_TEXT_LENGTH = 1024
-
-INPUTS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): generated texts.
-    references (`list[str]`): as many real texts.
-    judge: the causal language model that gives the features: Hub id, folder, `package:NAME/FOLDER`,
-        `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
-        `"gpt2-large"`.
-    batch_size (`int`): texts a forward pass; it does not change the features. Default 8.
-    max_length (`int`): tokens of a text that are read. Default: 1024, or the judge's context if that is shorter.
-    reference_features (`array`, (n, D)): the references' features from `ldlm_hf.metrics.text_features`, made earlier
-        with the same judge and `max_length`, to save making them again for each generated set.
-    prediction_features (`array`, (n, D)): likewise those of the predictions, none of which is blank then; what
-        `generative_perplexity` gives with `with_features=True` is made in the same pass as the perplexity.
-    num_buckets (`int` or `"auto"`): clusters; `"auto"` is a tenth of the number of texts.
-    mauve_scaling_factor, kmeans_explained_var, kmeans_num_redo, kmeans_max_iter, seed: of mauve-text. Defaults: 5,
-        0.9, 5, 500, 25.
-    device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
-        float32.
-Returns:
-    mauve (`float`): between 0 and 1; higher is closer.
-    frontier_integral (`float`): between 0 and 1; lower is closer.
-    num_texts, num_blank_predictions (`int`): texts of each of the two sets, blank ones among the generated.
-    num_buckets, seed, max_length (`int`), judge (`str`): what the numbers depend on.
-"""
 
 
 def mauve(
@@ -60,15 +35,38 @@ def mauve(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Area under the divergence curve of generated and real texts, clustered together in a judge's feature space.
+    """Closeness of the distributions of generated and real texts, between 0 and 1.
 
-    The computation is mauve-text's; the features are made here, from any judge, as mauve-text makes them: the last
-    hidden state at a text's last token. Scores compare only for the same judge, number of texts, references and seed.
+    It is the area under their divergence curve, the texts clustered together in a judge's feature space. The
+    computation is mauve-text's; the features are made here, from any judge, as mauve-text makes them: the last hidden
+    state at a text's last token. Scores compare only for the same judge, number of texts, references and seed.
 
     A blank generated text has no feature. It is left out, as in mauve-text, but not silently: it is counted in
     `num_blank_predictions`. A blank reference is an error.
 
-    Arguments and results: see `INPUTS_DESCRIPTION`.
+    Args:
+        predictions (`list[str]`): generated texts.
+        references (`list[str]`): as many real texts.
+        judge: the causal language model that gives the features: Hub id, folder, `package:NAME/FOLDER`,
+            `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
+            `"gpt2-large"`.
+        batch_size (`int`): texts a forward pass; it does not change the features. Default 8.
+        max_length (`int`): tokens of a text that are read. Default: 1024, or the judge's context if that is shorter.
+        reference_features (`array`, (n, D)): the references' features from `ldlm_hf.metrics.text_features`, made
+            earlier with the same judge and `max_length`, to save making them again for each generated set.
+        prediction_features (`array`, (n, D)): likewise those of the predictions, none of which is blank then; what
+            `generative_perplexity` gives with `with_features=True` is made in the same pass as the perplexity.
+        num_buckets (`int` or `"auto"`): clusters; `"auto"` is a tenth of the number of texts.
+        mauve_scaling_factor, kmeans_explained_var, kmeans_num_redo, kmeans_max_iter, seed: of mauve-text. Defaults: 5,
+            0.9, 5, 500, 25.
+        device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
+            float32.
+
+    Returns:
+        mauve (`float`): between 0 and 1; higher is closer.
+        frontier_integral (`float`): between 0 and 1; lower is closer.
+        num_texts, num_blank_predictions (`int`): texts of each of the two sets, blank ones among the generated.
+        num_buckets, seed, max_length (`int`), judge (`str`): what the numbers depend on.
 
     Raises:
         ValueError: an argument is out of range, the judge cannot be loaded, or too few texts are not blank.
@@ -184,17 +182,9 @@ def _check_num_buckets(num_buckets: int | str, num_texts: int, num_blank: int) -
         )
 
 
-class Mauve(TextInputs, evaluate.Metric):
+class Mauve(TextMetric, evaluate.Metric):
     """[`mauve`] as a metric of `evaluate`."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="Closeness of the distributions of generated and real texts, between 0 and 1.",
-            citation="Pillutla et al., MAUVE: Measuring the Gap Between Neural Text and Human Text, 2021.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
-
-    def _compute(self, predictions: list[str], references: list[str], **options: Any) -> dict[str, Any]:
-        return mauve(predictions, references, **options)
+    citation_text = "Pillutla et al., MAUVE: Measuring the Gap Between Neural Text and Human Text, 2021."
+    columns = TextMetric.columns | {"references": datasets.Value("string")}
+    _compute = staticmethod(mauve)

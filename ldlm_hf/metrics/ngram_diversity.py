@@ -5,33 +5,29 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import datasets
 import evaluate
 
-from ldlm_hf.metrics.inputs import TokenSequenceInputs, check_token_sequences
+from ldlm_hf.metrics.inputs import TokenMetric, check_token_sequences
 
 
 NGRAM_ORDERS = (2, 3, 4)
 
-INPUTS_DESCRIPTION = """
-Args:
-    predictions: the generator's token ids, a list of lists of `int` or a 2-D array or tensor.
-Returns:
-    diversity (`float`): product over n = 2, 3, 4 of unique n-grams / all n-grams of the pooled set.
-    unique_bigrams, unique_trigrams, unique_fourgrams (`float`): the three factors.
-    num_sequences, num_tokens (`int`): the size of the set, on which diversity depends.
-"""
-
 
 def ngram_diversity(predictions: Any) -> dict[str, Any]:
-    """Product over n = 2, 3, 4 of the share of unique n-grams among all n-grams of the pooled set.
+    """Share of unique n-grams in a set of generated sequences, multiplied over n = 2, 3, 4.
 
     An n-gram lies within one sequence. The larger the set, the more n-grams it repeats: only sets of equal size
     compare, and the result says how large the set was. The paper does not say whether its n-grams are of tokens or of
     words. Here they are of the generator's tokens, which is our choice: it needs no further tokenizer, and reads what
     entropy reads.
 
-    Arguments and results: see `INPUTS_DESCRIPTION`.
+    Args:
+        predictions: the generator's token ids, a list of lists of `int` or a 2-D array or tensor.
+
+    Returns:
+        diversity (`float`): product over n = 2, 3, 4 of unique n-grams / all n-grams of the pooled set.
+        unique_bigrams, unique_trigrams, unique_fourgrams (`float`): the three factors.
+        num_sequences, num_tokens (`int`): the size of the set, on which diversity depends.
 
     Raises:
         ValueError: no token ids, or all sequences shorter than four tokens.
@@ -65,16 +61,8 @@ def unique_ngram_share(sequences: list[list[int]], order: int) -> float:
     return len(unique) / total
 
 
-class NGramDiversity(TokenSequenceInputs, evaluate.Metric):
+class NGramDiversity(TokenMetric, evaluate.Metric):
     """[`ngram_diversity`] as a metric of `evaluate`."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of unique n-grams in a set of generated sequences, multiplied over n = 2, 3, 4.",
-            citation="Su et al., A Contrastive Framework for Neural Text Generation, 2022.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("int64"))}),
-        )
-
-    def _compute(self, predictions: list[list[int]]) -> dict[str, Any]:
-        return ngram_diversity(predictions)
+    citation_text = "Su et al., A Contrastive Framework for Neural Text Generation, 2022."
+    _compute = staticmethod(ngram_diversity)

@@ -6,31 +6,26 @@ import math
 from collections import Counter
 from typing import Any
 
-import datasets
 import evaluate
 
-from ldlm_hf.metrics.inputs import TokenSequenceInputs, check_token_sequences
-
-
-INPUTS_DESCRIPTION = """
-Args:
-    predictions: the generator's token ids, a list of lists of `int` or a 2-D array or tensor.
-Returns:
-    entropy (`float`): mean over sequences of the entropy of their token frequencies, in nats.
-    entropies (`list`): each sequence's own, `None` for an empty one.
-    num_sequences, num_unscored_sequences, num_tokens (`int`): sequences, the empty ones among them, tokens.
-"""
+from ldlm_hf.metrics.inputs import TokenMetric, check_token_sequences
 
 
 def token_entropy(predictions: Any) -> dict[str, Any]:
-    """Entropy of each sequence's empirical token distribution, in nats, averaged over sequences.
+    """Entropy of the token frequencies within each generated sequence, averaged over sequences.
 
     It falls when a text repeats itself and does not see repetition across texts; n-gram diversity does. It cannot
     exceed the logarithm of the sequence length, so only sequences of the same length and tokenizer compare. An empty
     sequence has no distribution: it is left out of the mean, `None` in `entropies`, and counted in
     `num_unscored_sequences`.
 
-    Arguments and results: see `INPUTS_DESCRIPTION`.
+    Args:
+        predictions: the generator's token ids, a list of lists of `int` or a 2-D array or tensor.
+
+    Returns:
+        entropy (`float`): mean over sequences of the entropy of their token frequencies, in nats.
+        entropies (`list`): each sequence's own, `None` for an empty one.
+        num_sequences, num_unscored_sequences, num_tokens (`int`): sequences, the empty ones among them, tokens.
 
     Raises:
         ValueError: no token ids, or empty sequences only.
@@ -55,16 +50,8 @@ def sequence_entropy(sequence: list[int]) -> float:
     return math.fsum(share * math.log(1 / share) for share in shares)
 
 
-class TokenEntropy(TokenSequenceInputs, evaluate.Metric):
+class TokenEntropy(TokenMetric, evaluate.Metric):
     """[`token_entropy`] as a metric of `evaluate`."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Entropy of the token frequencies within each generated sequence, averaged over sequences.",
-            citation="Dieleman et al., Continuous diffusion for categorical data, 2022.",
-            inputs_description=INPUTS_DESCRIPTION,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("int64"))}),
-        )
-
-    def _compute(self, predictions: list[list[int]]) -> dict[str, Any]:
-        return token_entropy(predictions)
+    citation_text = "Dieleman et al., Continuous diffusion for categorical data, 2022."
+    _compute = staticmethod(token_entropy)

@@ -46,7 +46,6 @@ def line_deviation(times: np.ndarray, losses: np.ndarray) -> Deviation:
         times: of shape (G,), at least 3 different ones.
         losses: of shape (G,), finite.
     """
-    times, losses = np.asarray(times, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     centred = times - times.mean()
     slope = float(centred @ losses / (centred @ centred))
     intercept = float(losses.mean() - slope * times.mean())
@@ -108,22 +107,22 @@ def last_evaluations(run: LoggedRun, count: int) -> list[dict[str, Any]]:
     return evaluations[-count:]
 
 
-def mean_points(evaluations: Sequence[dict[str, Any]], prefix: str, grid_size: int) -> tuple[np.ndarray, np.ndarray]:
+def mean_points(run: LoggedRun, evaluations: Sequence[dict[str, Any]], prefix: str) -> tuple[np.ndarray, np.ndarray]:
     """Times and the mean over evaluations of what was logged there, float64 of shape (G,) each.
 
-    The log's keys round the times to two digits. Where they agree with k / `grid_size`, that is the time.
+    The log's keys round the times to two digits. Where they agree with k / `evaluation.grid_size`, that is the time.
     """
     points = np.array([grid_points(record, prefix) for record in evaluations], dtype=np.float64)  # (K, G, 2)
     times, values = points[0, :, 0], points[:, :, 1].mean(0)
-    exact = np.arange(1, len(times) + 1) / grid_size
+    exact = np.arange(1, len(times) + 1) / run.settings["evaluation.grid_size"]
     return (exact if np.abs(exact - times).max() < 0.00501 else times), values
 
 
 def loss_over_t(run: LoggedRun, count: int) -> LossOverTime:
     """The loss over t, whatever the run samples, as the mean of the last `count` evaluations."""
     evaluations = last_evaluations(run, count)
-    times, losses = mean_points(evaluations, GRID_PREFIX, run.settings["evaluation.grid_size"])
-    return checked(run, LossOverTime("t", times, losses, tuple(record["step"] for record in evaluations)))
+    steps = tuple(record["step"] for record in evaluations)
+    return checked(run, LossOverTime("t", *mean_points(run, evaluations, GRID_PREFIX), steps))
 
 
 def timestep_cdf(run: LoggedRun, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,15 +134,16 @@ def timestep_cdf(run: LoggedRun, count: int) -> tuple[np.ndarray, np.ndarray]:
         NotLoggedError: the adaptive sampler was at work, and its F was not logged.
     """
     evaluations = last_evaluations(run, count)
-    times, cdf = mean_points(evaluations, GRID_PREFIX, run.settings["evaluation.grid_size"])[0], None
     if grid_points(evaluations[-1], CDF_PREFIX):
-        times, cdf = mean_points(evaluations, CDF_PREFIX, run.settings["evaluation.grid_size"])
+        times, cdf = mean_points(run, evaluations, CDF_PREFIX)
     elif run.is_adaptive and run.was_active(evaluations[-1]["step"]):
         raise NotLoggedError(
             f"the log of {run.name} has neither the loss over u = F(t) nor F itself; its sampler was at work, so over "
             "t alone nothing can be said"
         )
-    return np.append(0.0, times), np.append(0.0, times if cdf is None else cdf)
+    else:
+        times = cdf = mean_points(run, evaluations, GRID_PREFIX)[0]
+    return np.append(0.0, times), np.append(0.0, cdf)
 
 
 def loss_over_own_time(run: LoggedRun, count: int) -> LossOverTime:
@@ -156,8 +156,7 @@ def loss_over_own_time(run: LoggedRun, count: int) -> LossOverTime:
     evaluations = last_evaluations(run, count)
     over_t = loss_over_t(run, count)
     if grid_points(evaluations[-1], WARPED_PREFIX):
-        times, losses = mean_points(evaluations, WARPED_PREFIX, run.settings["evaluation.grid_size"])
-        return checked(run, LossOverTime("u", times, losses, over_t.steps))
+        return checked(run, LossOverTime("u", *mean_points(run, evaluations, WARPED_PREFIX), over_t.steps))
     _, cdf = timestep_cdf(run, count)
     if not grid_points(evaluations[-1], CDF_PREFIX):
         return over_t
@@ -211,14 +210,13 @@ def compare_sampling(runs: Sequence[LoggedRun], curves: Mapping[str, LossOverTim
         curves: run's name → its loss over its own time; runs that are not in it are left out.
     """
     measured = [run for run in runs if run.name in curves]
-    # a run that is set to sample adaptively and has not begun to is neither
-    adaptive = [run for run in measured if curves[run.name].variable == "u"]
-    uniform = [run for run in measured if not run.is_adaptive]
     comparisons = []
-    for run in adaptive:
+    # a run that is set to sample adaptively and has not begun to is neither
+    for run in (run for run in measured if curves[run.name].variable == "u"):
         others = {
             other.name: [key for key in differing_settings([run, other]) if not key.startswith("timestep_sampler.")]
-            for other in uniform
+            for other in measured
+            if not other.is_adaptive
         }
         fewest = min(map(len, others.values()), default=0)
         for name, keys in others.items():

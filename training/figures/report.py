@@ -164,15 +164,14 @@ def settings_text(run: LoggedRun, keys: Sequence[str]) -> str:
 def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
     """The last numbers that each run has logged, and the scores of its samples."""
     logged = {key: column for key, column in FINAL_NUMBERS.items() if any(series(run.log, key)[0] for run in runs)}
-    scores = {run.name: run.results.sample_scores if run.results else None for run in runs}
-    metrics = measured_metrics(*scores.values())
+    scores = [run.results.sample_scores if run.results else None for run in runs]
+    metrics = measured_metrics(*scores)
     rows = []
-    for run in runs:
+    for run, measured in zip(runs, scores, strict=True):
         cells = [run.name, f"{run.evaluations[-1]['step']:,}"]
         for key, (_, digits) in logged.items():
             values = series(run.log, key)[1]
             cells.append(cell(values[-1] if values else None, None, digits))
-        measured = scores[run.name]
         values_of_run = measured.values if measured else {}
         cells += [cell(values_of_run.get(name), None, metric.digits) for name, metric in metrics.items()]
         rows.append(cells)
@@ -191,7 +190,7 @@ def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
 def remarks_on_numbers(run: LoggedRun) -> list[str]:
     """The judge of a run's scores, and the steps that it has skipped."""
     remarks = []
-    if run.results is not None and run.results.judge is not None and run.results.sample_scores is not None:
+    if run.results and run.results.judge and run.results.sample_scores:
         count = run.results.sample_scores.num_texts
         remarks.append(f"The judge of {run.name} is `{run.results.judge['name']}`, over {count} samples.")
     skipped = series(run.log, "skipped_steps")[1]
@@ -280,14 +279,13 @@ def deviation_table(
     """How straight the loss of each run is, and what the numbers rest on."""
     columns = ["run", "over", "after step", "points", "held-out sequences a point", "RMS deviation", "maximum"]
     rows = []
-    for run in runs:
-        if run.name in curves:
-            curve = curves[run.name]
-            steps = ", ".join(f"{step:,}" for step in curve.steps)
-            line = curve.deviation
-            shares = (line.rms, line.maximum, line.scatter, over_t[run.name].deviation.rms)
-            what = [run.name, curve.variable, steps, str(len(curve.times)), sequences_a_point(run)]
-            rows.append([*what, *(f"{share:.2%}" for share in shares)])
+    for run in (run for run in runs if run.name in curves):
+        curve = curves[run.name]
+        line = curve.deviation
+        steps = ", ".join(f"{step:,}" for step in curve.steps)
+        shares = (line.rms, line.maximum, line.scatter, over_t[run.name].deviation.rms)
+        what = [run.name, curve.variable, steps, str(len(curve.times)), sequences_a_point(run)]
+        rows.append([*what, *(f"{share:.2%}" for share in shares)])
     return markdown_table([*columns, "scatter", "RMS deviation over t"], rows)
 
 

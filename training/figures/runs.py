@@ -100,14 +100,9 @@ def legend_below(figure: Figure, names: Mapping[int, str]) -> None:
     axes = figure.axes[0]
     handles = [axes.plot([], [], **run_style(place), linewidth=1.4, markersize=4)[0] for place in names]
     width = round(LEGEND_DENSITY * figure.get_figwidth())
-    labels = [wrapped(name, width) for name in names.values()]
+    labels = [textwrap.fill(name, width) for name in names.values()]
     columns = max(1, min(len(labels), width // (max(map(len, labels)) + 8)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
-
-
-def wrapped(text: str, width: int) -> str:
-    """A text in lines of at most `width` characters."""
-    return "\n".join(textwrap.wrap(text, width))
 
 
 def plot_loss_over_time(
@@ -125,7 +120,7 @@ def plot_loss_over_time(
     titles = {"t": "Uniform sampling", "u": "Adaptive sampling"}
     x_labels = {"t": "time t (0: clean, 1: noise)", "u": "warped time u = F(t)"}
     variables = [name for name in titles if any(curve.variable == name for curve in curves.values())]
-    labels = {run.name: wrapped(run.name, 40) for run in runs}
+    labels = {run.name: textwrap.fill(run.name, 40) for run in runs}
     # the axes stay as high as they are however long the legends below them are
     rows = sum(name.count("\n") + 2 for name in labels.values())
     figure = Figure(figsize=(WIDTH, 3.8 + 0.17 * rows), layout="constrained")
@@ -137,8 +132,7 @@ def plot_loss_over_time(
             if curve is not None and curve.variable == variable:
                 line, style = curve.deviation, run_style(place)
                 name = f"{labels[run.name]}\n(RMS {line.rms:.1%}, maximum {line.maximum:.1%})"
-                straight = line.intercept + line.slope * ends
-                axes.plot(ends, straight, **style | {"marker": None}, linewidth=1.2)
+                axes.plot(ends, line.intercept + line.slope * ends, **style | {"marker": None}, linewidth=1.2)
                 axes.plot(curve.times, curve.losses, **style | {"linestyle": ""}, markersize=4, label=name)
         axes.set_title(titles[variable], fontsize="medium")
         label(axes, x_labels[variable], f"held-out {LOSS_LABEL}")
@@ -170,9 +164,8 @@ def plot_warmup(runs: Sequence[LoggedRun]) -> Figure:
         axes.plot(curve, [warmup_gate(step, *warmup) for step in curve], **style | {"marker": None}, linewidth=1.4)
         for run in alike:
             points = [point for point in logged_gate(run) if point[0] <= end]
-            shown = points[:: max(1, len(points) // MAX_GATE_POINTS)]
-            steps, gates = [step for step, _ in shown], [gate for _, gate in shown]
-            axes.plot(steps, gates, **style | {"linestyle": ""}, markersize=4)
+            shown = np.reshape(points[:: max(1, len(points) // MAX_GATE_POINTS)], (-1, 2))
+            axes.plot(shown[:, 0], shown[:, 1], **style | {"linestyle": ""}, markersize=4)
         names[place] = ", ".join(run.name for run in alike)
     count_steps(axes)
     label(axes, f"{STEPS_LABEL} s", "gate γ(s) (share of the gradient)")

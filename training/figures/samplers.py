@@ -80,20 +80,24 @@ def best_rows(
     """A row a budget: the sampler whose `sign * score` is least among those of enough entropy, with all its scores."""
     rows = []
     for budget in budgets:
-        sets = [(sampler, one) for sampler in samplers if (one := sampler.within(budget)) is not None]
         candidates = [
-            (sign * one["mean"][score], sampler.label, one)
-            for sampler, one in sets
-            if one["mean"][score] is not None and one["mean"]["entropy"] >= lowest_entropy
+            (sampler, one)
+            for sampler in samplers
+            if (one := sampler.within(budget)) is not None
+            and one["mean"][score] is not None
+            and one["mean"]["entropy"] >= lowest_entropy
         ]
         if candidates:
-            _, label, one = min(candidates, key=lambda candidate: candidate[0])
-            rows.append(
-                [str(budget), f"`{label}`", str(one["nfe"]), *[score_cell(one, name) for name in MAIN_COLUMNS]]
-            )
+            best = min(candidates, key=lambda candidate: sign * candidate[1]["mean"][score])
+            rows.append(all_scores(str(budget), *best))
         else:
             rows.append([str(budget), "none", "", *[""] * len(MAIN_COLUMNS)])
     return rows
+
+
+def all_scores(title: str, sampler: ScoredSampler, one: dict[str, Any]) -> list[str]:
+    """A row with one of a sampler's sets."""
+    return [title, f"`{sampler.label}`", str(one["nfe"]), *[score_cell(one, name) for name in MAIN_COLUMNS]]
 
 
 def score_cell(one: dict[str, Any] | None, score: str) -> str:
@@ -114,27 +118,22 @@ def report(
     lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
     real = results[0]["real_text"]
     heading = ["at most", "sampler", "NFE", *[score.heading for score in MAIN_COLUMNS.values()]]
-    anchors = [
-        [
-            "reference",
-            f"`{reference.label}`",
-            str(reference_nfe),
-            *[score_cell(anchor, name) for name in MAIN_COLUMNS],
-        ],
-        ["", "real text", "", *[cell(real.get(name), None, score.digits) for name, score in MAIN_COLUMNS.items()]],
-    ]
-    lines = ["# Samplers", "", "## The best for each number of evaluations", ""]
-    lines += [
+    of_real_text = {name: cell(real.get(name), None, score.digits) for name, score in MAIN_COLUMNS.items()}
+    anchors = [all_scores("reference", reference, anchor), ["", "real text", "", *of_real_text.values()]]
+    lines = [
+        "# Samplers",
+        "",
+        "## The best for each number of evaluations",
+        "",
         f"Lowest Gen. PPL among samplers whose entropy is at least {lowest_entropy:.3f} nats: {tolerance:.0%} less "
         f"than that of {reference_nfe} evaluations of `{reference.label}`.",
         "",
     ]
     rows = best_rows(samplers, budgets, "generative_perplexity", 1, lowest_entropy)
-    lines += [*markdown_table(heading, [*rows, *anchors]), "", "Highest MAUVE, whatever the entropy:", ""]
-    rows = best_rows(samplers, budgets, "mauve", -1)
-    lines += markdown_table(heading, [*rows, *anchors])
+    lines += [*markdown_table(heading, rows + anchors), "", "Highest MAUVE, whatever the entropy:", ""]
+    lines += markdown_table(heading, best_rows(samplers, budgets, "mauve", -1) + anchors)
     for name, score in MAIN_COLUMNS.items():
-        lines += ["", f"## {score.heading}", "", f"Real text: {cell(real.get(name), None, score.digits)}.", ""]
+        lines += ["", f"## {score.heading}", "", f"Real text: {of_real_text[name]}.", ""]
         rows = [
             [f"`{sampler.label}`", *[score_cell(sampler.within(budget), name) for budget in budgets]]
             for sampler in samplers
@@ -142,14 +141,14 @@ def report(
         lines += markdown_table(["evaluations, at most", *map(str, budgets)], rows)
     seeds = sorted({len(one["seeds"]) for sampler in samplers for one in sampler.sets.values()})
     settings = results[0]["settings"]
-    lines += [
+    return [
+        *lines,
         "",
         f"- Mean ± standard deviation over {' or '.join(map(str, seeds))} sampling seeds of {settings['num_samples']} "
         f"texts of {results[0]['pipelines'][0]['sequence_length']} tokens, {settings['dtype']}, on "
         f"{results[0]['hardware']}.",
         f"- Judge: `{results[0]['judge']['name']}`. Guidance takes two evaluations in each step but the first.",
     ]
-    return lines
 
 
 def plot_samplers(
@@ -182,14 +181,14 @@ def plot_samplers(
     drawn = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    curves = {grid: drawn[grid] for grid in ALL_GRIDS if grid in drawn}
+    grids = [grid for grid in ALL_GRIDS if grid in drawn]
     figure.legend(
-        curves.values(),
-        curves.keys(),
-        title="time grid",
+        [drawn[grid] for grid in grids],
+        grids,
         loc="outside lower center",
         ncols=len(ALL_GRIDS),
         fontsize="small",
+        title="time grid",
     )
     figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,8 @@ class MatrixProduct:
     """A product of two matrices, or of two batches of them, as it lay in memory.
 
     Attributes:
-        left_shape: (M, K) or (batch, M, K).
-        left_stride: strides of the left operand, in elements.
-        right_shape: (K, N) or (batch, K, N).
-        right_stride: strides of the right operand.
-        dtype: element type.
+        left_shape, left_stride: (M, K) or (batch, M, K), and its strides in elements.
+        right_shape, right_stride: (K, N) or (batch, K, N), and its strides.
         attention: whether it is one of attention's.
     """
 
@@ -77,8 +74,8 @@ class MatrixProductRecorder(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             arguments = dict(zip(names, args, strict=False)) | kwargs
             share = 0.5 if arguments.get("is_causal") else 1.0
-            forward, backward = attention_products(arguments["query"], arguments["key"], arguments["value"])
-            products = backward if operator.__name__.endswith("_backward") else forward
+            backward = operator.__name__.endswith("_backward")
+            products = attention_products(arguments["query"], arguments["key"], arguments["value"], backward)
         elif operator in flop_registry:
             raise NotImplementedError(f"{operator} computes matrix products that the recorder does not know.")
         for product in products:
@@ -88,9 +85,9 @@ class MatrixProductRecorder(TorchDispatchMode):
 
 
 def attention_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[list[MatrixProduct], list[MatrixProduct]]:
-    """Products of attention, forward and backward, each a batched product over batch and heads of packed operands.
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backward: bool
+) -> list[MatrixProduct]:
+    """Products of attention, forward or backward, each a batched product over batch and heads of packed operands.
 
     Forward S = Q K^T and O = P V; backward dP = dO V^T, dV = P^T dO, dQ = dS K and dK = dS^T Q.
     """
@@ -100,12 +97,10 @@ def attention_products(
     )
     scores = torch.empty((*query.shape[:2], key.shape[1]), dtype=query.dtype, device="meta")
     output = torch.empty((*query.shape[:2], value.shape[2]), dtype=query.dtype, device="meta")
-    forward = [(query, key.mT), (scores, value)]
-    backward = [(output, value.mT), (scores.mT, output), (scores, key), (scores.mT, query)]
-    return (
-        [MatrixProduct.of(left, right, attention=True) for left, right in forward],
-        [MatrixProduct.of(left, right, attention=True) for left, right in backward],
-    )
+    pairs = [(query, key.mT), (scores, value)]
+    if backward:
+        pairs = [(output, value.mT), (scores.mT, output), (scores, key), (scores.mT, query)]
+    return [MatrixProduct.of(left, right, attention=True) for left, right in pairs]
 
 
 def elapsed_seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -124,7 +119,7 @@ def elapsed_seconds(function: Callable[[], object], device: torch.device) -> flo
 
 
 def random_operand(
-    shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Standard normal numbers in the recorded layout, or packed where the recorded operand was an expanded one."""
     if any(step == 0 and size > 1 for size, step in zip(shape, stride, strict=True)):
@@ -132,13 +127,13 @@ def random_operand(
     return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
 
 
-def time_product(product: MatrixProduct, device: torch.device, at_least_seconds: float = 0.02) -> float:
-    """Median time of the plain product alone, its output allocated beforehand, over calls that fill the given time."""
+def time_product(product: MatrixProduct, device: torch.device) -> float:
+    """Median time of the plain product alone, its output allocated beforehand, over calls that fill 20 ms."""
     left = random_operand(product.left_shape, product.left_stride, product.dtype, device)
     right = random_operand(product.right_shape, product.right_stride, product.dtype, device)
     multiply = torch.mm if left.ndim == 2 else torch.bmm
     output = multiply(left, right)
     times: list[float] = []
-    while sum(times) < at_least_seconds:
+    while sum(times) < 0.02:
         times.append(elapsed_seconds(lambda: multiply(left, right, out=output), device))
     return statistics.median(times)

@@ -29,7 +29,6 @@ class Measurement:
         workload: `sampling step`, `decode` or `training step`.
         tokens: tokens of one run, B x L.
         seconds: median time of one run.
-        tokens_per_second: tokens over seconds.
         flops: of all matrix products of one run.
         attention_flops: how many of those are attention's.
         floor_seconds: median time of those products alone.
@@ -68,23 +67,16 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def list_operators(run: Callable[[], object], device: torch.device, count: int = 12) -> list[dict[str, Any]]:
-    """The operators that take most of one run, by the time that they spend in themselves."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+def list_operators(run: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
+    """The 12 operators that take most of one run, by the time that they spend in themselves."""
+    with torch.profiler.profile() as profiler:
         run()
-    on_device = device.type == "cuda"
+    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = [
-        {
-            "operator": event.key,
-            "seconds": (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6,
-            "calls": event.count,
-        }
+        {"operator": event.key, "seconds": getattr(event, time) / 1e6, "calls": event.count}
         for event in profiler.key_averages()
     ]
-    return sorted(rows, key=lambda row: -row["seconds"])[:count]
+    return sorted(rows, key=lambda row: -row["seconds"])[:12]
 
 
 def measure_case(case: Case) -> list[Measurement]:
@@ -175,9 +167,6 @@ class SamplerTiming:
     step_ratio: float
     num_steps: int | None
 
-    def seconds_per_sample(self, num_steps: int) -> float:
-        return (num_steps * self.step_seconds + self.once_seconds) / self.batch_size
-
 
 def measure_peers(case: Case) -> list[SamplerTiming]:
     """Times latent diffusion and its peers in turns; meant to be called in a fresh process."""
@@ -197,7 +186,7 @@ def measure_peers(case: Case) -> list[SamplerTiming]:
     for _ in range(case.repeats):
         once.append(elapsed_seconds(decode.run, device))
         for sampler in samplers:
-            seconds[sampler.name].append(elapsed_seconds(sampler.run, device) / sampler.steps_of_a_run)
+            seconds[sampler.name].append(elapsed_seconds(sampler.run, device) / (sampler.num_steps or 1))
     ours = seconds[step.name]
     return [
         SamplerTiming(
@@ -223,8 +212,9 @@ def peer_rows(timings: Sequence[SamplerTiming], nfe: Sequence[int]) -> list[dict
     rows = []
     for timing in timings:
         possible = nfe if timing.num_steps is None else [timing.num_steps]
-        seconds = {str(num_steps): timing.seconds_per_sample(num_steps) for num_steps in possible}
-        rows.append(asdict(timing) | {"seconds_per_sample": seconds})
+        of_batch = {str(count): count * timing.step_seconds + timing.once_seconds for count in possible}
+        a_sample = {count: seconds / timing.batch_size for count, seconds in of_batch.items()}
+        rows.append(asdict(timing) | {"seconds_per_sample": a_sample})
     return rows
 
 

@@ -34,10 +34,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """A table of rows, each column → value; empty where a row has no such column."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [[str(row.get(column, "")) for column in columns] for row in rows]
-    return "\n".join(markdown_table(columns, cells))
+    """A table of rows, each column → value, of the same columns."""
+    return "\n".join(markdown_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
 
 
 def workload_row(item: Measurement) -> dict[str, object]:

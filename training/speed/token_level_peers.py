@@ -98,8 +98,7 @@ def masked_posterior(
     Args:
         clean_probabilities: x, the predicted distribution over the vocabulary, (..., V).
         token_ids: z_t, (...), of which V is the mask m.
-        alpha_t: probability that a token is still there at time t.
-        alpha_s: the same at time s.
+        alpha_t, alpha_s: probabilities that a token is still there at times t and s.
 
     Returns:
         Probabilities (..., V + 1), float64, the mask's last.
@@ -129,8 +128,7 @@ def uniform_posterior(
     Args:
         clean_probabilities: x, the predicted distribution over the vocabulary, (..., V).
         token_ids: z_t, (...).
-        alpha_t: probability that a token was not replaced until time t.
-        alpha_s: the same until time s.
+        alpha_t, alpha_s: probabilities that a token was not replaced until times t and s.
 
     Returns:
         Probabilities (..., V), float64.
@@ -162,12 +160,9 @@ def denoising_step(
     """Tokens z_s (B, L) from tokens z_t, by one call of the denoiser.
 
     Args:
-        denoiser: the model.
         posterior: [`masked_posterior`] or [`uniform_posterior`].
-        token_ids: z_t.
         t: the tokens' time in (0, 1].
         s: the earlier time in [0, t).
-        generator: source of the noise.
     """
     hidden_states = denoiser(token_ids, torch.tensor(t, device=token_ids.device)).flatten(0, 1)  # (B L, D)
     parts = []

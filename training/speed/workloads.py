@@ -84,7 +84,6 @@ class Case:
         length: tokens L, and as many latents.
         batch_size: sequences of a step.
         dtype: `float32` or `bfloat16`.
-        device: a torch device.
         repeats: turns of workload and products.
         profile: also list the operators that take the time.
         compile: compile the models' blocks first.
@@ -111,16 +110,14 @@ class Workload:
 
     Attributes:
         name: what the report calls it.
-        run: does it once, or `steps_of_a_run` times.
+        run: does it once; a sampler with `num_steps` samples whole.
         modules: those that it needs in memory.
-        steps_of_a_run: steps of one call of `run`.
-        num_steps: the only possible number of steps of a sampler; `None` where it can be chosen.
+        num_steps: the only possible number of steps of a sampler; `None` where it can be chosen, and `run` is one.
     """
 
     name: str
     run: Callable[[], object]
     modules: list[nn.Module]
-    steps_of_a_run: int = 1
     num_steps: int | None = None
 
     @property
@@ -282,5 +279,5 @@ def peer_workloads(case: Case) -> list[Workload]:
         workloads.append(Workload(name, step, [denoiser]))
     language_model = GPT2LMHeadModel(gpt2_config(case.sizes, case.length)).to(device, dtype).eval()
     generate = partial(generate_autoregressively, language_model, case.batch_size, case.length)
-    workloads.append(Workload("autoregressive, KV cache", generate, [language_model], case.length, case.length))
+    workloads.append(Workload("autoregressive, KV cache", generate, [language_model], num_steps=case.length))
     return workloads
