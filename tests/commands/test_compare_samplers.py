@@ -100,7 +100,11 @@ def test_a_wider_tolerance_lets_in_less_entropy(tmp_path: Path) -> None:
             ["--reference_nfe", "128"],
             "EulerMaruyamaScheduler:time_grid=uniform (4)",
         ),
-        ([results({DDIM: [(4, 500, 3.0)]})], ["--reference_nfe", "4"], "No sampler --reference None"),
+        (
+            [results({DDIM: [(4, 500, 3.0)]})],
+            ["--reference_nfe", "4"],
+            "No reference the paper's solver or a pipeline's own",
+        ),
         ([results({EULER: [(4, 500, 3.0)]})] * 2, ["--reference_nfe", "4"], "scored twice with 4 evaluations"),
         (
             [results({EULER: [(4, 500, 3.0)]}), results({DDIM: [(4, 500, 3.0)]}, judge="other")],
@@ -115,3 +119,9 @@ def test_results_that_cannot_be_compared_are_refused(
     done = compare(tmp_path, files, *options)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_results_of_a_pipelines_own_sampler_are_their_own_reference(tmp_path: Path) -> None:
+    done = compare(tmp_path, [results({"model": [(4, 500, 3.0), (16, 400, 3.0)]})], "--reference_nfe", "16")
+    assert done.returncode == 0, done.stderr
+    assert best_rows(tmp_path)["reference"][:2] == ["`model`", "16"]

@@ -181,7 +181,7 @@ def test_the_shipped_configuration_loads(repository: Path) -> None:
         (["num_steps=0"], r"num_steps=0 must lie in \[1, inf\)"),
         (["diagonal_share=1.0"], "diagonal_share=1.0"),
         (["components="], "components='' names no teacher"),
-        (["time_grid=learned"], "this one has none"),
+        (["time_grid=learned"], "has learned no times"),
     ],
 )
 def test_bad_settings(

@@ -218,16 +218,22 @@ def without_grid(label: str) -> tuple[str, str]:
 
 
 def find_reference(samplers: Sequence[ScoredSampler], name: str | None, nfe: int) -> ScoredSampler:
-    """The sampler of a name, by default the first of the paper's solver.
+    """The sampler of a name, by default the first of the paper's solver, otherwise of a pipeline's own.
 
     Raises:
         ValueError: there is none, or none with this number of evaluations.
     """
     if name is None:
-        named = [sampler for sampler in samplers if "EulerMaruyama" in sampler.name or sampler.name.endswith("own")]
+        paper = [sampler for sampler in samplers if "EulerMaruyama" in sampler.name]
+        # of an evaluation without --samplers, the name is the pipeline's alone
+        named = paper or [sampler for sampler in samplers if ", " not in sampler.name or sampler.name.endswith("own")]
     else:
         named = [sampler for sampler in samplers if sampler.name == name]
     if not named or nfe not in named[0].sets:
         known = "; ".join(f"{sampler.name} ({', '.join(map(str, sorted(sampler.sets)))})" for sampler in samplers)
-        raise ValueError(f"No sampler --reference {name!r} with --reference_nfe {nfe}. The results have: {known}.")
+        sought = "the paper's solver or a pipeline's own" if name is None else repr(name)
+        raise ValueError(
+            f"No reference {sought} with --reference_nfe {nfe}: choose --reference and --reference_nfe. The results "
+            f"have: {known}."
+        )
     return named[0]

@@ -246,9 +246,13 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
         raise ValueError("components='' names no teacher; set components=RUN/pipeline or a Hub id.")
     parts = {name: load_part(settings.components, name) for name in (*AUTOENCODER, "transformer")}
     scheduler_class = TangentFlowMapScheduler if settings.method == "flow_map" else TangentDDIMScheduler
-    scheduler = scheduler_class.from_config(
-        load_part(settings.components, "scheduler").config, time_grid=settings.time_grid, t_min=settings.t_min
-    )
+    config = load_part(settings.components, "scheduler").config
+    if settings.time_grid == "learned" and config.get("timestep_cdf") is None:
+        raise ValueError(
+            f"time_grid='learned', but components={settings.components!r} has learned no times: a run learns them "
+            "with timestep_sampler.adaptive=true, every timestep_sampler.update_every steps. Take another time_grid."
+        )
+    scheduler = scheduler_class.from_config(config, time_grid=settings.time_grid, t_min=settings.t_min)
     objective = DistillationObjective(
         parts["token_encoder"],
         parts["latent_encoder"],
