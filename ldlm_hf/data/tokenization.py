@@ -23,17 +23,14 @@ if TYPE_CHECKING:
 CACHE_VERSION = 1
 
 
-def document_end_id(tokenizer: PreTrainedTokenizerBase, setting: str) -> int:
-    """EOS, or SEP for a BERT-type tokenizer. ValueError, naming `setting`, where it has neither."""
-    return _special_id(tokenizer, ("eos_token", "sep_token"), setting)
+# Names of the special token that begins a chunk and of the one that ends a document; the second is a BERT-type
+# tokenizer's.
+START_TOKENS = ("bos_token", "cls_token")
+END_TOKENS = ("eos_token", "sep_token")
 
 
-def chunk_start_id(tokenizer: PreTrainedTokenizerBase, setting: str) -> int:
-    """BOS, or CLS for a BERT-type tokenizer. ValueError, naming `setting`, where it has neither."""
-    return _special_id(tokenizer, ("bos_token", "cls_token"), setting)
-
-
-def _special_id(tokenizer: PreTrainedTokenizerBase, names: tuple[str, str], setting: str) -> int:
+def special_id(tokenizer: PreTrainedTokenizerBase, names: tuple[str, str], setting: str) -> int:
+    """The id of the first of these special tokens. ValueError, naming the `setting` that needs it, without any."""
     for name in names:
         token_id = getattr(tokenizer, f"{name}_id")
         if token_id is not None:
