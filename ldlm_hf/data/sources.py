@@ -108,12 +108,12 @@ def find_splits(settings: DataSettings, split: str) -> dict[str, list[Path]]:
     root = Path(settings.source).expanduser()
     if not root.is_dir():
         return {"train": find_files(settings.source)}
+    splits: dict[str, list[Path]] = {}
     if _is_hub_clone(root, settings):
         with _explained_errors(settings, split):
             declared = datasets.load_dataset_builder(str(root), name=settings.config_name).config.data_files
         splits = {str(name): [Path(file) for file in files] for name, files in declared.items()}
     else:
-        splits = {}
         files = find_files(settings.source)
         named = [_split_named_by(file.relative_to(root)) for file in files]
         for file, name in zip(files, named, strict=True):
@@ -128,12 +128,12 @@ def find_splits(settings: DataSettings, split: str) -> dict[str, list[Path]]:
 
 
 def _is_hub_clone(root: Path, settings: DataSettings) -> bool:
-    card = root / "README.md"
+    card, metadata = root / "README.md", None
     try:
-        metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+        if card.is_file():
+            metadata = huggingface_hub.metadata_load(card)
     except (yaml.YAMLError, ValueError) as error:
         logger.warning("%s declares no splits: its metadata cannot be read (%s)", card, error)
-        metadata = None
     has_script = (root / f"{root.name}.py").is_file()  # datasets says that it runs none
     return settings.config_name is not None or has_script or "configs" in (metadata or {})
 
@@ -173,13 +173,9 @@ def _explained_errors(settings: DataSettings, split: str) -> Iterator[None]:
             raise error.__cause__ from error
         raise ValueError(
             f"source={settings.source!r}, config_name={settings.config_name!r}, split {split!r}: "
-            f"{_explain(error)} {_remedy(error)}"
+            # a DatasetGenerationError says only that generation failed; its cause says why
+            f"{str(error.__cause__ or error).rstrip('. ')}. {_remedy(error)}"
         ) from error
-
-
-def _explain(error: BaseException) -> str:
-    # A DatasetGenerationError says only that generation failed; its cause says why.
-    return str(error.__cause__ or error).rstrip(". ") + "."
 
 
 def _remedy(error: BaseException) -> str:
@@ -199,7 +195,7 @@ def _is_saved(source: str) -> bool:
 
 def _load_saved(settings: DataSettings, split: str) -> datasets.Dataset:
     loaded = datasets.load_from_disk(str(Path(settings.source).expanduser()))
-    splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     if split not in splits:
         raise ValueError(
             f"source={settings.source!r} has no split {split!r}: set train_split or validation_split to one of "
@@ -230,7 +226,9 @@ def find_files(source: str) -> list[Path]:
     """
     root = Path(source).expanduser()
     if root.is_dir():
-        visible = (path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
+        # parts of a folder that tools keep for themselves begin with . or __
+        hidden = re.compile(r"(^|/)(\.|__)")
+        visible = (path for path in root.rglob("*") if not hidden.search(path.relative_to(root).as_posix()))
         files = [path for path in visible if path.is_file() and kind_of(path) and path.name not in METADATA_FILES]
     elif root.is_file():
         files = [root]
@@ -250,11 +248,6 @@ def find_files(source: str) -> list[Path]:
     return sorted(files)
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a file of a folder is in a part of it that tools keep for themselves."""
-    return any(part.startswith((".", "__")) for part in path.parts)
-
-
 def holds_utf8_text(path: Path) -> bool:
     """Decodes a text file from end to end, a piece at a time; whether it holds more than white space.
 
@@ -267,16 +260,13 @@ def holds_utf8_text(path: Path) -> bool:
     found = False
     try:
         with open_unpacked(path) as file:
-            while True:
-                pending = len(decoder.getstate()[0])  # bytes of a character that the last piece began
-                piece = file.read(READ_BYTES)
-                text = decoder.decode(piece, final=not piece)
-                found = found or bool(text.strip())
+            while piece := file.read(READ_BYTES):
                 position += len(piece)
-                if not piece:
-                    return found
+                found = bool(decoder.decode(piece).strip()) or found
+        decoder.decode(b"", final=True)
+        return found
     except UnicodeDecodeError as error:
-        offset = position - pending + error.start
+        offset = position - len(error.object) + error.start  # the object begins with bytes that the last piece left
         unpacked = " of the unpacked text" if is_compressed(path) else ""
         raise CorpusError(
             f"source: {path} is not UTF-8: byte {offset}{unpacked} is 0x{error.object[error.start]:02x} "
