@@ -126,9 +126,8 @@ class DocumentFiles:
                     return
                 rows = np.arange(first, first + len(table))
                 rows = rows[(rows >= start) & (rows % modulus >= residues.start) & (rows % modulus < residues.stop)]
-                columns = table.column_names
-                text_columns = table.select([name for name in columns if name == self.text_column])
-                texts = text_columns.take(pyarrow.array(rows - first)).to_pydict()
+                require_text_column(self.text_column, table.column_names)
+                texts = table[self.text_column].take(pyarrow.array(rows - first)).to_pylist()
             except CorpusError:
                 raise
             except Exception as error:  # parsers, decompressors and clients each raise errors of their own
@@ -137,8 +136,7 @@ class DocumentFiles:
                     f"({type(error).__name__}: {error.__cause__ or error!s:.300}). Mend the file or the connection "
                     "and go on from the last checkpoint."
                 ) from error
-            require_text_column(self.text_column, columns)
-            yield rows.tolist(), texts[self.text_column]
+            yield rows.tolist(), texts
             first += len(table)
 
 

@@ -120,7 +120,7 @@ def read_module(name: str) -> ModuleSource:
             comments = [line for line in range(end_of_last + 1, first_line) if lines[line - 1].startswith("#")]
             text = "\n".join(lines[min([first_line, *comments]) - 1 : statement.end_lineno])
             definition = read_definition(statement, text, name)
-            module.definitions.update(dict.fromkeys(bound_names(statement, name), definition))
+            module.definitions[bound_name(statement, name)] = definition
         end_of_last = statement.end_lineno or statement.lineno
     return module
 
@@ -146,20 +146,17 @@ def read_definition(statement: ast.stmt, source: str, module_name: str) -> Defin
     )
 
 
-def bound_names(statement: ast.stmt, module_name: str) -> Iterator[str]:
-    """The names that a statement at the top of a module defines; ValueError unless it defines plain names."""
-    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-        yield statement.name
-        return
-    targets: list[ast.expr] = []
-    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-    if not targets or not all(isinstance(target, ast.Name) for target in targets):
-        raise ValueError(
-            f"{module_name}, line {statement.lineno}: a self-contained file takes only imports, functions, classes "
-            "and assignments of plain names from the top of a module."
-        )
-    yield from (target.id for target in targets if isinstance(target, ast.Name))
+def bound_name(statement: ast.stmt, module_name: str) -> str:
+    """The name that a statement at the top of a module defines; ValueError unless it defines a plain name."""
+    match statement:
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return name
+        case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+            return name
+    raise ValueError(
+        f"{module_name}, line {statement.lineno}: a self-contained file takes only imports, functions, classes "
+        "and assignments of plain names from the top of a module."
+    )
 
 
 def package_module(statement: ast.Import | ast.ImportFrom, module_name: str) -> str | None:
@@ -316,10 +313,9 @@ class SelfContainedFile:
         if module_name != self.cls.__module__:
             lines = [f"from {module_path(module_name)}:", "", *module.docstring.splitlines()]
             comment = "\n".join(f"# {line}".rstrip() for line in lines) + "\n\n\n"
-        wanted = {id(module.definitions[name]): module.definitions[name] for name in self.definitions[module_name]}
-        for definition in dict.fromkeys(map(id, module.definitions.values())):
-            if definition in wanted:
-                yield comment + wanted[definition].source
+        for name, definition in module.definitions.items():
+            if name in self.definitions[module_name]:
+                yield comment + definition.source
                 comment = ""
         for name, members in sorted(self.namespaces.get(module_name, {}).items()):
             arguments = ", ".join(f"{member}={member}" for member in sorted(members))
