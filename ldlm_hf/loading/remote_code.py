@@ -78,13 +78,11 @@ class Definition:
         source: its text, from the comment above it on.
         names: the names in it.
         runtime_names: those of them that are not in annotations only.
-        attributes: the pairs (name, attribute) in it.
     """
 
     source: str
     names: set[str]
     runtime_names: set[str]
-    attributes: set[tuple[str, str]]
 
 
 @dataclass
@@ -95,13 +93,13 @@ class ModuleSource:
         docstring: the module's.
         definitions: by name, in their order.
         imports: name → imports from elsewhere that bind it.
-        package_imports: name → module of this package that it comes from, and whether it is that module.
+        package_imports: name → module of this package that it comes from.
     """
 
     docstring: str
     definitions: dict[str, Definition] = field(default_factory=dict)
     imports: dict[str, set[Import]] = field(default_factory=dict)
-    package_imports: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    package_imports: dict[str, str] = field(default_factory=dict)
 
 
 @functools.cache
@@ -137,13 +135,7 @@ def read_definition(statement: ast.stmt, source: str, module_name: str) -> Defin
         annotations += [getattr(node, attribute, None) for attribute in ("annotation", "returns")]
     annotated = {id(node) for tree in annotations if tree is not None for node in ast.walk(tree)}
     names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    attributes = [node for node in ast.walk(statement) if isinstance(node, ast.Attribute)]
-    return Definition(
-        source,
-        names={node.id for node in names},
-        runtime_names={node.id for node in names if id(node) not in annotated},
-        attributes={(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)},
-    )
+    return Definition(source, {node.id for node in names}, {node.id for node in names if id(node) not in annotated})
 
 
 def bound_name(statement: ast.stmt, module_name: str) -> str:
@@ -172,17 +164,17 @@ def package_module(statement: ast.Import | ast.ImportFrom, module_name: str) -> 
 def read_import(statement: ast.Import | ast.ImportFrom, module_name: str, module: ModuleSource) -> None:
     """Notes what an import at the top of a module binds."""
     origin = package_module(statement, module_name)
-    if origin is not None and (isinstance(statement, ast.Import) or any(alias.asname for alias in statement.names)):
-        raise ValueError(
-            f"{module_name}, line {statement.lineno}: names of {PACKAGE} keep their names in a self-contained file; "
-            "write `from module import name`."
-        )
     for alias in statement.names:
         renamed = f" as {alias.asname}" if alias.asname else ""
         bound = alias.asname or alias.name.partition(".")[0]
         if origin is not None:
-            is_module = inspect.ismodule(getattr(importlib.import_module(origin), alias.name))
-            module.package_imports[bound] = (f"{origin}.{bound}" if is_module else origin, is_module)
+            names = vars(importlib.import_module(origin))
+            if isinstance(statement, ast.Import) or alias.asname or inspect.ismodule(names[alias.name]):
+                raise ValueError(
+                    f"{module_name}, line {statement.lineno}: names of {PACKAGE} keep their names in a self-contained "
+                    "file, and modules have none there; write `from module import name`."
+                )
+            module.package_imports[bound] = origin
         elif isinstance(statement, ast.Import):
             module.imports.setdefault(bound, set()).add((f"import {alias.name}{renamed}", ""))
         else:
@@ -198,7 +190,6 @@ class SelfContainedFile:
     def __init__(self, cls: type):
         self.cls = cls
         self.definitions: dict[str, set[str]] = {}  # module → names
-        self.namespaces: dict[str, dict[str, set[str]]] = {}  # module → name that it is imported by → attributes
         self.imports: set[Import] = {("from pathlib", "Path")}
         self.components: set[str] = set()
         self.meanings: dict[str, tuple[object, str]] = {"Path": (Path, "pathlib")}
@@ -244,24 +235,16 @@ class SelfContainedFile:
 
     def require_import(self, module_name: str, name: str, definition: Definition) -> None:
         """Adds what a definition refers to by a name that its module imports from this package."""
-        origin, is_module = read_module(module_name).package_imports[name]
-        if is_module:
-            self.claim(name, module_name)
-            self.imports.add(("from types", "SimpleNamespace"))
-            used = {member for owner, member in definition.attributes if owner == name}
-            self.namespaces.setdefault(origin, {}).setdefault(name, set()).update(used)
-            for member in sorted(used):
-                self.require(origin, member)
-        elif self.is_component(module_name, name):
-            if name in definition.runtime_names:
-                raise ValueError(
-                    f"{self.cls.__name__} refers to {name} outside of annotations; the file of a pipeline does not "
-                    "know the classes of its components."
-                )
-            self.claim(name, module_name)
-            self.components.add(name)
-        else:
-            self.require(origin, name)
+        if not self.is_component(module_name, name):
+            self.require(read_module(module_name).package_imports[name], name)
+            return
+        if name in definition.runtime_names:
+            raise ValueError(
+                f"{self.cls.__name__} refers to {name} outside of annotations; the file of a pipeline does not "
+                "know the classes of its components."
+            )
+        self.claim(name, module_name)
+        self.components.add(name)
 
     def is_component(self, module_name: str, name: str) -> bool:
         """Whether a name is the class of a component of the pipeline that this file is for."""
@@ -275,7 +258,7 @@ class SelfContainedFile:
         modules: list[str] = []
 
         def visit(module_name: str) -> None:
-            for origin, _ in read_module(module_name).package_imports.values():
+            for origin in read_module(module_name).package_imports.values():
                 replaced = self.replacements.get(origin, origin)
                 if replaced in self.definitions and replaced not in modules:
                     visit(replaced)
@@ -317,9 +300,6 @@ class SelfContainedFile:
             if name in self.definitions[module_name]:
                 yield comment + definition.source
                 comment = ""
-        for name, members in sorted(self.namespaces.get(module_name, {}).items()):
-            arguments = ", ".join(f"{member}={member}" for member in sorted(members))
-            yield f"{name} = SimpleNamespace({arguments})"
 
 
 def module_path(name: str) -> str:
