@@ -12,7 +12,7 @@ import numpy as np
 
 from .chunks import ChunkLayout, TokenChunks
 from .settings import DataSettings
-from .sources import load_documents, load_stream
+from .sources import Rows, load_split
 from .streaming import DocumentFiles, HeldOutTexts, StreamedTokenChunks
 from .text_files import require_text_column
 from .tokenization import END_TOKENS, START_TOKENS, DocumentEncoder, special_id, tokenize_documents
@@ -63,28 +63,18 @@ def load_corpora(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank}, world_size={world_size}: a rank is at least 0 and below world_size.")
     cutter = _ChunkCutter(settings, tokenizer, sequence_length)
-    if settings.streaming:
-        return _stream_corpora(settings, cutter, rank, world_size)
-    documents = load_documents(settings, settings.train_split, rank)
+    rows, names = load_split(settings, settings.train_split, rank)
     validation: TokenChunks | None = None  # chunked first: it is the smaller part, so its errors come early
     if settings.validation_split is not None:
-        validation = cutter.cut_validation(load_documents(settings, settings.validation_split, rank))
+        validation = cutter.cut_validation(load_split(settings, settings.validation_split, rank)[0])
     elif settings.holds_out:
-        documents, held_out = hold_out(documents, settings)
+        rows, held_out = hold_out(rows, settings)
         validation = cutter.cut_validation(held_out)
-    return TextCorpora(cutter.cut(documents, "training part"), validation)
+    if isinstance(rows, datasets.Dataset):
+        return TextCorpora(cutter.cut(rows, "training part"), validation)
 
-
-def _stream_corpora(settings: DataSettings, cutter: _ChunkCutter, rank: int, world_size: int) -> TextCorpora:
-    rows, names = load_stream(settings, settings.train_split)
-    held_out: HeldOutTexts | None = None
-    validation: TokenChunks | None = None
-    if settings.validation_split is not None:
-        validation = cutter.cut_validation(load_stream(settings, settings.validation_split)[0])
-    elif settings.holds_out:
-        held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
-        validation = cutter.cut_validation(_held_out_rows(rows, settings))
-    files = DocumentFiles(rows, settings.text_column, held_out, names, settings.skip_missing_texts)
+    selection = HeldOutTexts(settings.seed, settings.holdout_fraction) if settings.holds_out else None
+    files = DocumentFiles(rows, settings.text_column, selection, names, settings.skip_missing_texts)
     train = StreamedTokenChunks(
         files, cutter.encoder, cutter.layout, settings.shuffle_buffer, settings.seed, rank, world_size
     )
@@ -104,22 +94,16 @@ def load_held_out(
     """
     settings.check_source()
     cutter = _ChunkCutter(settings, tokenizer, sequence_length)
-    if settings.validation_split is None and not settings.holds_out:
+    if settings.validation_split is not None:
+        held_out, _ = load_split(settings, settings.validation_split, rank)
+    elif settings.holds_out:
+        _, held_out = hold_out(load_split(settings, settings.train_split, rank)[0], settings)
+    else:
         raise ValueError(
             f"source={settings.source!r}: no text is held out. Set validation_split, holdout_documents or "
             "holdout_fraction, as in training."
         )
-    split = settings.validation_split or settings.train_split
-    rows: datasets.Dataset | datasets.IterableDataset
-    if settings.streaming:
-        rows, _ = load_stream(settings, split)
-        if settings.validation_split is None:
-            rows = _held_out_rows(rows, settings)
-    else:
-        rows = load_documents(settings, split, rank)
-        if settings.validation_split is None:
-            _, rows = hold_out(rows, settings)
-    return cutter.cut_validation(rows)
+    return cutter.cut_validation(held_out)
 
 
 def chunk_corpus(
@@ -144,12 +128,17 @@ def chunk_corpus(
     return _ChunkCutter(settings or DataSettings(), tokenizer, sequence_length).cut(documents, "corpus", batch_size)
 
 
-def hold_out(documents: datasets.Dataset, settings: DataSettings) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits documents into (training, validation), both in the corpus' order.
+def hold_out(documents: Rows, settings: DataSettings) -> tuple[Rows, Rows]:
+    """Splits documents into (training, validation), both in the corpus' order. The training part of a stream still has
+    the held-out texts, which its reader leaves out.
 
     Raises:
         ValueError: nothing would be left to train on.
     """
+    if isinstance(documents, datasets.IterableDataset):
+        require_text_column(settings.text_column, list(next(iter(documents), {settings.text_column: ""})))
+        held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
+        return documents, documents.filter(held_out, input_columns=settings.text_column)
     total = len(documents)
     count = settings.holdout_documents or max(1, round(settings.holdout_fraction * total))
     if count >= total:
@@ -165,12 +154,6 @@ def hold_out(documents: datasets.Dataset, settings: DataSettings) -> tuple[datas
     drawn = np.zeros(total, dtype=bool)
     drawn[np.random.default_rng(settings.seed).choice(total, count, replace=False)] = True
     return documents.select(np.flatnonzero(~drawn)), documents.select(np.flatnonzero(drawn))
-
-
-def _held_out_rows(rows: datasets.IterableDataset, settings: DataSettings) -> datasets.IterableDataset:
-    require_text_column(settings.text_column, list(next(iter(rows), {settings.text_column: ""})))
-    held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
-    return rows.filter(held_out, input_columns=settings.text_column)
 
 
 class _ChunkCutter:
@@ -204,7 +187,7 @@ class _ChunkCutter:
         self.require_one_chunk(chunks.num_tokens, part)
         return chunks
 
-    def cut_validation(self, rows: datasets.Dataset | datasets.IterableDataset) -> TokenChunks:
+    def cut_validation(self, rows: Rows) -> TokenChunks:
         """The chunks of held-out rows, of the first `max_validation_documents`."""
         limit = self.settings.max_validation_documents
         if isinstance(rows, datasets.IterableDataset):

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import datasets
 import huggingface_hub
@@ -24,6 +24,8 @@ from .text_files import ENDINGS, TEXT_KINDS, CorpusError, is_compressed, kind_of
 
 logger = logging.getLogger(__name__)
 
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
 READ_BYTES = 1 << 20
 # what datasets and the Hub write beside a corpus
 METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
@@ -36,48 +38,31 @@ SPLIT_NAMES = {
 SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 
 
-def load_documents(settings: DataSettings, split: str, rank: int = 0) -> datasets.Dataset:
-    """The documents of one split, memory-mapped.
+def load_split(settings: DataSettings, split: str, rank: int) -> tuple[Rows, tuple[str, ...]]:
+    """The documents of one split, and the names of the files of a stream.
 
-    Args:
-        settings: validated settings.
-        split: name of the split.
-        rank: of this process. Rank 0 reads every local text file once, up front, to find bytes that are not UTF-8.
+    Documents are memory-mapped; rank 0 reads every local text file once, up front, to find bytes that are not UTF-8.
+    With `streaming` they are a stream, of which nothing is read yet. It has no names where a file (an archive) is not
+    one of its shards.
 
     Raises:
         OSError: nothing is there, the Hub cannot be reached, or a file cannot be read.
         ValueError: a file of unknown ending or that is not UTF-8 or not what its ending says; an unknown split; a Hub
-            dataset that is a loading script.
+            dataset that is a loading script; a stream of a folder that `save_to_disk` wrote.
     """
     if _is_saved(settings.source):
-        return _load_saved(settings, split)
+        return _load_saved(settings, split), ()
     builder = _builder(settings, split)
+    if settings.streaming:
+        with _explained_errors(settings, split):
+            rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
+        names = tuple((builder.config.data_files or {}).get(split, ()))
+        return rows, names if len(names) == rows.num_shards else ()
     if is_local(settings.source) and rank == 0 and split == settings.train_split:  # once, not for each split
         _check_text_files(settings, builder)
     with _explained_errors(settings, split):
         builder.download_and_prepare(num_proc=settings.num_proc)
-        return cast(datasets.Dataset, builder.as_dataset(split))
-
-
-def load_stream(settings: DataSettings, split: str) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
-    """The documents of one split as a stream, of which nothing is read yet, and the names of its files.
-
-    There are no names where a file (an archive) is not one shard of the stream.
-
-    Raises:
-        OSError, ValueError: as `load_documents`, but for what only reading the files shows; or the source is a folder
-            that `save_to_disk` wrote.
-    """
-    if _is_saved(settings.source):
-        raise ValueError(
-            f"source={settings.source!r} was written by save_to_disk and is memory-mapped as it is: set "
-            "streaming=false."
-        )
-    builder = _builder(settings, split)
-    with _explained_errors(settings, split):
-        rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
-    names = tuple((builder.config.data_files or {}).get(split, ()))
-    return rows, names if len(names) == rows.num_shards else ()
+        return cast(datasets.Dataset, builder.as_dataset(split)), ()
 
 
 def _builder(settings: DataSettings, split: str) -> datasets.DatasetBuilder:
@@ -194,6 +179,11 @@ def _is_saved(source: str) -> bool:
 
 
 def _load_saved(settings: DataSettings, split: str) -> datasets.Dataset:
+    if settings.streaming:
+        raise ValueError(
+            f"source={settings.source!r} was written by save_to_disk and is memory-mapped as it is: set "
+            "streaming=false."
+        )
     loaded = datasets.load_from_disk(str(Path(settings.source).expanduser()))
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     if split not in splits:

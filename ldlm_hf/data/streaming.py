@@ -94,7 +94,6 @@ class DocumentFiles:
         return self.rows.num_shards
 
     def name(self, file: int) -> str:
-        """What an error calls a file."""
         return self.names[file] if self.names else f"file {file + 1} of {len(self)}"
 
     def read(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[int, str]]:
@@ -166,21 +165,17 @@ class StreamPosition:
 class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
     """The items of `TokenChunks` from a stream of documents, tokenised as they come, without an end.
 
-    Ranks and the workers of a `DataLoader` share each epoch out among themselves, whatever the number of files
-    (`reader_share`). A reader that is done with its share begins that of the next epoch, and takes along the tokens
-    that fill no chunk; so no rank ends before another, and nothing is lost. Do not pass the loader to
-    `Accelerator.prepare`, which would divide it among the ranks again.
+    Ranks and the workers of a `DataLoader` share each epoch out among themselves (`reader_share`). A reader that is
+    done with its share begins that of the next epoch, and takes along the tokens that fill no chunk; so no rank ends
+    before another, and nothing is lost. Do not pass the loader to `Accelerator.prepare`, which would divide it among
+    the ranks again.
 
-    Held in memory: the `shuffle_buffer` texts of a block, the table that `datasets` is reading (10 MB of a text file,
-    a row group of a parquet file), and the tokens of 64 documents.
-
-    A connection that fails is tried again by `datasets`, 20 times at intervals of 5 s unless
-    `datasets.config.STREAMING_READ_MAX_RETRIES` and `STREAMING_READ_RETRY_INTERVAL` say otherwise.
+    Held in memory: the `shuffle_buffer` texts of a block, the table that is being read (of a parquet file, a row
+    group), and the tokens of 64 documents. A connection that fails is tried again by `datasets`
+    (`datasets.config.STREAMING_READ_MAX_RETRIES`, `STREAMING_READ_RETRY_INTERVAL`).
 
     Attributes:
         files: the documents of all ranks.
-        encoder: text → tokens.
-        layout: what a chunk is made of.
         shuffle_buffer: documents in a block; 0: the files' own order.
         seed: of the order.
         rank, world_size: of this process.
@@ -204,11 +199,8 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
         return self._latest
 
     def reader(self, worker: int = 0, num_workers: int = 1, state: dict[str, Any] | None = None) -> ChunkReader:
-        """The chunks of one worker of this rank, from the position of `state` on, or from the start.
-
-        Raises:
-            ValueError: the position is of a stream with another layout.
-        """
+        """The chunks of one worker of this rank, from the position of `state` on, or from the start. ValueError where
+        the position is of a stream with another layout."""
         reader = ChunkReader(self, worker, num_workers)
         if state is not None:
             reader.load_state_dict(state)
@@ -231,7 +223,7 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
     def count_tokens(self, enough: int) -> int:
         """Tokens of this rank's share of the first epoch, counted until there are `enough`."""
         count = 0
-        texts = (document.text for document in self.documents(StreamPosition(), self.rank, self.world_size))
+        texts = (document.text for document in self.reader().documents())
         while count < enough and (batch := list(islice(texts, TOKENIZED_DOCUMENTS))):
             count += sum(map(len, self.encode(batch)))
         return count
@@ -240,26 +232,9 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
         """The tokens of each text."""
         return self.encoder({self.encoder.text_column: texts})["input_ids"]
 
-    def documents(self, position: StreamPosition, reader: int, num_readers: int) -> Iterator[Document]:
-        """The rest of a reader's share of an epoch, in the order of the files, from the start of a block on."""
-        order = np.arange(len(self.files))
-        if self.shuffle_buffer > 0:
-            order = np.random.default_rng([self.seed, position.epoch]).permutation(order)
-        share = reader_share(len(self.files), reader, num_readers)
-        first_part, start = position.part, position.row  # the position moves on between two documents
-        for part, (place, residues) in enumerate(share[first_part:], first_part):
-            for row, text in self.files.read(int(order[place]), start, residues, num_readers):
-                yield Document(text, part, row + 1)
-            start = 0
-
 
 class ChunkReader(Iterator[dict[str, torch.Tensor]]):
-    """The chunks of one reader, from the start on or from a loaded position.
-
-    Args:
-        stream: what is read.
-        worker, num_workers: of this rank; each is a reader.
-    """
+    """The chunks of one worker of the stream's rank, from the start on or from a loaded position."""
 
     def __init__(self, stream: StreamedTokenChunks, worker: int, num_workers: int) -> None:
         self.stream = stream
@@ -299,6 +274,19 @@ class ChunkReader(Iterator[dict[str, torch.Tensor]]):
             )
         self.position = StreamPosition(**state["position"])
 
+    def documents(self) -> Iterator[Document]:
+        """The rest of the share of an epoch, in the order of the files, from the start of the position's block on."""
+        files = self.stream.files
+        order = np.arange(len(files))
+        if self.stream.shuffle_buffer > 0:
+            order = np.random.default_rng([self.stream.seed, self.position.epoch]).permutation(order)
+        share = reader_share(len(files), self.reader, self.num_readers)
+        first_part, start = self.position.part, self.position.row  # the position moves on between two documents
+        for part, (place, residues) in enumerate(share[first_part:], first_part):
+            for row, text in files.read(int(order[place]), start, residues, self.num_readers):
+                yield Document(text, part, row + 1)
+            start = 0
+
     def _read(self) -> Iterator[dict[str, torch.Tensor]]:
         if torch.utils.data.get_worker_info() is not None:
             fsspec.asyn.reset_lock()  # or a forked worker would wait for its parent's download thread for ever
@@ -320,7 +308,7 @@ class ChunkReader(Iterator[dict[str, torch.Tensor]]):
         position, size = self.position, self.stream.shuffle_buffer or TOKENIZED_DOCUMENTS
         empty_epochs = 0
         while empty_epochs < MAX_EMPTY_EPOCHS:
-            documents = self.stream.documents(position, self.reader, self.num_readers)
+            documents = self.documents()
             while block := list(islice(documents, size)):
                 texts = [document.text for document in block]
                 if self.stream.shuffle_buffer > 0:

@@ -46,7 +46,6 @@ def kind_of(path: Path) -> str | None:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file's ending says that it has to be unpacked."""
     return path.suffix.lower() in COMPRESSIONS
 
 

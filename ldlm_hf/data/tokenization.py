@@ -46,9 +46,7 @@ class DocumentEncoder:
     """A batch of rows → the token ids of each text, with no special tokens but the end of the document.
 
     Attributes:
-        tokenizer: any tokenizer of transformers.
-        text_column: column that holds the text.
-        detokenizer: key of `DETOKENIZERS`, or None.
+        tokenizer, text_column, detokenizer: see `DataSettings`.
         end_id: appended to each document, or None. Blank documents give no tokens at all.
         skip_missing_texts: a missing text (null) gives no tokens either, instead of an error.
     """
@@ -85,21 +83,12 @@ class DocumentEncoder:
 def tokenize_documents(
     documents: datasets.Dataset,
     encoder: DocumentEncoder,
-    num_proc: int | None = None,
-    cache_dir: str | None = None,
-    batch_size: int = 1000,
+    num_proc: int | None,
+    cache_dir: str | None,
+    batch_size: int,
 ) -> datasets.Dataset:
-    """Tokenises every document once; a second call with the same documents and tokenizer maps the file of the first.
-
-    Args:
-        documents: rows with the text.
-        encoder: text → tokens.
-        num_proc: processes.
-        cache_dir: parent of the folder `ldlm_hf_tokens`. None: the cache folder of `datasets`.
-        batch_size: documents a call of the tokenizer; the tokens do not depend on it.
-
-    Returns:
-        one row a document, column `input_ids`: lists of int32.
+    """One row a document, column `input_ids`: lists of int32, in a file of the folder `ldlm_hf_tokens` of `cache_dir`
+    (None: of the cache of `datasets`), which a second call with the same documents and tokenizer maps again.
 
     Raises:
         ValueError: the text column is missing or holds something else than text.
