@@ -117,13 +117,9 @@ def chunk_corpus(
 
     Args:
         documents: rows with the text.
-        tokenizer: any tokenizer of transformers.
-        sequence_length: L.
+        tokenizer, sequence_length: as for `load_corpora`, whose errors are raised.
         settings: its text column, detokenizer, markers, processes and cache apply; `source` and the splits do not.
         batch_size: documents a call of the tokenizer; the chunks do not depend on it.
-
-    Raises:
-        ValueError: as `load_corpora`.
     """
     return _ChunkCutter(settings or DataSettings(), tokenizer, sequence_length).cut(documents, "corpus", batch_size)
 

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 CACHE_VERSION = 1
 
 
-# Names of the special token that begins a chunk and of the one that ends a document; the second is a BERT-type
-# tokenizer's.
+# What begins a chunk and what ends a document; the second is a BERT-type tokenizer's.
 START_TOKENS = ("bos_token", "cls_token")
 END_TOKENS = ("eos_token", "sep_token")
 

@@ -58,12 +58,10 @@ def class_source(cls: type) -> str | None:
 
 @functools.cache
 def generate(cls: type) -> str:
-    """Writes the self-contained file of one class of this package: a pipeline, or a component of one.
+    """The self-contained file of one class of this package: a pipeline, or a component of one.
 
     Raises:
-        ValueError: sources that cannot be put into one file: one name with two meanings, imports of this package
-            inside of a function or under another name, or statements other than imports, definitions and assignments
-            at the top of a module.
+        ValueError: sources that cannot be put into one file; the message says what to change.
     """
     file = SelfContainedFile(cls)
     file.require(cls.__module__, cls.__name__)
@@ -195,23 +193,15 @@ class SelfContainedFile:
         self.meanings: dict[str, tuple[object, str]] = {"Path": (Path, "pathlib")}
 
     def claim(self, name: str, module_name: str) -> bool:
-        """Takes a name for what it means in a module.
-
-        Returns:
-            Whether it is new.
-
-        Raises:
-            ValueError: it has another meaning already.
-        """
+        """Takes a name for what it means in a module. Whether it is new; ValueError if it has another meaning."""
         value = getattr(importlib.import_module(module_name), name)
-        known, where = self.meanings.get(name, (value, module_name))
+        is_new = name not in self.meanings
+        known, where = self.meanings.setdefault(name, (value, module_name))
         if known is not value:
             raise ValueError(
                 f"{name!r} is one thing in {where} and another in {module_name}; both come to stand in the "
                 f"self-contained file of {self.cls.__name__}, so rename one."
             )
-        is_new = name not in self.meanings
-        self.meanings[name] = (known, where)
         return is_new
 
     def require(self, module_name: str, name: str) -> None:
@@ -230,21 +220,16 @@ class SelfContainedFile:
                 # the same thing may be imported from several places
                 if self.claim(used, module_name):
                     self.imports |= module.imports[used]
+            elif used in module.package_imports and not self.is_component(module_name, used):
+                self.require(module.package_imports[used], used)
             elif used in module.package_imports:
-                self.require_import(module_name, used, definition)
-
-    def require_import(self, module_name: str, name: str, definition: Definition) -> None:
-        """Adds what a definition refers to by a name that its module imports from this package."""
-        if not self.is_component(module_name, name):
-            self.require(read_module(module_name).package_imports[name], name)
-            return
-        if name in definition.runtime_names:
-            raise ValueError(
-                f"{self.cls.__name__} refers to {name} outside of annotations; the file of a pipeline does not "
-                "know the classes of its components."
-            )
-        self.claim(name, module_name)
-        self.components.add(name)
+                if used in definition.runtime_names:
+                    raise ValueError(
+                        f"{self.cls.__name__} refers to {used} outside of annotations; the file of a pipeline does "
+                        "not know the classes of its components."
+                    )
+                self.claim(used, module_name)
+                self.components.add(used)
 
     def is_component(self, module_name: str, name: str) -> bool:
         """Whether a name is the class of a component of the pipeline that this file is for."""

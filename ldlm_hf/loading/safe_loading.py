@@ -115,12 +115,7 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
 
 
 def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
-
-    Args:
-        pipeline_class: of the pipeline, see [`component_classes`].
-        model_index: content of model_index.json.
-    """
+    """Raises ValueError unless each component of a model_index.json is one of the pipeline's, of a class it loads."""
     parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
     for name, entry in model_index.items():
         if name.startswith("_"):
@@ -300,12 +295,9 @@ def find_weights(folder: Path, weights_name: str, variant: str | None) -> list[P
 
 
 def replace_weights(new: Path, folder: Path, weights_name: str, variant: str | None) -> None:
-    """Moves a variant's weights from one folder to another, and removes those that they supersede there.
-
-    In a distributed run not every process has written weights.
-    """
+    """Moves a variant's weights from one folder to another, and removes those that they supersede there."""
     moved = [path.replace(folder / path.name) for path in find_weights(new, weights_name, variant)]
-    if moved:
+    if moved:  # in a distributed run not every process has written weights
         for path in set(find_weights(folder, weights_name, variant)) - set(moved):
             path.unlink()
 
@@ -313,10 +305,7 @@ def replace_weights(new: Path, folder: Path, weights_name: str, variant: str | N
 def resolve_folder(
     name_or_path: str | os.PathLike[str], weights_name: str, variant: str | None, kwargs: dict[str, Any]
 ) -> Path:
-    """The local folder of a component, downloaded if it is on the Hub.
-
-    Takes the subfolder, and the arguments that say where on the Hub it lies, out of `kwargs`.
-    """
+    """The local folder of a component, downloaded from the Hub if need be. What names it is taken out of `kwargs`."""
     subfolder = kwargs.pop("subfolder", None) or ""
     if os.path.isdir(name_or_path):
         return Path(name_or_path, subfolder)
@@ -369,11 +358,8 @@ def check_files(
 
 @contextmanager
 def limited_construction(num_tensors: int, num_elements: int) -> Iterator[None]:
-    """Raises ValueError as soon as a model that this thread builds outgrows the weights that it is built for.
-
-    The slack is for modules without weights, for parts that are built and then dropped, and for buffers that are not
-    saved.
-    """
+    """Raises ValueError as soon as a model that this thread builds outgrows the weights that it is built for."""
+    # the slack is for modules without weights, for parts that are dropped, and for buffers that are not saved
     parts, elements = 4 * num_tensors + 2**8, 2 * num_elements + 2**24
     thread = threading.get_ident()
 
