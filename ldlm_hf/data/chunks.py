@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
+from datasets.table import InMemoryTable
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class TokenChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Chunk i holds tokens [i·n, (i+1)·n) of the concatenated documents, n = `layout.stream_tokens`.
 
     The documents stay where they are, in memory-mapped Arrow record batches; a chunk is copied out of the one or two
-    batches that it lies in, found by bisection. Nothing is lost but the tail that fills no chunk. Workers of a
-    `DataLoader` share the mapping, whether forked or spawned.
+    batches that it lies in. Nothing is lost but the tail that fills no chunk. Workers of a `DataLoader` share the
+    mapping, whether forked or spawned.
 
     Args:
         documents: one row a document, column `input_ids` of lists of int32.
@@ -55,19 +56,18 @@ class TokenChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __init__(self, documents: datasets.Dataset, layout: ChunkLayout) -> None:
         self.documents = documents
         self.layout = layout
-        self._map_record_batches()
-
-    def _map_record_batches(self) -> None:
-        column = self.documents.data.column("input_ids")
         # flatten() is the values buffer between the batch's first and last offset, without a copy.
-        self._batches = [lists.flatten().to_numpy(zero_copy_only=True) for lists in column.chunks]
-        lengths = [len(tokens) for tokens in self._batches]
-        self._starts = np.cumsum([0, *lengths], dtype=np.int64)  # (batches + 1,) position in the stream
+        batches = [lists.flatten() for lists in documents.data.column("input_ids").chunks]
+        self._stream = InMemoryTable.from_arrays([pyarrow.chunked_array(batches, pyarrow.int32())], names=["tokens"])
+
+    def __reduce__(self) -> tuple[type[TokenChunks], tuple[datasets.Dataset, ChunkLayout]]:
+        # `datasets` pickles the mapping as file names; the stream would be pickled as its contents.
+        return type(self), (self.documents, self.layout)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the stream, its tail included."""
-        return int(self._starts[-1])
+        return self._stream.num_rows
 
     def __len__(self) -> int:
         return self.num_tokens // self.layout.stream_tokens
@@ -77,23 +77,5 @@ class TokenChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"chunk {index} of {length}")
-        start = int(index) % length * self.layout.stream_tokens
-        return self.layout.assemble(self._tokens_between(start, start + self.layout.stream_tokens))
-
-    def _tokens_between(self, start: int, stop: int) -> np.ndarray:
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        last = int(np.searchsorted(self._starts, stop, side="left"))
-        return np.concatenate(
-            [
-                batch[max(0, start - batch_start) : stop - batch_start]
-                for batch, batch_start in zip(self._batches[first:last], self._starts[first:last], strict=True)
-            ]
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # `datasets` pickles the mapping as file names; arrays would be pickled as their contents.
-        return {"documents": self.documents, "layout": self.layout}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._map_record_batches()
+        size = self.layout.stream_tokens
+        return self.layout.assemble(self._stream.fast_slice(int(index) % length * size, size)["tokens"].to_numpy())

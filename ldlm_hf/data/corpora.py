@@ -12,10 +12,10 @@ import numpy as np
 
 from .chunks import ChunkLayout, TokenChunks
 from .settings import DataSettings
-from .sources import load_documents, load_stream
+from .sources import Rows, load_split
 from .streaming import DocumentFiles, HeldOutTexts, StreamedTokenChunks
 from .text_files import require_text_column
-from .tokenization import DocumentEncoder, chunk_start_id, document_end_id, tokenize_documents
+from .tokenization import END_TOKENS, START_TOKENS, DocumentEncoder, special_id, tokenize_documents
 
 
 if TYPE_CHECKING:
@@ -62,21 +62,25 @@ def load_corpora(
     settings.check_source()
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank}, world_size={world_size}: a rank is at least 0 and below world_size.")
-    encoder, layout = _encoder_and_layout(settings, tokenizer, sequence_length)
-    if settings.streaming:
-        return _stream_corpora(settings, encoder, layout, rank, world_size)
-
-    documents = load_documents(settings, settings.train_split, rank)
-    validation_documents: datasets.Dataset | None = None
+    cutter = _ChunkCutter(settings, tokenizer, sequence_length)
+    rows, names = load_split(settings, settings.train_split, rank)
+    validation: TokenChunks | None = None  # chunked first: it is the smaller part, so its errors come early
     if settings.validation_split is not None:
-        validation_documents = load_documents(settings, settings.validation_split, rank)
+        validation = cutter.cut_validation(load_split(settings, settings.validation_split, rank)[0])
     elif settings.holds_out:
-        documents, validation_documents = hold_out(documents, settings)
+        rows, held_out = hold_out(rows, settings)
+        validation = cutter.cut_validation(held_out)
+    if isinstance(rows, datasets.Dataset):
+        return TextCorpora(cutter.cut(rows, "training part"), validation)
 
-    validation: TokenChunks | None = None
-    if validation_documents is not None:  # first: it is the smaller part, so its errors come early
-        validation = _chunk_validation(validation_documents, encoder, layout, settings)
-    return TextCorpora(_chunk(documents, encoder, layout, "training part", settings), validation)
+    selection = HeldOutTexts(settings.seed, settings.holdout_fraction) if settings.holds_out else None
+    files = DocumentFiles(rows, settings.text_column, selection, names, settings.skip_missing_texts)
+    train = StreamedTokenChunks(
+        files, cutter.encoder, cutter.layout, settings.shuffle_buffer, settings.seed, rank, world_size
+    )
+    part = "training part" if world_size == 1 else f"training part of rank {rank}"
+    cutter.require_one_chunk(train.count_tokens(cutter.layout.stream_tokens), part)
+    return TextCorpora(train, validation)
 
 
 def load_held_out(
@@ -89,21 +93,17 @@ def load_held_out(
         ValueError, OSError: as `load_corpora`; and the settings hold no text out.
     """
     settings.check_source()
-    encoder, layout = _encoder_and_layout(settings, tokenizer, sequence_length)
-    if settings.validation_split is None and not settings.holds_out:
+    cutter = _ChunkCutter(settings, tokenizer, sequence_length)
+    if settings.validation_split is not None:
+        held_out, _ = load_split(settings, settings.validation_split, rank)
+    elif settings.holds_out:
+        _, held_out = hold_out(load_split(settings, settings.train_split, rank)[0], settings)
+    else:
         raise ValueError(
             f"source={settings.source!r}: no text is held out. Set validation_split, holdout_documents or "
             "holdout_fraction, as in training."
         )
-    if settings.streaming:
-        rows, _ = load_stream(settings, settings.validation_split or settings.train_split)
-        if settings.validation_split is None:
-            rows, _ = _hold_out_of_stream(rows, settings)
-        return _chunk_validation_stream(rows, encoder, layout, settings)
-    documents = load_documents(settings, settings.validation_split or settings.train_split, rank)
-    if settings.validation_split is None:
-        _, documents = hold_out(documents, settings)
-    return _chunk_validation(documents, encoder, layout, settings)
+    return cutter.cut_validation(held_out)
 
 
 def chunk_corpus(
@@ -117,38 +117,24 @@ def chunk_corpus(
 
     Args:
         documents: rows with the text.
-        tokenizer: any tokenizer of transformers.
-        sequence_length: L.
+        tokenizer, sequence_length: as for `load_corpora`, whose errors are raised.
         settings: its text column, detokenizer, markers, processes and cache apply; `source` and the splits do not.
         batch_size: documents a call of the tokenizer; the chunks do not depend on it.
-
-    Raises:
-        ValueError: as `load_corpora`.
     """
-    settings = settings or DataSettings()
-    encoder, layout = _encoder_and_layout(settings, tokenizer, sequence_length)
-    return _chunk(documents, encoder, layout, "corpus", settings, batch_size)
+    return _ChunkCutter(settings or DataSettings(), tokenizer, sequence_length).cut(documents, "corpus", batch_size)
 
 
-def _encoder_and_layout(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int
-) -> tuple[DocumentEncoder, ChunkLayout]:
-    end_id = document_end_id(tokenizer, "append_eos") if settings.append_eos else None
-    markers = None
-    if settings.chunk_markers:
-        markers = (chunk_start_id(tokenizer, "chunk_markers"), document_end_id(tokenizer, "chunk_markers"))
-    encoder = DocumentEncoder(
-        tokenizer, settings.text_column, settings.detokenizer, end_id, settings.skip_missing_texts
-    )
-    return encoder, ChunkLayout(sequence_length, markers)
-
-
-def hold_out(documents: datasets.Dataset, settings: DataSettings) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits documents into (training, validation), both in the corpus' order.
+def hold_out(documents: Rows, settings: DataSettings) -> tuple[Rows, Rows]:
+    """Splits documents into (training, validation), both in the corpus' order. The training part of a stream still has
+    the held-out texts, which its reader leaves out.
 
     Raises:
         ValueError: nothing would be left to train on.
     """
+    if isinstance(documents, datasets.IterableDataset):
+        require_text_column(settings.text_column, list(next(iter(documents), {settings.text_column: ""})))
+        held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
+        return documents, documents.filter(held_out, input_columns=settings.text_column)
     total = len(documents)
     count = settings.holdout_documents or max(1, round(settings.holdout_fraction * total))
     if count >= total:
@@ -166,92 +152,61 @@ def hold_out(documents: datasets.Dataset, settings: DataSettings) -> tuple[datas
     return documents.select(np.flatnonzero(~drawn)), documents.select(np.flatnonzero(drawn))
 
 
-def _chunk_validation(
-    documents: datasets.Dataset, encoder: DocumentEncoder, layout: ChunkLayout, settings: DataSettings
-) -> TokenChunks:
-    if settings.max_validation_documents is not None:
-        documents = documents.select(range(min(settings.max_validation_documents, len(documents))))
-    return _chunk(documents, encoder, layout, "validation part", settings)
+class _ChunkCutter:
+    """Documents → chunks of tokens, as the settings of a run say."""
 
-
-def _chunk_validation_stream(
-    rows: datasets.IterableDataset, encoder: DocumentEncoder, layout: ChunkLayout, settings: DataSettings
-) -> TokenChunks:
-    in_memory = datasets.Dataset.from_list(list(islice(rows, settings.max_validation_documents)))
-    return _chunk(in_memory, encoder, layout, "validation part", settings)
-
-
-def _hold_out_of_stream(
-    rows: datasets.IterableDataset, settings: DataSettings
-) -> tuple[datasets.IterableDataset, HeldOutTexts]:
-    """The held-out rows of a stream, and what tells them from the others."""
-    require_text_column(settings.text_column, list(next(iter(rows), {settings.text_column: ""})))
-    held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
-    return rows.filter(held_out, input_columns=settings.text_column), held_out
-
-
-def _chunk(
-    documents: datasets.Dataset,
-    encoder: DocumentEncoder,
-    layout: ChunkLayout,
-    part: str,
-    settings: DataSettings,
-    batch_size: int = 1000,
-) -> TokenChunks:
-    if len(documents) == 0:
-        raise ValueError(
-            f"source={settings.source!r}: the {part} is empty, it holds no documents. Use more text or hold out more."
+    def __init__(self, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+        end_id = special_id(tokenizer, END_TOKENS, "append_eos") if settings.append_eos else None
+        markers = None
+        if settings.chunk_markers:
+            start_id = special_id(tokenizer, START_TOKENS, "chunk_markers")
+            markers = (start_id, special_id(tokenizer, END_TOKENS, "chunk_markers"))
+        self.settings = settings
+        self.layout = ChunkLayout(sequence_length, markers)
+        self.encoder = DocumentEncoder(
+            tokenizer, settings.text_column, settings.detokenizer, end_id, settings.skip_missing_texts
         )
-    if settings.skip_missing_texts and (missing := _count_missing_texts(documents, settings.text_column)):
-        logger.warning(
-            "source=%r: %s of the %s rows of the %s have no text and are skipped",
-            settings.source,
-            f"{missing:,}",
-            f"{len(documents):,}",
-            part,
-        )
-    tokens = tokenize_documents(documents, encoder, settings.num_proc, settings.cache_dir, batch_size)
-    chunks = TokenChunks(tokens, layout)
-    _require_one_chunk(chunks.num_tokens, layout, part, settings)
-    return chunks
+
+    def cut(self, documents: datasets.Dataset, part: str, batch_size: int = 1000) -> TokenChunks:
+        """The chunks of a part; ValueError, which calls it `part`, where there is not one."""
+        settings = self.settings
+        if len(documents) == 0:
+            raise ValueError(
+                f"source={settings.source!r}: the {part} is empty, it holds no documents. "
+                "Use more text or hold out more."
+            )
+        if settings.skip_missing_texts and (missing := _count_missing_texts(documents, settings.text_column)):
+            counts = f"{missing:,} of the {len(documents):,} rows"
+            logger.warning("source=%r: %s of the %s have no text and are skipped", settings.source, counts, part)
+        tokens = tokenize_documents(documents, self.encoder, settings.num_proc, settings.cache_dir, batch_size)
+        chunks = TokenChunks(tokens, self.layout)
+        self.require_one_chunk(chunks.num_tokens, part)
+        return chunks
+
+    def cut_validation(self, rows: Rows) -> TokenChunks:
+        """The chunks of held-out rows, of the first `max_validation_documents`."""
+        limit = self.settings.max_validation_documents
+        if isinstance(rows, datasets.IterableDataset):
+            rows = datasets.Dataset.from_list(list(islice(rows, limit)))
+        elif limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        return self.cut(rows, "validation part")
+
+    def require_one_chunk(self, num_tokens: int, part: str) -> None:
+        """Raises ValueError where a part has fewer tokens than a chunk."""
+        if num_tokens == 0:
+            raise ValueError(
+                f"source={self.settings.source!r}: the {part} is empty or blank, it gives no tokens. Use more text."
+            )
+        if num_tokens < self.layout.stream_tokens:
+            raise ValueError(
+                f"source={self.settings.source!r}: the {part} has {num_tokens} tokens, and one chunk of "
+                f"sequence_length={self.layout.sequence_length} needs {self.layout.stream_tokens}. "
+                "Use more text, a shorter sequence or another hold-out."
+            )
 
 
 def _count_missing_texts(documents: datasets.Dataset, text_column: str) -> int:
     require_text_column(text_column, documents.column_names)
     tables = documents.select_columns(text_column).with_format("arrow").iter(batch_size=10_000)
     return sum(table[text_column].null_count for table in tables)
-
-
-def _require_one_chunk(num_tokens: int, layout: ChunkLayout, part: str, settings: DataSettings) -> None:
-    if num_tokens == 0:
-        raise ValueError(
-            f"source={settings.source!r}: the {part} is empty or blank, it gives no tokens. Use more text."
-        )
-    if num_tokens < layout.stream_tokens:
-        raise ValueError(
-            f"source={settings.source!r}: the {part} has {num_tokens} tokens, and one chunk of "
-            f"sequence_length={layout.sequence_length} needs {layout.stream_tokens}. "
-            "Use more text, a shorter sequence or another hold-out."
-        )
-
-
-def _stream_corpora(
-    settings: DataSettings, encoder: DocumentEncoder, layout: ChunkLayout, rank: int, world_size: int
-) -> TextCorpora:
-    rows, names = load_stream(settings, settings.train_split)
-    held_out: HeldOutTexts | None = None
-    validation_rows: datasets.IterableDataset | None = None
-    if settings.validation_split is not None:
-        validation_rows, _ = load_stream(settings, settings.validation_split)
-    elif settings.holds_out:
-        validation_rows, held_out = _hold_out_of_stream(rows, settings)
-
-    validation: TokenChunks | None = None
-    if validation_rows is not None:
-        validation = _chunk_validation_stream(validation_rows, encoder, layout, settings)
-
-    files = DocumentFiles(rows, settings.text_column, held_out, names, settings.skip_missing_texts)
-    train = StreamedTokenChunks(files, encoder, layout, settings.shuffle_buffer, settings.seed, rank, world_size)
-    part = "training part" if world_size == 1 else f"training part of rank {rank}"
-    _require_one_chunk(train.count_tokens(layout.stream_tokens), layout, part, settings)
-    return TextCorpora(train, validation)

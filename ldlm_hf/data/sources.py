@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import datasets
 import huggingface_hub
@@ -24,6 +24,8 @@ from .text_files import ENDINGS, TEXT_KINDS, CorpusError, is_compressed, kind_of
 
 logger = logging.getLogger(__name__)
 
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
 READ_BYTES = 1 << 20
 # what datasets and the Hub write beside a corpus
 METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
@@ -36,48 +38,31 @@ SPLIT_NAMES = {
 SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 
 
-def load_documents(settings: DataSettings, split: str, rank: int = 0) -> datasets.Dataset:
-    """The documents of one split, memory-mapped.
+def load_split(settings: DataSettings, split: str, rank: int) -> tuple[Rows, tuple[str, ...]]:
+    """The documents of one split, and the names of the files of a stream.
 
-    Args:
-        settings: validated settings.
-        split: name of the split.
-        rank: of this process. Rank 0 reads every local text file once, up front, to find bytes that are not UTF-8.
+    Documents are memory-mapped; rank 0 reads every local text file once, up front, to find bytes that are not UTF-8.
+    With `streaming` they are a stream, of which nothing is read yet. It has no names where a file (an archive) is not
+    one of its shards.
 
     Raises:
         OSError: nothing is there, the Hub cannot be reached, or a file cannot be read.
         ValueError: a file of unknown ending or that is not UTF-8 or not what its ending says; an unknown split; a Hub
-            dataset that is a loading script.
+            dataset that is a loading script; a stream of a folder that `save_to_disk` wrote.
     """
     if _is_saved(settings.source):
-        return _load_saved(settings, split)
+        return _load_saved(settings, split), ()
     builder = _builder(settings, split)
+    if settings.streaming:
+        with _explained_errors(settings, split):
+            rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
+        names = tuple((builder.config.data_files or {}).get(split, ()))
+        return rows, names if len(names) == rows.num_shards else ()
     if is_local(settings.source) and rank == 0 and split == settings.train_split:  # once, not for each split
         _check_text_files(settings, builder)
     with _explained_errors(settings, split):
         builder.download_and_prepare(num_proc=settings.num_proc)
-        return cast(datasets.Dataset, builder.as_dataset(split))
-
-
-def load_stream(settings: DataSettings, split: str) -> tuple[datasets.IterableDataset, tuple[str, ...]]:
-    """The documents of one split as a stream, of which nothing is read yet, and the names of its files.
-
-    There are no names where a file (an archive) is not one shard of the stream.
-
-    Raises:
-        OSError, ValueError: as `load_documents`, but for what only reading the files shows; or the source is a folder
-            that `save_to_disk` wrote.
-    """
-    if _is_saved(settings.source):
-        raise ValueError(
-            f"source={settings.source!r} was written by save_to_disk and is memory-mapped as it is: set "
-            "streaming=false."
-        )
-    builder = _builder(settings, split)
-    with _explained_errors(settings, split):
-        rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
-    names = tuple((builder.config.data_files or {}).get(split, ()))
-    return rows, names if len(names) == rows.num_shards else ()
+        return cast(datasets.Dataset, builder.as_dataset(split)), ()
 
 
 def _builder(settings: DataSettings, split: str) -> datasets.DatasetBuilder:
@@ -108,12 +93,12 @@ def find_splits(settings: DataSettings, split: str) -> dict[str, list[Path]]:
     root = Path(settings.source).expanduser()
     if not root.is_dir():
         return {"train": find_files(settings.source)}
+    splits: dict[str, list[Path]] = {}
     if _is_hub_clone(root, settings):
         with _explained_errors(settings, split):
             declared = datasets.load_dataset_builder(str(root), name=settings.config_name).config.data_files
         splits = {str(name): [Path(file) for file in files] for name, files in declared.items()}
     else:
-        splits = {}
         files = find_files(settings.source)
         named = [_split_named_by(file.relative_to(root)) for file in files]
         for file, name in zip(files, named, strict=True):
@@ -128,12 +113,12 @@ def find_splits(settings: DataSettings, split: str) -> dict[str, list[Path]]:
 
 
 def _is_hub_clone(root: Path, settings: DataSettings) -> bool:
-    card = root / "README.md"
+    card, metadata = root / "README.md", None
     try:
-        metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+        if card.is_file():
+            metadata = huggingface_hub.metadata_load(card)
     except (yaml.YAMLError, ValueError) as error:
         logger.warning("%s declares no splits: its metadata cannot be read (%s)", card, error)
-        metadata = None
     has_script = (root / f"{root.name}.py").is_file()  # datasets says that it runs none
     return settings.config_name is not None or has_script or "configs" in (metadata or {})
 
@@ -173,13 +158,9 @@ def _explained_errors(settings: DataSettings, split: str) -> Iterator[None]:
             raise error.__cause__ from error
         raise ValueError(
             f"source={settings.source!r}, config_name={settings.config_name!r}, split {split!r}: "
-            f"{_explain(error)} {_remedy(error)}"
+            # a DatasetGenerationError says only that generation failed; its cause says why
+            f"{str(error.__cause__ or error).rstrip('. ')}. {_remedy(error)}"
         ) from error
-
-
-def _explain(error: BaseException) -> str:
-    # A DatasetGenerationError says only that generation failed; its cause says why.
-    return str(error.__cause__ or error).rstrip(". ") + "."
 
 
 def _remedy(error: BaseException) -> str:
@@ -198,8 +179,13 @@ def _is_saved(source: str) -> bool:
 
 
 def _load_saved(settings: DataSettings, split: str) -> datasets.Dataset:
+    if settings.streaming:
+        raise ValueError(
+            f"source={settings.source!r} was written by save_to_disk and is memory-mapped as it is: set "
+            "streaming=false."
+        )
     loaded = datasets.load_from_disk(str(Path(settings.source).expanduser()))
-    splits = loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     if split not in splits:
         raise ValueError(
             f"source={settings.source!r} has no split {split!r}: set train_split or validation_split to one of "
@@ -230,7 +216,9 @@ def find_files(source: str) -> list[Path]:
     """
     root = Path(source).expanduser()
     if root.is_dir():
-        visible = (path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
+        # parts of a folder that tools keep for themselves begin with . or __
+        hidden = re.compile(r"(^|/)(\.|__)")
+        visible = (path for path in root.rglob("*") if not hidden.search(path.relative_to(root).as_posix()))
         files = [path for path in visible if path.is_file() and kind_of(path) and path.name not in METADATA_FILES]
     elif root.is_file():
         files = [root]
@@ -250,11 +238,6 @@ def find_files(source: str) -> list[Path]:
     return sorted(files)
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a file of a folder is in a part of it that tools keep for themselves."""
-    return any(part.startswith((".", "__")) for part in path.parts)
-
-
 def holds_utf8_text(path: Path) -> bool:
     """Decodes a text file from end to end, a piece at a time; whether it holds more than white space.
 
@@ -267,16 +250,13 @@ def holds_utf8_text(path: Path) -> bool:
     found = False
     try:
         with open_unpacked(path) as file:
-            while True:
-                pending = len(decoder.getstate()[0])  # bytes of a character that the last piece began
-                piece = file.read(READ_BYTES)
-                text = decoder.decode(piece, final=not piece)
-                found = found or bool(text.strip())
+            while piece := file.read(READ_BYTES):
                 position += len(piece)
-                if not piece:
-                    return found
+                found = bool(decoder.decode(piece).strip()) or found
+        decoder.decode(b"", final=True)
+        return found
     except UnicodeDecodeError as error:
-        offset = position - pending + error.start
+        offset = position - len(error.object) + error.start  # the object begins with bytes that the last piece left
         unpacked = " of the unpacked text" if is_compressed(path) else ""
         raise CorpusError(
             f"source: {path} is not UTF-8: byte {offset}{unpacked} is 0x{error.object[error.start]:02x} "

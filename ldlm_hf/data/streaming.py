@@ -1,13 +1,10 @@
 """An endless, shuffled stream of chunks whose position is a few numbers, for corpora larger than the disk.
 
-What each reader gives is a function of its settings and its position alone. A reader is one worker of one rank. In
-each epoch the files are put in an order drawn from (seed, epoch) and dealt out to the readers; a reader goes through
-its documents in blocks, and each block is permuted by (seed, epoch, reader, block). So a position is where its block
-starts, how much of the block was given, and the tokens that have not filled a chunk: no buffer has to be saved.
-
-A restored reader reads its file again up to the block, as Arrow tables that are dropped unseen, takes the block's
-texts and tokenises only what it had not given. (The state of `datasets` keeps no shuffle buffer: a stream that is
-resumed from it loses the documents that were in there.)
+A reader is one worker of one rank. In each epoch the files are put in an order drawn from (seed, epoch) and dealt out
+to the readers; a reader goes through its documents in blocks, and each block is permuted by (seed, epoch, reader,
+block). So a position is where its block starts, how much of the block was given, and the tokens that have not filled a
+chunk: no buffer has to be saved. (The state of `datasets` keeps no shuffle buffer: a stream that is resumed from it
+loses the documents that were in there.)
 """
 
 from __future__ import annotations
@@ -43,10 +40,7 @@ MAX_EMPTY_EPOCHS = 100
 
 @dataclass(frozen=True)
 class HeldOutTexts:
-    """Whether a document of a stream is held out, by its text alone.
-
-    Equal texts fall on the same side, and every rank and worker decides alike without knowing the document's position.
-    """
+    """Whether a document of a stream is held out, by its text alone, so that every rank and worker decides alike."""
 
     seed: int
     fraction: float
@@ -100,7 +94,6 @@ class DocumentFiles:
         return self.rows.num_shards
 
     def name(self, file: int) -> str:
-        """What an error calls a file."""
         return self.names[file] if self.names else f"file {file + 1} of {len(self)}"
 
     def read(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[int, str]]:
@@ -132,9 +125,8 @@ class DocumentFiles:
                     return
                 rows = np.arange(first, first + len(table))
                 rows = rows[(rows >= start) & (rows % modulus >= residues.start) & (rows % modulus < residues.stop)]
-                columns = table.column_names
-                text_columns = table.select([name for name in columns if name == self.text_column])
-                texts = text_columns.take(pyarrow.array(rows - first)).to_pydict()
+                require_text_column(self.text_column, table.column_names)
+                texts = table[self.text_column].take(pyarrow.array(rows - first)).to_pylist()
             except CorpusError:
                 raise
             except Exception as error:  # parsers, decompressors and clients each raise errors of their own
@@ -143,8 +135,7 @@ class DocumentFiles:
                     f"({type(error).__name__}: {error.__cause__ or error!s:.300}). Mend the file or the connection "
                     "and go on from the last checkpoint."
                 ) from error
-            require_text_column(self.text_column, columns)
-            yield rows.tolist(), texts[self.text_column]
+            yield rows.tolist(), texts
             first += len(table)
 
 
@@ -170,69 +161,50 @@ class StreamPosition:
     waiting: list[int] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
     """The items of `TokenChunks` from a stream of documents, tokenised as they come, without an end.
 
-    Ranks and the workers of a `DataLoader` share each epoch out among themselves, whatever the number of files
-    (`reader_share`). A reader that is done with its share begins that of the next epoch, and takes along the tokens
-    that fill no chunk; so no rank ends before another, and nothing is lost. Do not pass the loader to
-    `Accelerator.prepare`, which would divide it among the ranks again.
+    Ranks and the workers of a `DataLoader` share each epoch out among themselves (`reader_share`). A reader that is
+    done with its share begins that of the next epoch, and takes along the tokens that fill no chunk; so no rank ends
+    before another, and nothing is lost. Do not pass the loader to `Accelerator.prepare`, which would divide it among
+    the ranks again.
 
-    Held in memory: the `shuffle_buffer` texts of a block, the table that `datasets` is reading (10 MB of a text file,
-    a row group of a parquet file), and the tokens of 64 documents.
+    Held in memory: the `shuffle_buffer` texts of a block, the table that is being read (of a parquet file, a row
+    group), and the tokens of 64 documents. A connection that fails is tried again by `datasets`
+    (`datasets.config.STREAMING_READ_MAX_RETRIES`, `STREAMING_READ_RETRY_INTERVAL`).
 
-    A connection that fails is tried again by `datasets`, 20 times at intervals of 5 s unless
-    `datasets.config.STREAMING_READ_MAX_RETRIES` and `STREAMING_READ_RETRY_INTERVAL` say otherwise.
-
-    Args:
+    Attributes:
         files: the documents of all ranks.
-        encoder: text → tokens.
-        layout: what a chunk is made of.
         shuffle_buffer: documents in a block; 0: the files' own order.
         seed: of the order.
         rank, world_size: of this process.
     """
 
-    def __init__(
-        self,
-        files: DocumentFiles,
-        encoder: DocumentEncoder,
-        layout: ChunkLayout,
-        shuffle_buffer: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.files = files
-        self.encoder = encoder
-        self.layout = layout
-        self.shuffle_buffer = shuffle_buffer
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self._start: dict[str, Any] | None = None
-        self._latest: ChunkReader | None = None
+    files: DocumentFiles
+    encoder: DocumentEncoder
+    layout: ChunkLayout
+    shuffle_buffer: int = 0
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    _start: dict[str, Any] | None = field(default=None, init=False)
+    _latest: ChunkReader | None = field(default=None, init=False)
 
     def __iter__(self) -> ChunkReader:
-        """The chunks of this process, or of this worker of a `DataLoader`, from the loaded position on.
-
-        Raises:
-            ValueError: the loaded position is of a stream with another layout.
-        """
+        """The chunks of this process, or of this worker of a `DataLoader`, from the loaded position on."""
         worker = torch.utils.data.get_worker_info()
-        if worker is None:
-            self._latest = self.reader(state=self._start)
-        else:
-            self._latest = self.reader(worker.id, worker.num_workers, self._start)
+        place = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        self._latest = self.reader(*place, self._start)
         return self._latest
 
     def reader(self, worker: int = 0, num_workers: int = 1, state: dict[str, Any] | None = None) -> ChunkReader:
-        """The chunks of one worker of this rank, from the position of `state` on, or from the start."""
-        position = StreamPosition()
+        """The chunks of one worker of this rank, from the position of `state` on, or from the start. ValueError where
+        the position is of a stream with another layout."""
+        reader = ChunkReader(self, worker, num_workers)
         if state is not None:
-            self.check_state(state, worker, num_workers)
-            position = StreamPosition(**{**state["position"], "waiting": list(state["position"]["waiting"])})
-        return ChunkReader(self, worker, num_workers, position)
+            reader.load_state_dict(state)
+        return reader
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the latest iterator of this process: whole numbers, and at most L - 1 token ids.
@@ -248,35 +220,10 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_latest": None}  # an iterator stays in its process
 
-    def reader_layout(self, worker: int, num_workers: int) -> dict[str, int]:
-        """What has to be equal for a position to mean the same."""
-        return {
-            "files": len(self.files),
-            "shuffle_buffer": self.shuffle_buffer,
-            "seed": self.seed,
-            "stream_tokens": self.layout.stream_tokens,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "worker": worker,
-            "num_workers": num_workers,
-        }
-
-    def check_state(self, state: dict[str, Any], worker: int, num_workers: int) -> None:
-        """Raises ValueError where a saved position does not fit this stream."""
-        here = self.reader_layout(worker, num_workers)
-        differing = [
-            f"{name}={here[name]} (saved: {saved})" for name, saved in state["layout"].items() if here[name] != saved
-        ]
-        if differing:
-            raise ValueError(
-                f"The saved position is of a stream with another layout: {', '.join(differing)}. Its shares and its "
-                "order follow from these; resume with the saved ones, or start a new run."
-            )
-
     def count_tokens(self, enough: int) -> int:
         """Tokens of this rank's share of the first epoch, counted until there are `enough`."""
         count = 0
-        texts = (document.text for document in self.documents(StreamPosition(), self.rank, self.world_size))
+        texts = (document.text for document in self.reader().documents())
         while count < enough and (batch := list(islice(texts, TOKENIZED_DOCUMENTS))):
             count += sum(map(len, self.encode(batch)))
         return count
@@ -285,34 +232,26 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
         """The tokens of each text."""
         return self.encoder({self.encoder.text_column: texts})["input_ids"]
 
-    def documents(self, position: StreamPosition, reader: int, num_readers: int) -> Iterator[Document]:
-        """The rest of a reader's share of an epoch, in the order of the files, from the start of a block on."""
-        order = np.arange(len(self.files))
-        if self.shuffle_buffer > 0:
-            order = np.random.default_rng([self.seed, position.epoch]).permutation(order)
-        share = reader_share(len(self.files), reader, num_readers)
-        first_part, start = position.part, position.row  # the position moves on between two documents
-        for part, (place, residues) in enumerate(share[first_part:], first_part):
-            for row, text in self.files.read(int(order[place]), start, residues, num_readers):
-                yield Document(text, part, row + 1)
-            start = 0
-
 
 class ChunkReader(Iterator[dict[str, torch.Tensor]]):
-    """The chunks of one reader, from a position on.
+    """The chunks of one worker of the stream's rank, from the start on or from a loaded position."""
 
-    Args:
-        stream: what is read.
-        worker, num_workers: of this rank; each is a reader.
-        position: where to begin. It moves along with each chunk.
-    """
-
-    def __init__(self, stream: StreamedTokenChunks, worker: int, num_workers: int, position: StreamPosition) -> None:
+    def __init__(self, stream: StreamedTokenChunks, worker: int, num_workers: int) -> None:
         self.stream = stream
-        self.layout = stream.reader_layout(worker, num_workers)
+        # what has to be equal for a position to mean the same
+        self.layout = {
+            "files": len(stream.files),
+            "shuffle_buffer": stream.shuffle_buffer,
+            "seed": stream.seed,
+            "stream_tokens": stream.layout.stream_tokens,
+            "rank": stream.rank,
+            "world_size": stream.world_size,
+            "worker": worker,
+            "num_workers": num_workers,
+        }
         self.reader = stream.rank * num_workers + worker
         self.num_readers = stream.world_size * num_workers
-        self.position = position
+        self.position = StreamPosition()
         self._chunks = self._read()
 
     def __next__(self) -> dict[str, torch.Tensor]:
@@ -321,6 +260,32 @@ class ChunkReader(Iterator[dict[str, torch.Tensor]]):
     def state_dict(self) -> dict[str, Any]:
         """The position after the last chunk given, and the layout that it belongs to."""
         return {"layout": self.layout, "position": asdict(self.position)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved position; ValueError where it does not fit this stream."""
+        here = self.layout
+        differing = [
+            f"{name}={here[name]} (saved: {saved})" for name, saved in state["layout"].items() if here[name] != saved
+        ]
+        if differing:
+            raise ValueError(
+                f"The saved position is of a stream with another layout: {', '.join(differing)}. Its shares and its "
+                "order follow from these; resume with the saved ones, or start a new run."
+            )
+        self.position = StreamPosition(**state["position"])
+
+    def documents(self) -> Iterator[Document]:
+        """The rest of the share of an epoch, in the order of the files, from the start of the position's block on."""
+        files = self.stream.files
+        order = np.arange(len(files))
+        if self.stream.shuffle_buffer > 0:
+            order = np.random.default_rng([self.stream.seed, self.position.epoch]).permutation(order)
+        share = reader_share(len(files), self.reader, self.num_readers)
+        first_part, start = self.position.part, self.position.row  # the position moves on between two documents
+        for part, (place, residues) in enumerate(share[first_part:], first_part):
+            for row, text in files.read(int(order[place]), start, residues, self.num_readers):
+                yield Document(text, part, row + 1)
+            start = 0
 
     def _read(self) -> Iterator[dict[str, torch.Tensor]]:
         if torch.utils.data.get_worker_info() is not None:
@@ -343,7 +308,7 @@ class ChunkReader(Iterator[dict[str, torch.Tensor]]):
         position, size = self.position, self.stream.shuffle_buffer or TOKENIZED_DOCUMENTS
         empty_epochs = 0
         while empty_epochs < MAX_EMPTY_EPOCHS:
-            documents = self.stream.documents(position, self.reader, self.num_readers)
+            documents = self.documents()
             while block := list(islice(documents, size)):
                 texts = [document.text for document in block]
                 if self.stream.shuffle_buffer > 0:

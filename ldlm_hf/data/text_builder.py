@@ -2,8 +2,7 @@
 
 The builders that `datasets` ships take each name for a pattern, and all columns of all files for one table: a file
 whose name has brackets is another file, and a column that nobody asked for ends the run where its type changes. This
-one opens exactly the files that it is given and takes the text column alone. What `datasets` is there for stays with
-it: the cache, memory-mapped documents, processes, slices of splits, and streams.
+one opens exactly the files that it is given and takes the text column alone.
 
 The module has nothing else in it, since `datasets` replaces `open` and `Path` in the module of a builder that streams
 by its own, for which `::` in a name is a path into an archive.

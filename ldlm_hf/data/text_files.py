@@ -46,7 +46,6 @@ def kind_of(path: Path) -> str | None:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a file's ending says that it has to be unpacked."""
     return path.suffix.lower() in COMPRESSIONS
 
 
@@ -143,13 +142,9 @@ def _read_columns(path: Path, kind: str, text_column: str) -> Iterator[pyarrow.T
         else:  # a stream, as `datasets` writes its files, or the file format of Arrow (Feather)
             is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
             file.seek(0)
-            if is_file:
-                reader = pyarrow.ipc.open_file(file)
-                batches = (reader.get_batch(i).select([text_column]) for i in range(reader.num_record_batches))
-            else:
-                reader = pyarrow.ipc.open_stream(file)
-                batches = (batch.select([text_column]) for batch in reader)
+            reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
             schema = reader.schema
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         require_text_column(text_column, schema.names)
         text_type = schema.field(text_column).type
         values = text_type.value_type if pyarrow.types.is_dictionary(text_type) else text_type

@@ -23,17 +23,13 @@ if TYPE_CHECKING:
 CACHE_VERSION = 1
 
 
-def document_end_id(tokenizer: PreTrainedTokenizerBase, setting: str) -> int:
-    """EOS, or SEP for a BERT-type tokenizer. ValueError, naming `setting`, where it has neither."""
-    return _special_id(tokenizer, ("eos_token", "sep_token"), setting)
+# What begins a chunk and what ends a document; the second is a BERT-type tokenizer's.
+START_TOKENS = ("bos_token", "cls_token")
+END_TOKENS = ("eos_token", "sep_token")
 
 
-def chunk_start_id(tokenizer: PreTrainedTokenizerBase, setting: str) -> int:
-    """BOS, or CLS for a BERT-type tokenizer. ValueError, naming `setting`, where it has neither."""
-    return _special_id(tokenizer, ("bos_token", "cls_token"), setting)
-
-
-def _special_id(tokenizer: PreTrainedTokenizerBase, names: tuple[str, str], setting: str) -> int:
+def special_id(tokenizer: PreTrainedTokenizerBase, names: tuple[str, str], setting: str) -> int:
+    """The id of the first of these special tokens. ValueError, naming the `setting` that needs it, without any."""
     for name in names:
         token_id = getattr(tokenizer, f"{name}_id")
         if token_id is not None:
@@ -49,9 +45,7 @@ class DocumentEncoder:
     """A batch of rows → the token ids of each text, with no special tokens but the end of the document.
 
     Attributes:
-        tokenizer: any tokenizer of transformers.
-        text_column: column that holds the text.
-        detokenizer: key of `DETOKENIZERS`, or None.
+        tokenizer, text_column, detokenizer: see `DataSettings`.
         end_id: appended to each document, or None. Blank documents give no tokens at all.
         skip_missing_texts: a missing text (null) gives no tokens either, instead of an error.
     """
@@ -88,21 +82,12 @@ class DocumentEncoder:
 def tokenize_documents(
     documents: datasets.Dataset,
     encoder: DocumentEncoder,
-    num_proc: int | None = None,
-    cache_dir: str | None = None,
-    batch_size: int = 1000,
+    num_proc: int | None,
+    cache_dir: str | None,
+    batch_size: int,
 ) -> datasets.Dataset:
-    """Tokenises every document once; a second call with the same documents and tokenizer maps the file of the first.
-
-    Args:
-        documents: rows with the text.
-        encoder: text → tokens.
-        num_proc: processes.
-        cache_dir: parent of the folder `ldlm_hf_tokens`. None: the cache folder of `datasets`.
-        batch_size: documents a call of the tokenizer; the tokens do not depend on it.
-
-    Returns:
-        one row a document, column `input_ids`: lists of int32.
+    """One row a document, column `input_ids`: lists of int32, in a file of the folder `ldlm_hf_tokens` of `cache_dir`
+    (None: of the cache of `datasets`), which a second call with the same documents and tokenizer maps again.
 
     Raises:
         ValueError: the text column is missing or holds something else than text.

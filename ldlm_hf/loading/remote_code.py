@@ -58,12 +58,10 @@ def class_source(cls: type) -> str | None:
 
 @functools.cache
 def generate(cls: type) -> str:
-    """Writes the self-contained file of one class of this package: a pipeline, or a component of one.
+    """The self-contained file of one class of this package: a pipeline, or a component of one.
 
     Raises:
-        ValueError: sources that cannot be put into one file: one name with two meanings, imports of this package
-            inside of a function or under another name, or statements other than imports, definitions and assignments
-            at the top of a module.
+        ValueError: sources that cannot be put into one file; the message says what to change.
     """
     file = SelfContainedFile(cls)
     file.require(cls.__module__, cls.__name__)
@@ -78,13 +76,11 @@ class Definition:
         source: its text, from the comment above it on.
         names: the names in it.
         runtime_names: those of them that are not in annotations only.
-        attributes: the pairs (name, attribute) in it.
     """
 
     source: str
     names: set[str]
     runtime_names: set[str]
-    attributes: set[tuple[str, str]]
 
 
 @dataclass
@@ -95,13 +91,13 @@ class ModuleSource:
         docstring: the module's.
         definitions: by name, in their order.
         imports: name → imports from elsewhere that bind it.
-        package_imports: name → module of this package that it comes from, and whether it is that module.
+        package_imports: name → module of this package that it comes from.
     """
 
     docstring: str
     definitions: dict[str, Definition] = field(default_factory=dict)
     imports: dict[str, set[Import]] = field(default_factory=dict)
-    package_imports: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    package_imports: dict[str, str] = field(default_factory=dict)
 
 
 @functools.cache
@@ -120,7 +116,7 @@ def read_module(name: str) -> ModuleSource:
             comments = [line for line in range(end_of_last + 1, first_line) if lines[line - 1].startswith("#")]
             text = "\n".join(lines[min([first_line, *comments]) - 1 : statement.end_lineno])
             definition = read_definition(statement, text, name)
-            module.definitions.update(dict.fromkeys(bound_names(statement, name), definition))
+            module.definitions[bound_name(statement, name)] = definition
         end_of_last = statement.end_lineno or statement.lineno
     return module
 
@@ -137,29 +133,20 @@ def read_definition(statement: ast.stmt, source: str, module_name: str) -> Defin
         annotations += [getattr(node, attribute, None) for attribute in ("annotation", "returns")]
     annotated = {id(node) for tree in annotations if tree is not None for node in ast.walk(tree)}
     names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    attributes = [node for node in ast.walk(statement) if isinstance(node, ast.Attribute)]
-    return Definition(
-        source,
-        names={node.id for node in names},
-        runtime_names={node.id for node in names if id(node) not in annotated},
-        attributes={(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)},
+    return Definition(source, {node.id for node in names}, {node.id for node in names if id(node) not in annotated})
+
+
+def bound_name(statement: ast.stmt, module_name: str) -> str:
+    """The name that a statement at the top of a module defines; ValueError unless it defines a plain name."""
+    match statement:
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return name
+        case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+            return name
+    raise ValueError(
+        f"{module_name}, line {statement.lineno}: a self-contained file takes only imports, functions, classes "
+        "and assignments of plain names from the top of a module."
     )
-
-
-def bound_names(statement: ast.stmt, module_name: str) -> Iterator[str]:
-    """The names that a statement at the top of a module defines; ValueError unless it defines plain names."""
-    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-        yield statement.name
-        return
-    targets: list[ast.expr] = []
-    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-    if not targets or not all(isinstance(target, ast.Name) for target in targets):
-        raise ValueError(
-            f"{module_name}, line {statement.lineno}: a self-contained file takes only imports, functions, classes "
-            "and assignments of plain names from the top of a module."
-        )
-    yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def package_module(statement: ast.Import | ast.ImportFrom, module_name: str) -> str | None:
@@ -175,17 +162,17 @@ def package_module(statement: ast.Import | ast.ImportFrom, module_name: str) -> 
 def read_import(statement: ast.Import | ast.ImportFrom, module_name: str, module: ModuleSource) -> None:
     """Notes what an import at the top of a module binds."""
     origin = package_module(statement, module_name)
-    if origin is not None and (isinstance(statement, ast.Import) or any(alias.asname for alias in statement.names)):
-        raise ValueError(
-            f"{module_name}, line {statement.lineno}: names of {PACKAGE} keep their names in a self-contained file; "
-            "write `from module import name`."
-        )
     for alias in statement.names:
         renamed = f" as {alias.asname}" if alias.asname else ""
         bound = alias.asname or alias.name.partition(".")[0]
         if origin is not None:
-            is_module = inspect.ismodule(getattr(importlib.import_module(origin), alias.name))
-            module.package_imports[bound] = (f"{origin}.{bound}" if is_module else origin, is_module)
+            names = vars(importlib.import_module(origin))
+            if isinstance(statement, ast.Import) or alias.asname or inspect.ismodule(names[alias.name]):
+                raise ValueError(
+                    f"{module_name}, line {statement.lineno}: names of {PACKAGE} keep their names in a self-contained "
+                    "file, and modules have none there; write `from module import name`."
+                )
+            module.package_imports[bound] = origin
         elif isinstance(statement, ast.Import):
             module.imports.setdefault(bound, set()).add((f"import {alias.name}{renamed}", ""))
         else:
@@ -201,29 +188,20 @@ class SelfContainedFile:
     def __init__(self, cls: type):
         self.cls = cls
         self.definitions: dict[str, set[str]] = {}  # module → names
-        self.namespaces: dict[str, dict[str, set[str]]] = {}  # module → name that it is imported by → attributes
         self.imports: set[Import] = {("from pathlib", "Path")}
         self.components: set[str] = set()
         self.meanings: dict[str, tuple[object, str]] = {"Path": (Path, "pathlib")}
 
     def claim(self, name: str, module_name: str) -> bool:
-        """Takes a name for what it means in a module.
-
-        Returns:
-            Whether it is new.
-
-        Raises:
-            ValueError: it has another meaning already.
-        """
+        """Takes a name for what it means in a module. Whether it is new; ValueError if it has another meaning."""
         value = getattr(importlib.import_module(module_name), name)
-        known, where = self.meanings.get(name, (value, module_name))
+        is_new = name not in self.meanings
+        known, where = self.meanings.setdefault(name, (value, module_name))
         if known is not value:
             raise ValueError(
                 f"{name!r} is one thing in {where} and another in {module_name}; both come to stand in the "
                 f"self-contained file of {self.cls.__name__}, so rename one."
             )
-        is_new = name not in self.meanings
-        self.meanings[name] = (known, where)
         return is_new
 
     def require(self, module_name: str, name: str) -> None:
@@ -242,29 +220,16 @@ class SelfContainedFile:
                 # the same thing may be imported from several places
                 if self.claim(used, module_name):
                     self.imports |= module.imports[used]
+            elif used in module.package_imports and not self.is_component(module_name, used):
+                self.require(module.package_imports[used], used)
             elif used in module.package_imports:
-                self.require_import(module_name, used, definition)
-
-    def require_import(self, module_name: str, name: str, definition: Definition) -> None:
-        """Adds what a definition refers to by a name that its module imports from this package."""
-        origin, is_module = read_module(module_name).package_imports[name]
-        if is_module:
-            self.claim(name, module_name)
-            self.imports.add(("from types", "SimpleNamespace"))
-            used = {member for owner, member in definition.attributes if owner == name}
-            self.namespaces.setdefault(origin, {}).setdefault(name, set()).update(used)
-            for member in sorted(used):
-                self.require(origin, member)
-        elif self.is_component(module_name, name):
-            if name in definition.runtime_names:
-                raise ValueError(
-                    f"{self.cls.__name__} refers to {name} outside of annotations; the file of a pipeline does not "
-                    "know the classes of its components."
-                )
-            self.claim(name, module_name)
-            self.components.add(name)
-        else:
-            self.require(origin, name)
+                if used in definition.runtime_names:
+                    raise ValueError(
+                        f"{self.cls.__name__} refers to {used} outside of annotations; the file of a pipeline does "
+                        "not know the classes of its components."
+                    )
+                self.claim(used, module_name)
+                self.components.add(used)
 
     def is_component(self, module_name: str, name: str) -> bool:
         """Whether a name is the class of a component of the pipeline that this file is for."""
@@ -278,7 +243,7 @@ class SelfContainedFile:
         modules: list[str] = []
 
         def visit(module_name: str) -> None:
-            for origin, _ in read_module(module_name).package_imports.values():
+            for origin in read_module(module_name).package_imports.values():
                 replaced = self.replacements.get(origin, origin)
                 if replaced in self.definitions and replaced not in modules:
                     visit(replaced)
@@ -316,14 +281,10 @@ class SelfContainedFile:
         if module_name != self.cls.__module__:
             lines = [f"from {module_path(module_name)}:", "", *module.docstring.splitlines()]
             comment = "\n".join(f"# {line}".rstrip() for line in lines) + "\n\n\n"
-        wanted = {id(module.definitions[name]): module.definitions[name] for name in self.definitions[module_name]}
-        for definition in dict.fromkeys(map(id, module.definitions.values())):
-            if definition in wanted:
-                yield comment + wanted[definition].source
+        for name, definition in module.definitions.items():
+            if name in self.definitions[module_name]:
+                yield comment + definition.source
                 comment = ""
-        for name, members in sorted(self.namespaces.get(module_name, {}).items()):
-            arguments = ", ".join(f"{member}={member}" for member in sorted(members))
-            yield f"{name} = SimpleNamespace({arguments})"
 
 
 def module_path(name: str) -> str:

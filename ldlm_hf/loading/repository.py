@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .remote_code import class_source
 from .safe_loading import (
+    COMPONENT_LIBRARY,
     check_adapters,
     check_model_index,
     check_serialization,
@@ -29,17 +30,13 @@ from .safe_loading import (
 )
 
 
-# see ldlm_hf.loading.remote_code.py for why these names are a format
-COMPONENT_MODULE = "ldlm_hf"
+# see ldlm_hf.loading.remote_code.py for why this name and that of a component's module are a format
 PIPELINE_MODULE = "pipeline_ldlm"
 CARD = "README.md"
 IGNORED_FILES = ["__pycache__/*", "*/__pycache__/*"]
 
 
-def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes a JSON file in place."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    edit(content)
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -49,25 +46,23 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
     The paths on this machine that diffusers notes in configurations are left out.
     """
     folder = Path(folder)
-
-    def name_classes(index: dict[str, Any]) -> None:
-        index.pop("_name_or_path", None)
-        for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
-            component_class = uncompiled_class(getattr(pipeline, name, None))
-            if write_component_code(component_class, folder, name):
-                index[name] = [COMPONENT_MODULE, component_class.__name__]
-            elif index[name][0] == COMPONENT_MODULE:
-                raise ValueError(
-                    f"{name} is of the installed {COMPONENT_MODULE}, in a pipeline that was loaded by the code of a "
-                    f"repository, which cannot write code for it. Load the pipeline with {COMPONENT_MODULE} imported, "
-                    "or pass its components to the constructor of the installed LDLMPipeline."
-                )
-        source = class_source(type(pipeline))
-        if source is not None:
-            (folder / f"{PIPELINE_MODULE}.py").write_text(source, encoding="utf-8")
-            index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
-
-    edit_json(folder / pipeline.config_name, name_classes)
+    index = json.loads((folder / pipeline.config_name).read_text(encoding="utf-8"))
+    index.pop("_name_or_path", None)
+    for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
+        component_class = uncompiled_class(getattr(pipeline, name, None))
+        if write_component_code(component_class, folder, name):
+            index[name] = [COMPONENT_LIBRARY, component_class.__name__]
+        elif index[name][0] == COMPONENT_LIBRARY:
+            raise ValueError(
+                f"{name} is of the installed {COMPONENT_LIBRARY}, in a pipeline that was loaded by the code of a "
+                f"repository, which cannot write code for it. Load the pipeline with {COMPONENT_LIBRARY} imported, "
+                "or pass its components to the constructor of the installed LDLMPipeline."
+            )
+    source = class_source(type(pipeline))
+    if source is not None:
+        (folder / f"{PIPELINE_MODULE}.py").write_text(source, encoding="utf-8")
+        index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
+    write_json(folder / pipeline.config_name, index)
 
 
 def check_saveable(pipeline: DiffusionPipeline) -> None:
@@ -79,7 +74,7 @@ def check_saveable(pipeline: DiffusionPipeline) -> None:
             check_adapters(name, component)
         component_class = uncompiled_class(component)
         is_ours = class_source(component_class) is not None
-        library = COMPONENT_MODULE if is_ours else component_class.__module__.partition(".")[0]
+        library = COMPONENT_LIBRARY if is_ours else component_class.__module__.partition(".")[0]
         expected = component_classes(type(pipeline), name)
         if not is_loaded(expected, library, component_class.__name__):
             raise ValueError(
@@ -100,30 +95,22 @@ def write_component_code(component_class: type[Any], folder: Path, name: str) ->
     source = class_source(component_class)
     if source is None:
         return False
-    (folder / name / f"{COMPONENT_MODULE}.py").write_text(source, encoding="utf-8")
-
-    def name_class(config: dict[str, Any]) -> None:
+    (folder / name / f"{COMPONENT_LIBRARY}.py").write_text(source, encoding="utf-8")
+    config_file = folder / name / "config.json"
+    if config_file.exists():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         if issubclass(component_class, PreTrainedModel):
             # that of the variant saved last; without it, transformers takes the type of the weights that it loads
             config.pop("dtype", None)
             # from the top of the repository: transformers does not look for code in the subfolder
-            module = f"{name}/{COMPONENT_MODULE}"
-            config_class = component_class.config_class
+            module = f"{name}/{COMPONENT_LIBRARY}"
             config["auto_map"] = {
-                "AutoConfig": f"{module}.{config_class.__name__}",
+                "AutoConfig": f"{module}.{component_class.config_class.__name__}",
                 "AutoModel": f"{module}.{component_class.__name__}",
             }
-
-    if (folder / name / "config.json").exists():
-        edit_json(folder / name / "config.json", name_class)
+        write_json(config_file, config)
     return True
-
-
-def keep_card(folder: str | os.PathLike, loaded_from: str | os.PathLike | None) -> None:
-    """Copies the card of the folder that a pipeline was loaded from, unless the new folder has one."""
-    if loaded_from is not None and (Path(loaded_from) / CARD).is_file() and not (Path(folder) / CARD).exists():
-        shutil.copyfile(Path(loaded_from) / CARD, Path(folder) / CARD)
 
 
 def superseded_weights(components: Iterable[str], variant: str | None) -> list[str]:
@@ -152,16 +139,9 @@ def upload_repository(
 
     Args:
         folder: of a saved pipeline.
-        repo_id: "organisation/name", or a name in one's own namespace.
-        commit_message: "Upload pipeline" by default.
-        private: whether a new repository is private; None is the organisation's default.
-        token: of the Hub; None is the stored one.
-        revision: branch to commit to; None is the main one.
-        create_pr: commit to a pull request instead.
         delete_patterns: files of the repository to delete, unless they are in the folder.
 
-    Returns:
-        The commit.
+    The others are those of [`RepositoryPipeline.push_to_hub`].
     """
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
@@ -226,7 +206,9 @@ class RepositoryPipeline(DiffusionPipeline):
         check_saveable(self)
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         write_repository_code(self, save_directory)
-        keep_card(save_directory, self.config.get("_name_or_path"))
+        card, loaded_from = Path(save_directory, CARD), self.config.get("_name_or_path")
+        if loaded_from is not None and Path(loaded_from, CARD).is_file() and not card.exists():
+            shutil.copyfile(Path(loaded_from, CARD), card)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             stale = superseded_weights(self.components, variant)

@@ -9,10 +9,7 @@ with a warning, and build whatever size a configuration asks for. Here
   memory (on the meta device) under a limit that follows from them, before anything is loaded;
 * every tensor of the model must be in the files and the other way round, each with its shape.
 
-So memory stays below a small multiple of the size of the files. The values of weights are not looked at: they can run
-nothing and take no memory, and a look would read whole files that are otherwise mapped.
-
-Repositories carry copies of this code for those who have not installed the package, hence one small module.
+So memory stays below a small multiple of the size of the files. Repositories carry copies of this code.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -117,12 +115,7 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
 
 
 def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
-
-    Args:
-        pipeline_class: of the pipeline, see [`component_classes`].
-        model_index: content of model_index.json.
-    """
+    """Raises ValueError unless each component of a model_index.json is one of the pipeline's, of a class it loads."""
     parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
     for name, entry in model_index.items():
         if name.startswith("_"):
@@ -157,8 +150,10 @@ def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
     if library == COMPONENT_LIBRARY:
         return class_name != "None" and class_name in classes
     if library == "diffusers":
-        return class_name in classes and is_scheduler(class_name)
-    return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
+        return class_name in classes and is_class(class_name, diffusers, diffusers.SchedulerMixin)
+    if library == "transformers" and "PreTrainedTokenizerBase" in classes:
+        return is_class(class_name, transformers, transformers.PreTrainedTokenizerBase)
+    return False
 
 
 def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: str | None) -> None:
@@ -181,16 +176,10 @@ def check_adapters(name: str, model: nn.Module) -> None:
         )
 
 
-def is_scheduler(class_name: Any) -> bool:
-    """Whether diffusers has a scheduler class of this name."""
-    scheduler_class = getattr(diffusers, str(class_name), None)
-    return inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)
-
-
-def is_tokenizer(class_name: Any) -> bool:
-    """Whether transformers has a tokenizer class of this name."""
-    tokenizer_class = getattr(transformers, str(class_name), None)
-    return inspect.isclass(tokenizer_class) and issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase)
+def is_class(name: Any, library: ModuleType, base_class: type) -> bool:
+    """Whether a library has a class of this name that is derived from `base_class`."""
+    found = getattr(library, str(name), None)
+    return inspect.isclass(found) and issubclass(found, base_class)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -276,12 +265,15 @@ class SafeLoadingMixin:
 
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = load(str(folder), *args, use_safetensors=True, output_loading_info=True, **kwargs)
-        for problem, keys in (("lack", info["missing_keys"]), ("hold, beside others,", info["unexpected_keys"])):
+        for keys, before, after in (
+            (info["missing_keys"], "lack", "needs"),
+            (info["unexpected_keys"], "hold, beside others,", "has no place for"),
+        ):
             if keys:
                 raise ValueError(
-                    f"{folder}: the weights {problem} {len(keys)} tensors that {cls.__name__} "
-                    f"{'needs' if problem == 'lack' else 'has no place for'}, the first of them {min(keys)!r}. "
-                    f"Weights and {CONFIG_FILE} do not belong together; get both from the same source."
+                    f"{folder}: the weights {before} {len(keys)} tensors that {cls.__name__} {after}, the first of "
+                    f"them {min(keys)!r}. Weights and {CONFIG_FILE} do not belong together; get both from the same "
+                    "source."
                 )
         return (model, info) if wants_info else model
 
@@ -303,12 +295,9 @@ def find_weights(folder: Path, weights_name: str, variant: str | None) -> list[P
 
 
 def replace_weights(new: Path, folder: Path, weights_name: str, variant: str | None) -> None:
-    """Moves a variant's weights from one folder to another, and removes those that they supersede there.
-
-    In a distributed run not every process has written weights.
-    """
+    """Moves a variant's weights from one folder to another, and removes those that they supersede there."""
     moved = [path.replace(folder / path.name) for path in find_weights(new, weights_name, variant)]
-    if moved:
+    if moved:  # in a distributed run not every process has written weights
         for path in set(find_weights(folder, weights_name, variant)) - set(moved):
             path.unlink()
 
@@ -316,10 +305,7 @@ def replace_weights(new: Path, folder: Path, weights_name: str, variant: str | N
 def resolve_folder(
     name_or_path: str | os.PathLike[str], weights_name: str, variant: str | None, kwargs: dict[str, Any]
 ) -> Path:
-    """The local folder of a component, downloaded if it is on the Hub.
-
-    Takes the subfolder, and the arguments that say where on the Hub it lies, out of `kwargs`.
-    """
+    """The local folder of a component, downloaded from the Hub if need be. What names it is taken out of `kwargs`."""
     subfolder = kwargs.pop("subfolder", None) or ""
     if os.path.isdir(name_or_path):
         return Path(name_or_path, subfolder)
@@ -336,12 +322,7 @@ def check_files(
 ) -> None:
     """Raises ValueError or OSError unless a component's configuration and the headers of its weights fit each other.
 
-    Args:
-        model_class: class of the component.
-        folder: where its files lie.
-        weights_name: name of the weights file, if it is one.
-        variant: variant of the weights, such as `"fp16"`.
-        ignore_mismatched_sizes: whether shapes may differ.
+    Shapes may differ with `ignore_mismatched_sizes`.
     """
     config_file = folder / CONFIG_FILE
     config = read_json(config_file)
@@ -377,11 +358,8 @@ def check_files(
 
 @contextmanager
 def limited_construction(num_tensors: int, num_elements: int) -> Iterator[None]:
-    """Raises ValueError as soon as a model that this thread builds outgrows the weights that it is built for.
-
-    The slack is for modules without weights, for parts that are built and then dropped, and for buffers that are not
-    saved.
-    """
+    """Raises ValueError as soon as a model that this thread builds outgrows the weights that it is built for."""
+    # the slack is for modules without weights, for parts that are dropped, and for buffers that are not saved
     parts, elements = 4 * num_tensors + 2**8, 2 * num_elements + 2**24
     thread = threading.get_ident()
 
@@ -396,16 +374,12 @@ def limited_construction(num_tensors: int, num_elements: int) -> Iterator[None]:
                 f"the model outgrows its weights, which are {num_tensors} tensors of {num_elements} elements"
             )
 
-    hooks: list[Any] = [
+    with (
         register_module_parameter_registration_hook(charge),
         register_module_buffer_registration_hook(charge),
         register_module_module_registration_hook(charge),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def read_shapes(folder: Path, weights_name: str, variant: str | None) -> dict[str, tuple[int, ...]]:

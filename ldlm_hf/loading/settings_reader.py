@@ -74,14 +74,8 @@ def arguments_of(constructor: Callable[..., None]) -> Any:
 
 
 def hint_of(owner: Any, key: str) -> Any:
-    """What a key of a section takes.
-
-    Args:
-        owner: describes the section: a dataclass, or the constructor whose arguments it holds.
-        key: of the section.
-
-    Returns:
-        an annotated type, or again a constructor; None where there is no such key, or anything may stand.
+    """What a key of a section takes: an annotated type, or again a constructor; None where there is no such key, or
+    anything may stand. `owner` describes the section: a dataclass, or the constructor whose arguments it holds.
     """
     if is_dataclass(owner):
         constructors = {item.name: item.metadata.get("arguments_of") for item in fields(owner)}
@@ -160,12 +154,9 @@ def check_keys(values: Any, settings_class: type, origin: str) -> None:
 def load_settings(
     settings_class: type[Settings], config: str | None, overrides: Sequence[str], ignore_other_sections: bool = False
 ) -> Settings:
-    """Merges a dataclass's defaults, a YAML file and dotted overrides, in this order.
+    """Merges a dataclass's defaults, a YAML file and dotted overrides (`section.key=value`), in this order.
 
     Args:
-        settings_class: the dataclass.
-        config: the YAML file, if any.
-        overrides: `section.key=value`.
         ignore_other_sections: read no section of the file that the dataclass does not have, instead of refusing it.
 
     Raises:
@@ -209,7 +200,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 

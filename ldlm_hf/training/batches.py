@@ -214,8 +214,7 @@ class StreamSource:
                 f"the {readers} workers take turns by batches. Set loop.device_batch_size={state['batch_size']}."
             )
         for worker, reader in enumerate(state["readers"]):
-            if reader is not None:
-                self.stream.check_state(reader, worker, readers)
+            self.stream.reader(worker, readers, reader)  # refuses a position of another layout
         self.states = list(state["readers"])
         self.next_reader = state["next_reader"]
 

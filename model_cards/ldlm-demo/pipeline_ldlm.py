@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -88,22 +89,14 @@ def class_source(cls: type) -> str | None:
 #   memory (on the meta device) under a limit that follows from them, before anything is loaded;
 # * every tensor of the model must be in the files and the other way round, each with its shape.
 #
-# So memory stays below a small multiple of the size of the files. The values of weights are not looked at: they can run
-# nothing and take no memory, and a look would read whole files that are otherwise mapped.
-#
-# Repositories carry copies of this code for those who have not installed the package, hence one small module.
+# So memory stays below a small multiple of the size of the files. Repositories carry copies of this code.
 
 
 COMPONENT_LIBRARY = "ldlm_hf"
 
 
 def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each component is one of the pipeline's own, of a class that its constructor names.
-
-    Args:
-        pipeline_class: of the pipeline, see [`component_classes`].
-        model_index: content of model_index.json.
-    """
+    """Raises ValueError unless each component of a model_index.json is one of the pipeline's, of a class it loads."""
     parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
     for name, entry in model_index.items():
         if name.startswith("_"):
@@ -138,8 +131,10 @@ def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
     if library == COMPONENT_LIBRARY:
         return class_name != "None" and class_name in classes
     if library == "diffusers":
-        return class_name in classes and is_scheduler(class_name)
-    return "PreTrainedTokenizerBase" in classes and library == "transformers" and is_tokenizer(class_name)
+        return class_name in classes and is_class(class_name, diffusers, diffusers.SchedulerMixin)
+    if library == "transformers" and "PreTrainedTokenizerBase" in classes:
+        return is_class(class_name, transformers, transformers.PreTrainedTokenizerBase)
+    return False
 
 
 def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: str | None) -> None:
@@ -162,16 +157,10 @@ def check_adapters(name: str, model: nn.Module) -> None:
         )
 
 
-def is_scheduler(class_name: Any) -> bool:
-    """Whether diffusers has a scheduler class of this name."""
-    scheduler_class = getattr(diffusers, str(class_name), None)
-    return inspect.isclass(scheduler_class) and issubclass(scheduler_class, diffusers.SchedulerMixin)
-
-
-def is_tokenizer(class_name: Any) -> bool:
-    """Whether transformers has a tokenizer class of this name."""
-    tokenizer_class = getattr(transformers, str(class_name), None)
-    return inspect.isclass(tokenizer_class) and issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase)
+def is_class(name: Any, library: ModuleType, base_class: type) -> bool:
+    """Whether a library has a class of this name that is derived from `base_class`."""
+    found = getattr(library, str(name), None)
+    return inspect.isclass(found) and issubclass(found, base_class)
 
 
 def weights_patterns(weights_name: str, variant: str | None) -> tuple[str, str, str]:
@@ -190,10 +179,7 @@ def weights_patterns(weights_name: str, variant: str | None) -> tuple[str, str, 
 # The repository of a pipeline: its code files beside its weights, its card, and its way to the Hub.
 
 
-# see ldlm_hf.loading.remote_code.py for why these names are a format
-COMPONENT_MODULE = "ldlm_hf"
-
-
+# see ldlm_hf.loading.remote_code.py for why this name and that of a component's module are a format
 PIPELINE_MODULE = "pipeline_ldlm"
 
 
@@ -203,10 +189,7 @@ CARD = "README.md"
 IGNORED_FILES = ["__pycache__/*", "*/__pycache__/*"]
 
 
-def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes a JSON file in place."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    edit(content)
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -216,25 +199,23 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
     The paths on this machine that diffusers notes in configurations are left out.
     """
     folder = Path(folder)
-
-    def name_classes(index: dict[str, Any]) -> None:
-        index.pop("_name_or_path", None)
-        for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
-            component_class = uncompiled_class(getattr(pipeline, name, None))
-            if write_component_code(component_class, folder, name):
-                index[name] = [COMPONENT_MODULE, component_class.__name__]
-            elif index[name][0] == COMPONENT_MODULE:
-                raise ValueError(
-                    f"{name} is of the installed {COMPONENT_MODULE}, in a pipeline that was loaded by the code of a "
-                    f"repository, which cannot write code for it. Load the pipeline with {COMPONENT_MODULE} imported, "
-                    "or pass its components to the constructor of the installed LDLMPipeline."
-                )
-        source = class_source(type(pipeline))
-        if source is not None:
-            (folder / f"{PIPELINE_MODULE}.py").write_text(source, encoding="utf-8")
-            index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
-
-    edit_json(folder / pipeline.config_name, name_classes)
+    index = json.loads((folder / pipeline.config_name).read_text(encoding="utf-8"))
+    index.pop("_name_or_path", None)
+    for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
+        component_class = uncompiled_class(getattr(pipeline, name, None))
+        if write_component_code(component_class, folder, name):
+            index[name] = [COMPONENT_LIBRARY, component_class.__name__]
+        elif index[name][0] == COMPONENT_LIBRARY:
+            raise ValueError(
+                f"{name} is of the installed {COMPONENT_LIBRARY}, in a pipeline that was loaded by the code of a "
+                f"repository, which cannot write code for it. Load the pipeline with {COMPONENT_LIBRARY} imported, "
+                "or pass its components to the constructor of the installed LDLMPipeline."
+            )
+    source = class_source(type(pipeline))
+    if source is not None:
+        (folder / f"{PIPELINE_MODULE}.py").write_text(source, encoding="utf-8")
+        index["_class_name"] = [PIPELINE_MODULE, type(pipeline).__name__]
+    write_json(folder / pipeline.config_name, index)
 
 
 def check_saveable(pipeline: DiffusionPipeline) -> None:
@@ -246,7 +227,7 @@ def check_saveable(pipeline: DiffusionPipeline) -> None:
             check_adapters(name, component)
         component_class = uncompiled_class(component)
         is_ours = class_source(component_class) is not None
-        library = COMPONENT_MODULE if is_ours else component_class.__module__.partition(".")[0]
+        library = COMPONENT_LIBRARY if is_ours else component_class.__module__.partition(".")[0]
         expected = component_classes(type(pipeline), name)
         if not is_loaded(expected, library, component_class.__name__):
             raise ValueError(
@@ -267,30 +248,22 @@ def write_component_code(component_class: type[Any], folder: Path, name: str) ->
     source = class_source(component_class)
     if source is None:
         return False
-    (folder / name / f"{COMPONENT_MODULE}.py").write_text(source, encoding="utf-8")
-
-    def name_class(config: dict[str, Any]) -> None:
+    (folder / name / f"{COMPONENT_LIBRARY}.py").write_text(source, encoding="utf-8")
+    config_file = folder / name / "config.json"
+    if config_file.exists():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         if issubclass(component_class, PreTrainedModel):
             # that of the variant saved last; without it, transformers takes the type of the weights that it loads
             config.pop("dtype", None)
             # from the top of the repository: transformers does not look for code in the subfolder
-            module = f"{name}/{COMPONENT_MODULE}"
-            config_class = component_class.config_class
+            module = f"{name}/{COMPONENT_LIBRARY}"
             config["auto_map"] = {
-                "AutoConfig": f"{module}.{config_class.__name__}",
+                "AutoConfig": f"{module}.{component_class.config_class.__name__}",
                 "AutoModel": f"{module}.{component_class.__name__}",
             }
-
-    if (folder / name / "config.json").exists():
-        edit_json(folder / name / "config.json", name_class)
+        write_json(config_file, config)
     return True
-
-
-def keep_card(folder: str | os.PathLike, loaded_from: str | os.PathLike | None) -> None:
-    """Copies the card of the folder that a pipeline was loaded from, unless the new folder has one."""
-    if loaded_from is not None and (Path(loaded_from) / CARD).is_file() and not (Path(folder) / CARD).exists():
-        shutil.copyfile(Path(loaded_from) / CARD, Path(folder) / CARD)
 
 
 def superseded_weights(components: Iterable[str], variant: str | None) -> list[str]:
@@ -319,16 +292,9 @@ def upload_repository(
 
     Args:
         folder: of a saved pipeline.
-        repo_id: "organisation/name", or a name in one's own namespace.
-        commit_message: "Upload pipeline" by default.
-        private: whether a new repository is private; None is the organisation's default.
-        token: of the Hub; None is the stored one.
-        revision: branch to commit to; None is the main one.
-        create_pr: commit to a pull request instead.
         delete_patterns: files of the repository to delete, unless they are in the folder.
 
-    Returns:
-        The commit.
+    The others are those of [`RepositoryPipeline.push_to_hub`].
     """
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
@@ -393,7 +359,9 @@ class RepositoryPipeline(DiffusionPipeline):
         check_saveable(self)
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
         write_repository_code(self, save_directory)
-        keep_card(save_directory, self.config.get("_name_or_path"))
+        card, loaded_from = Path(save_directory, CARD), self.config.get("_name_or_path")
+        if loaded_from is not None and Path(loaded_from, CARD).is_file() and not card.exists():
+            shutil.copyfile(Path(loaded_from, CARD), card)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             stale = superseded_weights(self.components, variant)

@@ -380,6 +380,7 @@ def add_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Call
 
 UNFIT_SOURCES = {
     "renamed": ("from ldlm_hf.loading import repository as other\nclass Thing: x = other.CARD", "keep their names"),
+    "of_a_module": ("from .loading import repository\nclass Thing: x = repository.CARD", "modules have none there"),
     "imported_late": ("class Thing:\n    def f(self):\n        from . import models", "import at the top"),
     "conditional": ("if True:\n    y = 1\nclass Thing: pass", "only imports, functions, classes"),
     "unpacked": ("x, y = 1, 2\nclass Thing: pass", "assignments of plain names"),
@@ -420,7 +421,7 @@ def test_pipelines_name_components_in_annotations_only(add_module: Callable[...,
         generate(add_module("pipeline_that_asks", source).Thing)
 
 
-def test_comments_decorators_and_module_attributes_come_along(add_module: Callable[..., Any]):
+def test_comments_and_decorators_come_along(add_module: Callable[..., Any]):
     numbers = '''
         """Halves of
         numbers."""
@@ -434,7 +435,7 @@ def test_comments_decorators_and_module_attributes_come_along(add_module: Callab
     source = '''
         """The thing."""
         import functools
-        from . import numbers_of
+        from .numbers_of import half
 
         # why it is three
         THREE = 3
@@ -442,7 +443,7 @@ def test_comments_decorators_and_module_attributes_come_along(add_module: Callab
         # why it is cached
         @functools.cache
         def product():
-            return THREE * numbers_of.half()
+            return THREE * half()
 
         class Thing:
             value = product()

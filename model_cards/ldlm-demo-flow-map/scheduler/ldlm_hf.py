@@ -94,10 +94,7 @@ def whole_number(value: Any) -> int | None:
 #   memory (on the meta device) under a limit that follows from them, before anything is loaded;
 # * every tensor of the model must be in the files and the other way round, each with its shape.
 #
-# So memory stays below a small multiple of the size of the files. The values of weights are not looked at: they can run
-# nothing and take no memory, and a look would read whole files that are otherwise mapped.
-#
-# Repositories carry copies of this code for those who have not installed the package, hence one small module.
+# So memory stays below a small multiple of the size of the files. Repositories carry copies of this code.
 
 
 MAX_JSON_BYTES = 2**20
