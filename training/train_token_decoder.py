@@ -1,6 +1,9 @@
 """Trains a token decoder of any depth on frozen components, and puts it into their pipeline (Section 4.1, App. B.2).
 
-accelerate launch training/train_token_decoder.py --config CONFIG.yaml components=RUN/pipeline [key=value ...]
+    accelerate launch training/train_token_decoder.py --config CONFIG.yaml components=RUN/pipeline [key=value ...]
+
+It reads the reconstructed hidden states of the frozen latent decoder, or with `reads=latents` the latents themselves;
+both from latents with decoder noise, as in joint training.
 """
 
 from __future__ import annotations

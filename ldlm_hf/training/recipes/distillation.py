@@ -1,9 +1,4 @@
-"""Distillation of a trained pipeline's denoiser into one of few steps, on its own latents (objective/flow_map.py).
-
-`method=flow_map` trains one student for any number of steps; `method=progressive` halves the steps of its teacher, so
-that a chain of runs, each with the one before as its `components`, goes from many steps to few. Both leave a pipeline
-with the frozen encoders and decoders of the teacher's, and a scheduler for the student.
-"""
+"""Distillation of a trained pipeline's denoiser into one of few steps, on its own latents (objective/flow_map.py)."""
 
 from __future__ import annotations
 

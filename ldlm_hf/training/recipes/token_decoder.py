@@ -1,8 +1,4 @@
-"""Training of a token decoder of any depth on frozen components (Section 4.1, App. B.2).
-
-It reads the reconstructed hidden states of the frozen latent decoder, or with `reads=latents` the latents themselves;
-both from latents with decoder noise, as in joint training.
-"""
+"""Training of a token decoder of any depth on frozen components (Section 4.1, App. B.2)."""
 
 from __future__ import annotations
 
