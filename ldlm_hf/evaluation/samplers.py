@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import diffusers
+from diffusers import SchedulerMixin
 
 from ..loading.settings_reader import parse_value, to_config, under
 from ..pipelines.pipeline_ldlm import LDLMPipeline
@@ -76,7 +77,7 @@ class Sampler:
         """Whether its time grid is the learned one."""
         return ("time_grid", "learned") in self.settings
 
-    def scheduler_for(self, scheduler: Any) -> Any:
+    def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The scheduler in the place of a pipeline's own.
 
         Raises:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import ModelMixin
+from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -108,7 +107,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 
 def prepare_run(
-    arguments: argparse.Namespace, settings: TrainingSettings, accelerator: Accelerator, scheduler: Any | None
+    arguments: argparse.Namespace,
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    scheduler: SchedulerMixin | None,
 ) -> tuple[Path | None, HubUploads | None]:
     """Finds out, before any work is done, what would stop the run later: folder, checkpoint, trackers, sampler, judge,
     Hub.
@@ -131,7 +133,7 @@ def prepare_run(
     )
 
 
-def check_sampler(settings: EvaluationSettings, scheduler: Any) -> None:
+def check_sampler(settings: EvaluationSettings, scheduler: SchedulerMixin) -> None:
     """Raises ValueError before training, and not after it, for what the scheduler of the final samples refuses."""
     try:
         Sampler.parse(settings.sampler).scheduler_for(scheduler).set_timesteps(settings.num_inference_steps)

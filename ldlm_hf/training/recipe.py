@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from diffusers import SchedulerMixin
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -131,7 +132,7 @@ class PipelineRecipe(Recipe):
         return self.module
 
     @abstractmethod
-    def expected_scheduler(self) -> Any | None:
+    def expected_scheduler(self) -> SchedulerMixin | None:
         """A scheduler with the settings of the finished pipeline's; None where training ends without a pipeline."""
 
     @abstractmethod

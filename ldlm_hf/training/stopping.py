@@ -28,7 +28,7 @@ class StopRequest:
         self.signal_name: str | None = None
         self.group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
         self.sent = torch.zeros(1, dtype=torch.int32)
-        self.arrival: Any = None
+        self.arrival: dist.Work | None = None
         self.handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:

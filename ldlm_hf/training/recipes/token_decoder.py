@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import AutoTokenizer
@@ -129,7 +130,7 @@ class TokenDecoderRecipe(PipelineRecipe):
         self.transformer, self.scheduler = (load_part(source, name) for name in ("transformer", "scheduler"))
         self.tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
 
-    def expected_scheduler(self) -> Any:
+    def expected_scheduler(self) -> SchedulerMixin:
         return self.scheduler
 
     def pipeline(self, snapshot: TokenDecoderObjective) -> LDLMPipeline:
