@@ -22,7 +22,7 @@ from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers import tangent
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from .reconstruction import token_cross_entropy
+from .base import token_cross_entropy
 
 
 # (noisy latents (B, ...), timesteps (B,), self-condition or None) → clean latents
