@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import time
 from dataclasses import fields
 from pathlib import Path
+
+import torch
 
 from ldlm_hf.data import load_corpora
 from ldlm_hf.evaluation.likelihood import (
@@ -26,8 +29,9 @@ from ldlm_hf.evaluation.likelihood_report import report
 from ldlm_hf.evaluation.machine import hardware, versions
 from ldlm_hf.evaluation.provenance import source
 from ldlm_hf.evaluation.real_text import load_data_settings
+from ldlm_hf.objective import AdaptiveTimestepSampler
 from ldlm_hf.objective.time_proposals import PROPOSALS
-from ldlm_hf.training.saved_sampler import load_timestep_sampler
+from ldlm_hf.training.checkpoints import find_checkpoints
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,6 +69,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, help="RUN/likelihood, or runs/likelihood, by default")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="settings, over those of the file")
     arguments = parser.parse_intermixed_args()
+    for name, least in (("num_sequences", 2), ("times_per_sequence", 2), ("batch_size", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} {getattr(arguments, name)} must be at least {least}")
+    if arguments.tokens_only and arguments.hidden_noise is not None:
+        parser.error("--hidden_noise is a setting of the likelihood that --tokens_only leaves out")
     if arguments.timestep_sampler is not None and arguments.proposal != "adaptive":
         parser.error("--timestep_sampler goes with --proposal adaptive")
     return arguments
@@ -80,6 +89,32 @@ def likelihood_options(arguments: argparse.Namespace, run: Path | None) -> Likel
             raise ValueError("--encoder_noise is not given, and a tenth of --decoder_noise 0 is no noise: give it.")
         given["encoder_noise"] = ENCODER_NOISE_SHARE * given["decoder_noise"]
     return LikelihoodOptions(**given)
+
+
+def load_timestep_sampler(path: Path) -> AdaptiveTimestepSampler:
+    """The sampler of a run's newest checkpoint, of a checkpoint, or of its file; OSError where there is none, and
+    ValueError for a run that sampled uniformly.
+    """
+    file = path / "rank_0.pt" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        checkpoints = find_checkpoints(path)
+        if not checkpoints:
+            raise OSError(f"--timestep_sampler {str(path)!r} holds no checkpoint; use --proposal log_snr.")
+        file = checkpoints[-1] / "rank_0.pt"
+    if not file.is_file():
+        raise OSError(f"--timestep_sampler {str(path)!r}: there is no {file.name}; use --proposal log_snr.")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)["task"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        raise OSError(f"--timestep_sampler {str(path)!r}: {file.name} is no file of a checkpoint.") from error
+    if not state:
+        raise ValueError(
+            f"--timestep_sampler {str(path)!r} belongs to a run that sampled its times uniformly; use --proposal "
+            "uniform or log_snr."
+        )
+    sampler = AdaptiveTimestepSampler(num_bins=state["num_bins"])
+    sampler.load_state_dict(state)
+    return sampler
 
 
 def main() -> None:

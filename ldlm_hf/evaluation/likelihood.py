@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from ..data import TextCorpora
-from ..loading.checks import check_settings
-from ..objective import AdaptiveTimestepSampler, LikelihoodBound, LikelihoodSettings, LikelihoodTerms
+from ..objective import AdaptiveTimestepSampler, LikelihoodBound, LikelihoodSettings
 from ..objective.likelihood import best_end_time, sum_of_squares
 from ..objective.time_proposals import TimeProposal, build_proposal, stratified_uniforms
 from ..pipelines.pipeline_ldlm import LDLMPipeline
@@ -60,17 +58,6 @@ class LikelihoodOptions:
     proposal: str = "log_snr"
     batch_size: int = 32
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(
-            type(self).__init__,
-            vars(self),
-            num_sequences="[2, inf)",
-            times_per_sequence="[2, inf)",
-            batch_size="[1, inf)",
-        )
-        if self.tokens_only and self.hidden_noise is not None:
-            raise ValueError("hidden_noise is a setting of the likelihood that tokens_only leaves out.")
 
 
 def run_of(pipeline: str) -> Path | None:
@@ -125,18 +112,8 @@ def measure_bound(
 ) -> dict[str, Any]:
     """Sets what is None in the options on training text, then draws the terms on held-out text.
 
-    Args:
-        pipeline: with encoders.
-        corpora: its text.
-        text: what the results call the text.
-        options: of the measurement.
-        sampler: of the pipeline's training, for the adaptive proposal.
-
-    Returns:
-        Terms, settings and sizes, as `likelihood.json` has them.
-
-    Raises:
-        ValueError: no text is held out, or the sampler has learned nothing.
+    Returns terms, settings (with `text`, a name) and sizes, as `likelihood.json` has them. Raises ValueError where no
+    text is held out, or the adaptive proposal's sampler has learned nothing.
     """
     held_out = held_out_sequences(held_out_part(corpora), options.num_sequences)
     settings = LikelihoodSettings(
@@ -192,14 +169,10 @@ class Calibration:
 
 
 def calibrate(
-    bound: LikelihoodBound,
-    sequences: torch.Tensor,
-    timesteps: torch.Tensor,
-    batch_size: int,
-    device: torch.device,
-    seed: int,
+    bound: LikelihoodBound, sequences: torch.Tensor, timesteps: torch.Tensor, batch_size: int, seed: int
 ) -> Calibration:
     """Measures on training sequences (n, L), which are dealt out to the times in turn."""
+    device = bound.transformer.device
     generator = torch.Generator(device).manual_seed(seed)
     places = torch.arange(len(sequences)) % len(timesteps)
     latent_errors = torch.zeros(len(timesteps), dtype=torch.float64)
@@ -226,8 +199,8 @@ def fit_noise_levels(bound: LikelihoodBound, sequences: torch.Tensor, options: L
     """Sets the bound's end time and noise levels that are not given, on training sequences (n, L)."""
     num_candidates = min(NUM_END_TIMES, len(sequences)) if options.end_time is None else 1
     candidates = torch.linspace(bound.start, 1, num_candidates + 1, dtype=torch.float64)[:-1]
-    device, d = bound.transformer.device, bound.scheduler.config.tangent_d
-    measured = calibrate(bound, sequences, candidates, options.batch_size, device, options.seed + 2)
+    measured = calibrate(bound, sequences, candidates, options.batch_size, options.seed + 2)
+    d = bound.scheduler.config.tangent_d
     end_time, latent_noise = best_end_time(candidates, measured.latent_errors, options.encoder_noise, d)
     hidden_noise = options.hidden_noise
     if hidden_noise is None and not options.tokens_only:
@@ -268,12 +241,7 @@ def draw_terms(
         for some_times, some_densities in zip(timesteps[:, rows], densities[:, rows], strict=True):
             draws.append(bound.draw(input_ids, *encoded, some_times, some_densities, generator))
             progress.update(len(rows))
-        batches.append(stacked_terms(draws))
+        names = [name for name in TERMS if getattr(draws[0], name) is not None]
+        batches.append({name: torch.stack([getattr(terms, name) for terms in draws]).cpu() for name in names})
     progress.close()
     return {name: torch.cat([batch[name] for batch in batches], 1) / sequences.shape[1] for name in batches[0]}
-
-
-def stacked_terms(draws: Sequence[LikelihoodTerms]) -> dict[str, torch.Tensor]:
-    """The terms that there are of K draws of B sequences, (K, B) each."""
-    names = [name for name in TERMS if getattr(draws[0], name) is not None]
-    return {name: torch.stack([getattr(terms, name) for terms in draws]).cpu() for name in names}

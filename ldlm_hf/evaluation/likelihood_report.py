@@ -73,14 +73,6 @@ def summarize(draws: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def table(terms: dict[str, dict[str, float]]) -> str:
-    """The terms as a Markdown table."""
-    columns = ["term", "nats a token", "bits a token", "Monte-Carlo error", "with sampling of sequences"]
-    keys = ("nats_per_token", "bits_per_token", "monte_carlo_error", "standard_error")
-    rows = [[TERMS[name], *(cell(values[key], None, 4) for key in keys)] for name, values in terms.items()]
-    return "\n".join(markdown_table(columns, rows))
-
-
 def caveats(results: dict[str, Any]) -> str:
     """What the numbers are, and what they can and cannot be compared with."""
     sizes, settings, uniform = results["sizes"], results["settings"], results["uniform_nats_per_token"]
@@ -119,10 +111,14 @@ def caveats(results: dict[str, Any]) -> str:
 
 def report(results: dict[str, Any]) -> str:
     """The results as Markdown."""
+    columns = ["term", "nats a token", "bits a token", "Monte-Carlo error", "with sampling of sequences"]
+    keys = ("nats_per_token", "bits_per_token", "monte_carlo_error", "standard_error")
+    rows = [[TERMS[name], *(cell(values[key], None, 4) for key in keys)] for name, values in results["terms"].items()]
+    terms = markdown_table(columns, rows)
     settings = markdown_table(["setting", "value"], [[key, str(value)] for key, value in results["settings"].items()])
     used = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
-        f"# Likelihood bound of {results['pipeline']}\n\n{table(results['terms'])}\n\n"
+        f"# Likelihood bound of {results['pipeline']}\n\n" + "\n".join(terms) + "\n\n"
         "Errors are standard errors in nats a token: of noise and times for these very sequences, and with that of "
         f"having drawn these sequences.\n\n## What the numbers are\n\n{caveats(results)}\n\n"
         "## Settings\n\n" + "\n".join(settings) + "\n\n"

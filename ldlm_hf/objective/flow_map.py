@@ -176,22 +176,21 @@ class DistillationObjective(Objective):
         s, u, t = times.unbind(-1)
         noisy_latents = self.scheduler.add_noise(latents, normal_like(latents, generator), s)
 
-        rows = {
-            kind: torch.tensor(places).to(s.device, non_blocking=True)
-            for kind in TARGETS
-            if (places := [place for place, target in enumerate(targets) if target == kind])
-        }
+        rows = {}
+        for kind in TARGETS:
+            places = [place for place, target in enumerate(targets) if target == kind]
+            rows[kind] = torch.tensor(places, dtype=torch.long).to(s.device, non_blocking=True)
         target = torch.empty_like(latents)
         denoisers = {BY_TEACHER: self.teacher_denoiser, BY_STUDENT: self.student_denoiser}
         with torch.no_grad(), without_autocast_cache(latents.device):
             for kind, some in rows.items():
+                if len(some) == 0:
+                    continue
                 if kind == DIAGONAL:
                     target[some] = self.teacher_denoiser(noisy_latents[some], s[some], s[some])
                 else:
                     target[some] = semigroup_target(denoisers[kind], noisy_latents[some], s[some], u[some], t[some], d)
-        nowhere = torch.empty(0, dtype=torch.long, device=s.device)
-        diagonal = rows.get(DIAGONAL, nowhere)
-        pairs = torch.cat([rows.get(kind, nowhere) for kind in denoisers])
+        diagonal, pairs = rows[DIAGONAL], torch.cat([rows[BY_TEACHER], rows[BY_STUDENT]])
         end = t.index_copy(0, diagonal, s[diagonal])
         errors = (self.student_denoiser(noisy_latents, s, end) - target).square().flatten(1).mean(1)  # (B,)
         zero = errors.new_zeros(())

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..loading.checks import check_settings
 from ..models.latent_decoder import LDLMLatentDecoder
@@ -23,6 +22,7 @@ from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers import tangent
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 from .base import token_cross_entropy
+from .draws import normal_like
 
 
 # (noisy latents (B, ...), timesteps (B,), self-condition or None) → clean latents
@@ -68,7 +68,7 @@ class LikelihoodSettings:
 
 def gaussian_draw(mean: torch.Tensor, std: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """A draw from N(mean, std^2 I): the relaxed encoder (Eq. 7) and the decoder's corruption (Eq. 8)."""
-    return mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+    return mean + std * normal_like(mean, generator)
 
 
 def encoder_entropy(num_entries: int, encoder_noise: float) -> float:
@@ -113,8 +113,7 @@ def predict_clean_latents(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """The denoiser's z^(z_t, t) for a draw of z_t, from latents (B, ...) at times (B,)."""
-    noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
+    noisy_latents = scheduler.add_noise(latents, normal_like(latents, generator), timesteps)
     self_condition = denoiser(noisy_latents, timesteps, None) if self_conditioning else None
     return denoiser(noisy_latents, timesteps, self_condition)
 
@@ -122,13 +121,8 @@ def predict_clean_latents(
 def diffusion_integral(
     squared_errors: torch.Tensor, timesteps: torch.Tensor, densities: torch.Tensor, d: float
 ) -> torch.Tensor:
-    """One draw each of the integral of -SNR'/2 ||z - z^(z_t, t)||^2 over time (Eq. 21): (B,) float64.
-
-    Args:
-        squared_errors: ||z - z^||^2 at the times.
-        timesteps: times, float64.
-        densities: the density that each time was drawn with.
-        d: of the schedule.
+    """One draw each of the integral of -SNR'/2 ||z - z^(z_t, t)||^2 over time (Eq. 21), at times that were drawn with
+    these densities: (B,) float64.
     """
     return (likelihood_weight(timesteps, d) / densities).to(squared_errors.device) * squared_errors
 
@@ -140,14 +134,7 @@ def last_step_kl(
 
     Given z_t and clean latents E(h), z is Gaussian: E(h) + k (z_t / alpha - E(h)), variance s_enc^2 (1 - k), with
     k = s_enc^2 SNR. The prior knows E(h) as N(z^, latent_noise^2 I), which widens its variance by (1 - k)^2
-    latent_noise^2. At t_s, k = 1 and nothing is left to pay.
-
-    Args:
-        squared_errors: ||E(h) - z^||^2 at t.
-        num_entries: n.
-        snr: of t.
-        encoder_noise: s_enc.
-        latent_noise: what the prior expects of a squared error's entry is its square.
+    latent_noise^2. At t_s, k = 1 and nothing is left to pay. The squared errors are ||E(h) - z^||^2 at t.
     """
     remaining = max(1 - encoder_noise**2 * snr, 0.0)
     widening = 1 + remaining * latent_noise**2 / encoder_noise**2
@@ -162,13 +149,8 @@ def best_end_time(
 
     Ending at t costs, an entry, 1/2 integral of the error over SNR from 0 to SNR(t), and the last step,
     1/2 log(1 + (1 - k) error / s_enc^2) with the notation of [`last_step_kl`]. A denoiser that copies what little
-    noise leaves of its input never pays for the integral's far end; one that cannot had better end before it.
-
-    Args:
-        timesteps (`torch.Tensor` of shape `(G,)`): increasing times in [t_s, 1).
-        mean_squared_errors (`torch.Tensor` of shape `(G,)`): the denoiser's, at each.
-        encoder_noise: s_enc.
-        d: of the schedule.
+    noise leaves of its input never pays for the integral's far end; one that cannot had better end before it. The
+    times (G,) increase in [t_s, 1).
     """
     errors = mean_squared_errors.double()
     snr = tangent.log_snr(timesteps, d).exp()

@@ -89,12 +89,7 @@ def build_proposal(
       training loss is flat, and the likelihood's weight does not vanish there: rare and enormous draws, which the
       other half bounds (ours).
 
-    Args:
-        name: one of the above.
-        start: where the integral begins.
-        d: of the schedule.
-        latent_std: standard deviation of the latents' entries; the variance depends on it, the mean does not.
-        sampler: for `adaptive`.
+    The estimate's variance depends on `latent_std`, the standard deviation of the latents' entries; its mean does not.
 
     Raises:
         ValueError: an unknown name, or `adaptive` without a sampler that has learned anything.

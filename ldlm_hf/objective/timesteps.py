@@ -108,15 +108,8 @@ class AdaptiveTimestepSampler:
 
     In a distributed run, give every rank the gathered pairs of all ranks: then all hold the same probabilities.
 
-    Args:
-        num_bins: N.
-        ema_decay: decay of the running estimate, once a call of [`~AdaptiveTimestepSampler.update`].
-        update_every: calls of `update` between two refreshes of the probabilities.
-        floor: added to each difference of losses, so that no bin starves.
-        uniform_share: share of the draws that stay uniform.
-
-    Raises:
-        ValueError: values outside of their ranges.
+    The arguments are those of [`TimestepSamplerSettings`]; an optimiser step is a call of
+    [`~AdaptiveTimestepSampler.update`].
     """
 
     def __init__(
@@ -165,13 +158,9 @@ class AdaptiveTimestepSampler:
         return self.quantile(uniform).float().to(device)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
-        """Takes in the losses of one optimiser step; refreshes the probabilities every `update_every` calls.
+        """Takes in the diffusion losses (n,) of one optimiser step at times (n,) in [0, 1].
 
-        Pairs that are not finite are left out.
-
-        Args:
-            timesteps (`torch.Tensor` of shape `(n,)`): times in [0, 1].
-            losses (`torch.Tensor` of shape `(n,)`): the diffusion loss of each.
+        Refreshes the probabilities every `update_every` calls. Pairs that are not finite are left out.
         """
         if timesteps.shape != losses.shape or timesteps.ndim != 1:
             raise ValueError(
@@ -180,9 +169,7 @@ class AdaptiveTimestepSampler:
         timesteps, losses = timesteps.detach().double().cpu(), losses.detach().double().cpu()
         finite = torch.isfinite(losses) & torch.isfinite(timesteps)
         timesteps, losses = timesteps[finite], losses[finite]
-        position = timesteps.clamp(0, 1) * self.num_bins
-        left = position.floor().clamp(max=self.num_bins - 1).long()
-        nearness_right = position - left
+        left, nearness_right = self._bins(timesteps)
         self._weighted_losses *= self.ema_decay
         self._weights *= self.ema_decay
         for edge, nearness in ((left, 1 - nearness_right), (left + 1, nearness_right)):
@@ -202,6 +189,12 @@ class AdaptiveTimestepSampler:
         )
         self.is_active = True
 
+    def _bins(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bin of each time, and where in it the time lies, in [0, 1]."""
+        position = timesteps.clamp(0, 1) * self.num_bins
+        left = position.floor().clamp(max=self.num_bins - 1).long()
+        return left, position - left
+
     def _cumulative(self) -> torch.Tensor:
         """F at the edges: from exactly 0 to exactly 1."""
         cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), self.probabilities.cumsum(0)])
@@ -210,10 +203,9 @@ class AdaptiveTimestepSampler:
 
     def cdf(self, timesteps: torch.Tensor) -> torch.Tensor:
         """F(t), piecewise linear: the warped time in [0, 1] in which the loss should be a straight line (Fig. 5)."""
-        position = timesteps.double().clamp(0, 1) * self.num_bins
-        left = position.floor().clamp(max=self.num_bins - 1).long()
+        left, within = self._bins(timesteps.double())
         cumulative = self._cumulative()
-        return torch.lerp(cumulative[left], cumulative[left + 1], position - left).to(timesteps.dtype)
+        return torch.lerp(cumulative[left], cumulative[left + 1], within).to(timesteps.dtype)
 
     def learned_cdf(self) -> list[float] | None:
         """F at the edges of the bins, as a scheduler's `timestep_cdf`; None while the draw is uniform."""
@@ -221,8 +213,7 @@ class AdaptiveTimestepSampler:
 
     def density(self, timesteps: torch.Tensor) -> torch.Tensor:
         """f(t) = dF/dt, constant within a bin: dividing a draw by it makes the mean over draws one over uniform t."""
-        position = timesteps.double().clamp(0, 1) * self.num_bins
-        left = position.floor().clamp(max=self.num_bins - 1).long()
+        left, _ = self._bins(timesteps.double())
         return (self.num_bins * self.probabilities[left]).to(timesteps.dtype)
 
     def quantile(self, probabilities: torch.Tensor) -> torch.Tensor:
