@@ -37,7 +37,7 @@ class LikelihoodOptions:
 
     Attributes:
         encoder_noise, decoder_noise, hidden_noise, latent_noise, self_conditioning: as in [`LikelihoodSettings`].
-        end_time: where the prior's reverse process ends; by default where the bound is tightest.
+        end_time: where the prior's reverse process ends; None takes the time where the bound is tightest.
         tokens_only: leaves the hidden states' likelihood out.
         num_sequences: held-out sequences, and training sequences to measure on.
         times_per_sequence: draws of all noise and of a time, for each.
@@ -48,16 +48,16 @@ class LikelihoodOptions:
 
     encoder_noise: float
     decoder_noise: float
-    hidden_noise: float | None = None
-    end_time: float | None = None
-    latent_noise: float | None = None
-    tokens_only: bool = False
-    self_conditioning: bool = False
-    num_sequences: int = 256
-    times_per_sequence: int = 16
-    proposal: str = "log_snr"
-    batch_size: int = 32
-    seed: int = 0
+    hidden_noise: float | None
+    end_time: float | None
+    latent_noise: float | None
+    tokens_only: bool
+    self_conditioning: bool
+    num_sequences: int
+    times_per_sequence: int
+    proposal: str
+    batch_size: int
+    seed: int
 
 
 def run_of(pipeline: str) -> Path | None:
