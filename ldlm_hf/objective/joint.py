@@ -16,28 +16,16 @@ from ..models.token_decoder import LDLMTokenDecoder
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from .base import Objective, squared_errors, token_cross_entropy, without_autocast_cache
-from .draws import Generators, draw_examples, normal_like, random_mask, systematic_sample
+from .augmentations import AUGMENTATIONS, add_feature_noise, drop_latents, mask_tokens
+from .base import Objective, squared_errors
+from .diffusion import diffusion_losses
+from .draws import Generators, draw_examples, normal_like, systematic_sample
+from .reconstruction import ReconstructionLosses, token_cross_entropy
 from .warmup import scale_gradient
 
 
 RECONSTRUCTION_LOSSES = ("hidden", "token", "hidden+token")
 STAGES = ("joint", "autoencoder", "diffusion")
-# what makes the latents of an autoencoder robust that is trained before the diffusion
-AUGMENTATIONS = ("token_masking", "feature_noise", "latent_dropout")
-# sizes that must be equal: component → field of its configuration
-EQUAL_SIZES = [
-    {
-        "token_encoder": "hidden_size",
-        "latent_encoder": "token_hidden_size",
-        "latent_decoder": "token_hidden_size",
-        "token_decoder": "token_hidden_size",
-    },
-    {"token_encoder": "vocab_size", "token_decoder": "vocab_size"},
-    {"latent_encoder": "sequence_length", "latent_decoder": "sequence_length"},
-    {"latent_encoder": "num_latents", "latent_decoder": "num_latents", "transformer": "sample_size"},
-    {"latent_encoder": "latent_size", "latent_decoder": "latent_size", "transformer": "in_channels"},
-]
 
 
 @dataclass
@@ -204,22 +192,37 @@ class JointObjective(Objective):
             )
         if self.token_decoder is None and "token" in reconstruction:
             raise ValueError(f"reconstruction={reconstruction!r} needs a token decoder in joint training.")
-        for fields in EQUAL_SIZES:
-            sizes = {
-                f"{name.replace('_', ' ')} {field}": getattr(getattr(self, name).config, field)
-                for name, field in fields.items()
-                if getattr(self, name) is not None
-            }
-            if len(set(sizes.values())) > 1:
-                listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
-                raise ValueError(f"These must be equal: {listed}.")
-        sequence_length = self.latent_encoder.config.sequence_length
+        encoder, decoder = self.latent_encoder.config, self.latent_decoder.config
+        pairs = [
+            ("token encoder hidden_size", self.token_encoder.config.hidden_size),
+            ("latent encoder token_hidden_size", encoder.token_hidden_size),
+            ("latent decoder token_hidden_size", decoder.token_hidden_size),
+        ]
+        if self.token_decoder is not None:
+            pairs.append(("token decoder token_hidden_size", self.token_decoder.config.token_hidden_size))
+            check_equal(
+                ("token encoder vocab_size", self.token_encoder.config.vocab_size),
+                ("token decoder vocab_size", self.token_decoder.config.vocab_size),
+            )
+        check_equal(*pairs)
+        check_equal(
+            ("latent encoder sequence_length", encoder.sequence_length),
+            ("latent decoder sequence_length", decoder.sequence_length),
+        )
         longest = self.token_encoder.config.max_position_embeddings
-        if longest is not None and sequence_length > longest:
+        if longest is not None and encoder.sequence_length > longest:
             raise ValueError(
-                f"sequence_length={sequence_length} is longer than the token encoder's language model takes, "
+                f"sequence_length={encoder.sequence_length} is longer than the token encoder's language model takes, "
                 f"max_position_embeddings={longest}; use shorter sequences or another backbone."
             )
+        for name, of_denoiser in (("num_latents", "sample_size"), ("latent_size", "in_channels")):
+            sizes = [
+                (f"latent encoder {name}", getattr(encoder, name)),
+                (f"latent decoder {name}", getattr(decoder, name)),
+            ]
+            if self.transformer is not None:
+                sizes.append((f"transformer {of_denoiser}", getattr(self.transformer.config, of_denoiser)))
+            check_equal(*sizes)
 
     def forward(
         self,
@@ -248,10 +251,9 @@ class JointObjective(Objective):
             latents = self.latent_encoder(disturbed, return_dict=True).latents.float()  # (B, N, d_z)
 
         # 1. reconstruction from noisy latents
-        zero = torch.zeros((), device=input_ids.device)
-        hidden, token, token_accuracy = zero, zero, torch.full_like(zero, torch.nan)
+        reconstruction = ReconstructionLosses.none(input_ids.device)
         if self.stage != "diffusion":
-            hidden, token, token_accuracy = self.reconstruction_losses(latents, hidden_states, input_ids, generator)
+            reconstruction = self.reconstruction_losses(latents, hidden_states, input_ids, generator)
         # 2. diffusion
         diffusion_per_example = torch.zeros(len(input_ids), device=input_ids.device)
         if self.stage != "autoencoder":
@@ -261,16 +263,16 @@ class JointObjective(Objective):
         diffusion = diffusion_per_example.mean()
 
         settings = self.settings
-        total = settings.diffusion_weight * diffusion + settings.token_weight * token
+        total = settings.diffusion_weight * diffusion + settings.token_weight * reconstruction.token
         if "hidden" in settings.reconstruction:
-            total = total + settings.hidden_weight * hidden
+            total = total + settings.hidden_weight * reconstruction.hidden
         return JointLosses(
             total=total,
-            hidden=hidden,
-            token=token,
+            hidden=reconstruction.hidden,
+            token=reconstruction.token,
             diffusion=diffusion,
             diffusion_per_example=diffusion_per_example,
-            token_accuracy=token_accuracy,
+            token_accuracy=reconstruction.token_accuracy,
             latent_std=latents.detach().std(),
         )
 
@@ -293,12 +295,10 @@ class JointObjective(Objective):
         settings = self.settings
         if settings.token_masking:
             assert settings.mask_token_id is not None  # _check_stage has refused this
-            masked = random_mask(input_ids.shape, settings.token_masking, generator, input_ids.device)
-            masked_ids = input_ids.masked_fill(masked, settings.mask_token_id)
+            masked_ids = mask_tokens(input_ids, settings.token_masking, settings.mask_token_id, generator)
             hidden_states = self.token_encoder(masked_ids, return_dict=True).hidden_states.float()
         if settings.feature_noise:
-            scale = math.sqrt(1 - settings.feature_noise**2)
-            hidden_states = scale * hidden_states + settings.feature_noise * normal_like(hidden_states, generator)
+            hidden_states = add_feature_noise(hidden_states, settings.feature_noise, generator)
         return hidden_states
 
     def reconstruction_losses(
@@ -307,15 +307,14 @@ class JointObjective(Objective):
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
         generator: Generators = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden-state loss (Eq. 2), token loss (Eq. 3) and token accuracy from latents (B, N, d_z) with noise."""
-        dropout = self.settings.latent_dropout
-        if dropout:
-            dropped = random_mask(latents.shape, dropout, generator, latents.device)
-            latents = latents.masked_fill(dropped, 0) / (1 - dropout)
+    ) -> ReconstructionLosses:
+        """Hidden-state loss (Eq. 2) and token loss (Eq. 3) from latents (B, N, d_z) with decoder noise."""
+        if self.settings.latent_dropout:
+            latents = drop_latents(latents, self.settings.latent_dropout, generator)
         noisy_latents = latents + self.settings.decoder_noise * normal_like(latents, generator)
         predicted = self.latent_decoder(noisy_latents, return_dict=True).hidden_states  # (B, L, D)
-        return squared_errors(predicted, hidden_states).mean(), *self.token_losses(predicted, input_ids)
+        hidden = squared_errors(predicted, hidden_states).mean()
+        return ReconstructionLosses(hidden, *self.token_losses(predicted, input_ids))
 
     def token_losses(self, predicted: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy (Eq. 3) and accuracy of the token decoder on reconstructed hidden states (B, L, D)."""
@@ -337,32 +336,17 @@ class JointObjective(Objective):
     ) -> torch.Tensor:
         """Diffusion loss (Eq. 1) of each example, (B,), on latents (B, N, d_z) at times (B,)."""
         assert self.transformer is not None, "the stage 'autoencoder' has no diffusion loss"
-        noisy_latents = self.scheduler.add_noise(latents, normal_like(latents, generator), timesteps)
+        noise = normal_like(latents, generator)
         probability = self.settings.self_conditioning_probability
         if self_conditioned is None:
             self_conditioned = draw_examples(len(latents), probability, generator)
-        self_condition = torch.zeros_like(noisy_latents)
-        if probability:
-            self_condition = first_estimate(self.transformer, noisy_latents, timesteps, self_conditioned)
-        clean_latents = self.transformer(noisy_latents, timesteps, self_condition).sample  # (B, N, d_z)
-        return squared_errors(clean_latents, latents).flatten(1).mean(1)
+        return diffusion_losses(
+            self.transformer, self.scheduler, latents, timesteps, noise, self_conditioned if probability else None
+        )
 
 
-def first_estimate(
-    transformer: LDLMTransformer1DModel,
-    noisy_latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    self_conditioned: Sequence[bool],
-) -> torch.Tensor:
-    """The self-condition: a first estimate of the clean latents for the chosen examples, zeros for the others.
-
-    The extra pass has no gradient and runs on the chosen examples only.
-    """
-    device = noisy_latents.device
-    # ranks of a sharded run must call the denoiser equally often, so one example stands in where none was drawn
-    places = torch.tensor([place for place, drawn in enumerate(self_conditioned) if drawn] or [0])
-    chosen = places.to(device, non_blocking=True)
-    with torch.no_grad(), without_autocast_cache(device):
-        estimate = transformer(noisy_latents[chosen].detach(), timesteps[chosen]).sample
-        estimate = estimate.to(noisy_latents.dtype) * any(self_conditioned)
-        return torch.zeros_like(noisy_latents).index_copy(0, chosen, estimate)
+def check_equal(*named_sizes: tuple[str, int]) -> None:
+    """Raises ValueError, naming all, unless the sizes agree."""
+    if len({size for _, size in named_sizes}) > 1:
+        listed = ", ".join(f"{name}={size}" for name, size in named_sizes)
+        raise ValueError(f"These must be equal: {listed}.")

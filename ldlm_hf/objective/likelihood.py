@@ -21,8 +21,8 @@ from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers import tangent
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-from .base import token_cross_entropy
 from .draws import normal_like
+from .reconstruction import token_cross_entropy
 
 
 # (noisy latents (B, ...), timesteps (B,), self-condition or None) → clean latents

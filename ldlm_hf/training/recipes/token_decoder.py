@@ -18,7 +18,8 @@ from ...models.latent_decoder import LDLMLatentDecoder
 from ...models.latent_encoder import LDLMLatentEncoder
 from ...models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
 from ...models.token_encoder import LDLMTokenEncoder
-from ...objective.base import Objective, token_cross_entropy
+from ...objective.base import Objective
+from ...objective.reconstruction import token_cross_entropy
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ..components import build_token_decoder, load_part
 from ..randomness import RowRandomness
