@@ -77,7 +77,7 @@ from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
 from ldlm_hf.training.recipes.distillation import DistillationRecipe, DistillationSettings  # noqa: E402
 from ldlm_hf.training.recipes.joint import JointRecipe  # noqa: E402
 from ldlm_hf.training.settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
-from speed.measuring import Measurement, measure_case, measure_peers, peer_rows  # noqa: E402
+from speed.measuring import measure_case, measure_peers  # noqa: E402
 from speed.report import describe_machine  # noqa: E402
 from speed.workloads import (  # noqa: E402
     GEOMETRIES,
@@ -693,11 +693,11 @@ def measured(scale: Scale, measure: Callable[[Case], Any], workload: str, length
             batch //= 2
 
 
-def workload_row(name: str, item: Measurement, *more: str) -> list[str]:
+def workload_row(name: str, item: dict[str, Any], *more: str) -> list[str]:
     """Time and memory of a workload beside the floor of its matrix products."""
-    speed = [f"{item.seconds:.5f}", f"{item.tokens_per_second:,.0f}"]
-    floor = [f"{item.floor_seconds:.5f}", f"{item.ratio:.2f}", f"{item.peak_memory_gib:.2f}"]
-    return [name, str(item.length), str(item.batch_size), *speed, *more, *floor]
+    speed = [f"{item['seconds']:.5f}", f"{item['tokens_per_second']:,.0f}"]
+    floor = [f"{item['floor_seconds']:.5f}", f"{item['ratio']:.2f}", f"{item['peak_memory_gib']:.2f}"]
+    return [name, str(item["length"]), str(item["batch_size"]), *speed, *more, *floor]
 
 
 def check_sampling_speed(scale: Scale) -> Part:
@@ -708,7 +708,7 @@ def check_sampling_speed(scale: Scale) -> Part:
     )
     for length, batch in scale.timed:
         items = measured(scale, measure_case, "sampling", length, batch)
-        part.rows += [workload_row(item.workload, item) for item in items]
+        part.rows += [workload_row(item["workload"], item) for item in items]
     return part
 
 
@@ -719,7 +719,7 @@ def check_peers(scale: Scale) -> Part:
         ["sampler", "L", "batch", "step, s", "of ours", "once, s", *(f"NFE {count}" for count in NFE)],
     )
     for length, batch in scale.timed:
-        for row in peer_rows(measured(scale, measure_peers, "peers", length, batch), NFE):
+        for row in measured(scale, measure_peers, "peers", length, batch, nfe=NFE):
             a_sample = row["seconds_per_sample"]
             if row["num_steps"] is not None:  # one a token, whatever the table's columns are
                 times = [f"{a_sample[str(length)]:.4g} ({length} tokens)", *[""] * (len(NFE) - 1)]
@@ -741,7 +741,7 @@ def check_training_speed(scale: Scale) -> Part:
     for length, batch in scale.timed:
         for compiled in (False, True):
             (item,) = measured(scale, measure_case, "training", length, batch, compile=compiled)
-            utilization = f"{item.flops / item.seconds / peak.flops_per_second:.1%}"
+            utilization = f"{item['flops'] / item['seconds'] / peak.flops_per_second:.1%}"
             part.rows.append(workload_row("compiled" if compiled else "eager", item, utilization))
     return part
 

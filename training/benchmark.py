@@ -13,19 +13,17 @@ Weights are random and nothing is downloaded. Three workloads are measured, each
   average; bfloat16 is autocast over float32 weights.
 
 **The floor** is the time that the matrix products alone would take. Every product that a workload executes is recorded
-as it is dispatched, with shape, memory layout and type: those of linear layers (without their bias), and for attention
-QK^T and PV, in the backward pass the four products that its gradients need (a causal product counts half, and scores
-that a fused kernel computes a second time do not count). Each distinct product is then timed alone, its output
-allocated beforehand, in the same process and in turns with the workload, so that a machine whose speed drifts or that
-others use slows both. `ratio` is the median over the turns of measured time over floor. The process keeps freed memory
-for its next tensors, as the training scripts do on the CPU (`ldlm_hf/evaluation/machine.py`).
+as it is dispatched, with shape, memory layout and type: those of linear layers (without their bias) and of attention,
+in the backward pass too (a causal product counts half, and scores that a fused kernel computes a second time do not
+count). Each distinct product is then timed alone in the same process and in turns with the workload, so that a machine
+whose speed drifts or that others use slows both. `ratio` is the median over the turns of measured time over floor.
 
 Peak memory is that of a fresh process that did nothing but this workload: resident set on CPU, allocator on CUDA.
 
-**Peers** are models of the same geometry that sample tokens (`token_level_peers.py`): a step of masked and of uniform
-discrete diffusion on the denoiser's own backbone, and an autoregressive GPT-2 with a KV cache, which takes one step a
-token. They are timed in turns with the sampling step and the decode, in one process and at one batch size, and the
-time a sample is (steps x step + what is done once) / batch size for each number of steps (network evaluations, NFE).
+**Peers** are models of the same geometry that sample tokens: a step of masked and of uniform discrete diffusion on the
+denoiser's own backbone, and an autoregressive GPT-2 with a KV cache, which takes one step a token. They are timed in
+turns with the sampling step and the decode, in one process and at one batch size, and the time a sample is
+(steps x step + what is done once) / batch size for each number of steps (network evaluations, NFE).
 
 `--compile` compiles the blocks of this package's models and of the diffusing peers, as `loop.compile` does in
 training. The floor stays that of the products as they are dispatched without it.
@@ -37,21 +35,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from speed.measuring import (
-    Measurement,
-    SamplerTiming,
-    in_fresh_process,
-    measure_case,
-    measure_peers,
-    peer_rows,
-    whole_sampling,
-)
+from speed.measuring import in_fresh_process, measure_case, measure_peers, whole_sampling
 from speed.report import describe_machine, report_text
 from speed.workloads import DTYPES, GEOMETRIES, WORKLOADS, Case
 
@@ -77,12 +66,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_inference_steps", type=positive, default=128, help="for the arithmetic of whole sampling")
     add("--peer_lengths", nargs="+", type=positive, default=[1024], help="sequence lengths L with the peers")
     add("--peer_batch_size", type=positive, default=16, help="samples of a batch with the peers")
+    nfe = [2**power for power in range(11)]
     add(
         "--nfe",
         nargs="+",
         type=positive,
-        default=[2**power for power in range(11)],
-        help="numbers of steps, for the arithmetic of the time a sample with the peers",
+        default=nfe,
+        help="numbers of steps, for the time of a sample with the peers",
     )
     add("--repeats", type=positive, default=3, help="turns of a workload and its products; medians count")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -106,6 +96,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
                     dtype=dtype,
                     device=arguments.device,
                     repeats=arguments.repeats,
+                    nfe=tuple(arguments.nfe),
                     profile=arguments.profile,
                     compile=arguments.compile,
                 )
@@ -113,24 +104,21 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 def main() -> None:
     arguments = parse_arguments()
-    machine = describe_machine(torch.device(arguments.device))
-    measurements: list[Measurement] = []
-    timings: list[SamplerTiming] = []
-    for case in cases(arguments):
-        print(f"measuring {case}", file=sys.stderr)
-        if case.workload == "peers":
-            timings += in_fresh_process(measure_peers, case)
-        else:
-            measurements += in_fresh_process(measure_case, case)
     report: dict[str, Any] = {
         "geometry": arguments.geometry,
         "compile": arguments.compile,
-        "machine": machine,
-        "measurements": [asdict(item) for item in measurements],
-        "peers": peer_rows(timings, arguments.nfe),
-        "whole_sampling": whole_sampling(measurements, arguments.num_inference_steps),
+        "machine": describe_machine(torch.device(arguments.device)),
+        "measurements": [],
+        "peers": [],
     }
-    print(report_text(report, measurements))
+    for case in cases(arguments):
+        print(f"measuring {case}", file=sys.stderr)
+        if case.workload == "peers":
+            report["peers"] += in_fresh_process(measure_peers, case)
+        else:
+            report["measurements"] += in_fresh_process(measure_case, case)
+    report["whole_sampling"] = whole_sampling(report["measurements"], arguments.num_inference_steps)
+    print(report_text(report))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -88,7 +88,8 @@ def test_sample_categorical_has_the_probabilities():
 
 def make_denoiser(length: int = LENGTH) -> TokenLevelDenoiser:
     torch.manual_seed(0)
-    return TokenLevelDenoiser(VOCAB, 16, num_layers=2, num_heads=2, intermediate_size=32, sequence_length=length)
+    config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_inner=32, n_positions=length)
+    return TokenLevelDenoiser(config)
 
 
 @pytest.mark.parametrize("posterior", [masked_posterior, uniform_posterior])

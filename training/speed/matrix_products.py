@@ -16,13 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class MatrixProduct:
-    """A product of two matrices, or of two batches of them, as it lay in memory.
-
-    Attributes:
-        left_shape, left_stride: (M, K) or (batch, M, K), and its strides in elements.
-        right_shape, right_stride: (K, N) or (batch, K, N), and its strides.
-        attention: whether it is one of attention's.
-    """
+    """A product of two matrices (M, K) and (K, N), or of two batches of them, as it lay in memory."""
 
     left_shape: tuple[int, ...]
     left_stride: tuple[int, ...]
@@ -50,11 +44,8 @@ PRODUCT_OPERATORS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.bmm: (0, 1), aten
 class MatrixProductRecorder(TorchDispatchMode):
     """Counts, while it is active, each distinct matrix product that torch dispatches, in forward and backward.
 
-    Attributes:
-        counts: of each product; half counts are causal ones, which have nothing to compute above the diagonal.
-
-    Raises:
-        NotImplementedError: an operator with matrix products that it does not know, so that none is forgotten.
+    Half counts are causal products, which have nothing to compute above the diagonal. An operator with matrix products
+    that it does not know raises NotImplementedError, so that none is forgotten.
     """
 
     def __init__(self) -> None:

@@ -7,56 +7,14 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from ldlm_hf.evaluation.machine import keep_freed_memory
 from speed.matrix_products import MatrixProduct, MatrixProductRecorder, elapsed_seconds, time_product
 from speed.workloads import Case, Workload, peer_workloads, sampling_workloads, training_workloads
-
-
-Result = TypeVar("Result")
-
-
-@dataclass
-class Measurement:
-    """One row of the report; times are in seconds.
-
-    Attributes:
-        workload: `sampling step`, `decode` or `training step`.
-        tokens: tokens of one run, B x L.
-        seconds: median time of one run.
-        flops: of all matrix products of one run.
-        attention_flops: how many of those are attention's.
-        floor_seconds: median time of those products alone.
-        attention_floor_seconds: how much of that is attention's.
-        ratio: median over the turns of time over floor.
-        peak_memory_gib: highest memory of the process, in GiB, before any product was timed alone.
-        parameters: number of parameters in memory, trained and frozen.
-        products: the distinct products, with how often each is executed and the rate it reached alone.
-        operators: with `--profile`, the operators that took most of one run.
-    """
-
-    workload: str
-    dtype: str
-    device: str
-    length: int
-    batch_size: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    flops: float
-    attention_flops: float
-    floor_seconds: float
-    attention_floor_seconds: float
-    ratio: float
-    peak_memory_gib: float
-    parameters: int
-    products: list[dict[str, Any]]
-    operators: list[dict[str, Any]]
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -79,7 +37,7 @@ def list_operators(run: Callable[[], object], device: torch.device) -> list[dict
     return sorted(rows, key=lambda row: -row["seconds"])[:12]
 
 
-def measure_case(case: Case) -> list[Measurement]:
+def measure_case(case: Case) -> list[dict[str, Any]]:
     """Measures the workloads of a case; meant to be called in a fresh process, whose peak memory is then theirs."""
     torch.manual_seed(0)
     keep_freed_memory()
@@ -87,89 +45,70 @@ def measure_case(case: Case) -> list[Measurement]:
     return [measure_workload(workload, case) for workload in workloads]
 
 
-def measure_workload(workload: Workload, case: Case) -> Measurement:
-    """Records the products of a workload, then times it in turns with each of them."""
+def measure_workload(workload: Workload, case: Case) -> dict[str, Any]:
+    """Records the products of a workload, then times it in turns with each of them.
+
+    Returns:
+        A row of the report. Times are medians in seconds, FLOPs and `tokens` (B x L) those of one run; `floor_seconds`
+        is the time of the products alone, `ratio` that of the workload over it, and `peak_memory_gib` the highest
+        memory of the process before any product was timed alone.
+    """
     device = torch.device(case.device)
     # what an earlier workload has compiled dispatches no products
     with torch.compiler.set_stance("force_eager"), MatrixProductRecorder() as recorder:
         workload.run()
     counts = recorder.counts
-    if case.compile:
-        workload.compile()
-    workload.run()  # nothing is left to be set up or compiled when the clock runs
+    workload.prepare(case.compile)
     peak_memory = peak_memory_gib(device)
 
-    seconds: list[float] = []
-    product_seconds: dict[MatrixProduct, list[float]] = {product: [] for product in counts}
+    turns: list[float] = []
+    turns_of: dict[MatrixProduct, list[float]] = {product: [] for product in counts}
     for _ in range(case.repeats):
-        seconds.append(elapsed_seconds(workload.run, device))
-        for product, times in product_seconds.items():
+        turns.append(elapsed_seconds(workload.run, device))
+        for product, times in turns_of.items():
             times.append(time_product(product, device))
     floors = [
-        sum(counts[product] * times[turn] for product, times in product_seconds.items())
-        for turn in range(case.repeats)
+        sum(counts[product] * times[turn] for product, times in turns_of.items()) for turn in range(case.repeats)
     ]
-    medians = {product: statistics.median(times) for product, times in product_seconds.items()}
+    seconds = statistics.median(turns)
+    alone = {product: statistics.median(times) for product, times in turns_of.items()}
     of_attention = [product for product in counts if product.attention]
     tokens = case.batch_size * case.length
-    return Measurement(
-        workload=workload.name,
-        dtype=case.dtype,
-        device=case.device,
-        length=case.length,
-        batch_size=case.batch_size,
-        tokens=tokens,
-        seconds=statistics.median(seconds),
-        tokens_per_second=tokens / statistics.median(seconds),
-        flops=sum(count * product.flops for product, count in counts.items()),
-        attention_flops=sum(counts[product] * product.flops for product in of_attention),
-        floor_seconds=statistics.median(floors),
-        attention_floor_seconds=sum(counts[product] * medians[product] for product in of_attention),
-        ratio=statistics.median(measured / floor for measured, floor in zip(seconds, floors, strict=True)),
-        peak_memory_gib=peak_memory,
-        parameters=workload.num_parameters,
-        products=[
+    return {
+        "workload": workload.name,
+        **case.description,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "flops": sum(count * product.flops for product, count in counts.items()),
+        "attention_flops": sum(counts[product] * product.flops for product in of_attention),
+        "floor_seconds": statistics.median(floors),
+        "attention_floor_seconds": sum(counts[product] * alone[product] for product in of_attention),
+        "ratio": statistics.median(turn / floor for turn, floor in zip(turns, floors, strict=True)),
+        "peak_memory_gib": peak_memory,
+        "parameters": workload.num_parameters,
+        "products": [
             {
                 "left": list(product.left_shape),
                 "right": list(product.right_shape),
                 "dtype": str(product.dtype).removeprefix("torch."),
                 "attention": product.attention,
                 "count": count,
-                "gflops_per_second": product.flops / medians[product] / 1e9,
+                "gflops_per_second": product.flops / alone[product] / 1e9,
             }
             for product, count in counts.items()
         ],
-        operators=list_operators(workload.run, device) if case.profile else [],
-    )
+        "operators": list_operators(workload.run, device) if case.profile else [],
+    }
 
 
-@dataclass
-class SamplerTiming:
-    """How long a way of sampling takes; times are in seconds and for a whole batch.
+def measure_peers(case: Case) -> list[dict[str, Any]]:
+    """Times latent diffusion and its peers in turns; meant to be called in a fresh process.
 
-    Attributes:
-        sampler: latent diffusion, or the peer's name.
-        parameters: number of parameters that sampling uses.
-        step_seconds: median time of a step, one network evaluation.
-        once_seconds: median time of what is done once, whatever the number of steps: the decode.
-        step_ratio: median over the turns of the step's time over that of latent diffusion.
-        num_steps: the only possible number of steps, one a token; `None` where it can be chosen.
+    Returns:
+        A row for each sampler. `step_seconds` (one network evaluation) and `once_seconds` (the decode) are medians for
+        a whole batch, `step_ratio` is over the step of latent diffusion, and `num_steps` is None where it is free.
     """
-
-    sampler: str
-    dtype: str
-    device: str
-    length: int
-    batch_size: int
-    parameters: int
-    step_seconds: float
-    once_seconds: float
-    step_ratio: float
-    num_steps: int | None
-
-
-def measure_peers(case: Case) -> list[SamplerTiming]:
-    """Times latent diffusion and its peers in turns; meant to be called in a fresh process."""
     torch.manual_seed(0)
     keep_freed_memory()
     device = torch.device(case.device)
@@ -177,69 +116,53 @@ def measure_peers(case: Case) -> list[SamplerTiming]:
     step.name = "latent diffusion"
     samplers = [step, *peer_workloads(case)]
     for sampler in samplers:
-        if case.compile:
-            sampler.compile()
-        sampler.run()  # nothing is left to be set up or compiled when the clock runs
+        sampler.prepare(case.compile)
     decode.run()
     once: list[float] = []
-    seconds: dict[str, list[float]] = {sampler.name: [] for sampler in samplers}
+    turns: dict[str, list[float]] = {sampler.name: [] for sampler in samplers}
     for _ in range(case.repeats):
         once.append(elapsed_seconds(decode.run, device))
         for sampler in samplers:
-            seconds[sampler.name].append(elapsed_seconds(sampler.run, device) / (sampler.num_steps or 1))
-    ours = seconds[step.name]
-    return [
-        SamplerTiming(
-            sampler=sampler.name,
-            dtype=case.dtype,
-            device=case.device,
-            length=case.length,
-            batch_size=case.batch_size,
-            parameters=sampler.num_parameters,
-            step_seconds=statistics.median(seconds[sampler.name]),
-            once_seconds=statistics.median(once) if sampler is step else 0.0,
-            step_ratio=statistics.median(
-                theirs / our for theirs, our in zip(seconds[sampler.name], ours, strict=True)
-            ),
-            num_steps=sampler.num_steps,
-        )
-        for sampler in samplers
-    ]
-
-
-def peer_rows(timings: Sequence[SamplerTiming], nfe: Sequence[int]) -> list[dict[str, Any]]:
-    """Each timing with its time a sample for each number of steps that it can take."""
+            turns[sampler.name].append(elapsed_seconds(sampler.run, device) / (sampler.num_steps or 1))
     rows = []
-    for timing in timings:
-        possible = nfe if timing.num_steps is None else [timing.num_steps]
-        of_batch = {str(count): count * timing.step_seconds + timing.once_seconds for count in possible}
-        a_sample = {count: seconds / timing.batch_size for count, seconds in of_batch.items()}
-        rows.append(asdict(timing) | {"seconds_per_sample": a_sample})
-    return rows
-
-
-def whole_sampling(measurements: Sequence[Measurement], num_steps: int) -> list[dict[str, Any]]:
-    """Sampling from noise to tokens, by arithmetic: `num_steps` times the measured step and once the decode."""
-    steps = [item for item in measurements if item.workload == "sampling step"]
-    decodes = [item for item in measurements if item.workload == "decode"]
-    rows = []
-    for step, decode in zip(steps, decodes, strict=True):
-        seconds = num_steps * step.seconds + decode.seconds
+    for sampler in samplers:
+        times = turns[sampler.name]
+        step_seconds = statistics.median(times)
+        once_seconds = statistics.median(once) if sampler is step else 0.0
+        possible = case.nfe if sampler.num_steps is None else [sampler.num_steps]
         rows.append(
             {
-                "dtype": step.dtype,
-                "length": step.length,
-                "batch_size": step.batch_size,
-                "num_inference_steps": num_steps,
-                "seconds": seconds,
-                "tokens_per_second": step.tokens / seconds,
-                # each ratio was measured in its own turns, so the floors follow from them
-                "ratio": seconds / (num_steps * step.seconds / step.ratio + decode.seconds / decode.ratio),
+                "sampler": sampler.name,
+                **case.description,
+                "parameters": sampler.num_parameters,
+                "step_seconds": step_seconds,
+                "once_seconds": once_seconds,
+                "step_ratio": statistics.median(its / our for its, our in zip(times, turns[step.name], strict=True)),
+                "num_steps": sampler.num_steps,
+                "seconds_per_sample": {
+                    str(count): (count * step_seconds + once_seconds) / case.batch_size for count in possible
+                },
             }
         )
     return rows
 
 
-def in_fresh_process(measure: Callable[[Case], Result], case: Case) -> Result:
+def whole_sampling(measurements: Sequence[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:
+    """Sampling from noise to tokens, by arithmetic: `num_steps` times the measured step and once the decode."""
+    steps = [item for item in measurements if item["workload"] == "sampling step"]
+    decodes = [item for item in measurements if item["workload"] == "decode"]
+    rows = []
+    for step, decode in zip(steps, decodes, strict=True):
+        seconds = num_steps * step["seconds"] + decode["seconds"]
+        # each ratio was measured in its own turns, so the floors follow from them
+        floor = num_steps * step["seconds"] / step["ratio"] + decode["seconds"] / decode["ratio"]
+        row = {key: step[key] for key in ("dtype", "length", "batch_size")} | {"num_inference_steps": num_steps}
+        rows.append(
+            row | {"seconds": seconds, "tokens_per_second": step["tokens"] / seconds, "ratio": seconds / floor}
+        )
+    return rows
+
+
+def in_fresh_process(measure: Callable[[Case], list[dict[str, Any]]], case: Case) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
         return executor.submit(measure, case).result()

@@ -12,7 +12,6 @@ import torch
 
 from ldlm_hf.evaluation.machine import device_name
 from ldlm_hf.evaluation.markdown import markdown_table
-from speed.measuring import Measurement
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -38,28 +37,28 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join(markdown_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
 
 
-def workload_row(item: Measurement) -> dict[str, object]:
+def case_columns(row: dict[str, Any]) -> dict[str, object]:
+    return {"dtype": row["dtype"], "L": row["length"], "batch": row["batch_size"]}
+
+
+def workload_row(row: dict[str, Any]) -> dict[str, object]:
     return {
-        "workload": item.workload,
-        "dtype": item.dtype,
-        "L": item.length,
-        "batch": item.batch_size,
-        "seconds": f"{item.seconds:.3f}",
-        "tokens/s": f"{item.tokens_per_second:.0f}",
-        "TFLOP": f"{item.flops / 1e12:.3f}",
-        "TFLOP/s": f"{item.flops / item.seconds / 1e12:.3f}",
-        "floor, s": f"{item.floor_seconds:.3f}",
-        "of it attention, s": f"{item.attention_floor_seconds:.3f}",
-        "ratio": f"{item.ratio:.2f}",
-        "peak GiB": f"{item.peak_memory_gib:.2f}",
+        "workload": row["workload"],
+        **case_columns(row),
+        "seconds": f"{row['seconds']:.3f}",
+        "tokens/s": f"{row['tokens_per_second']:.0f}",
+        "TFLOP": f"{row['flops'] / 1e12:.3f}",
+        "TFLOP/s": f"{row['flops'] / row['seconds'] / 1e12:.3f}",
+        "floor, s": f"{row['floor_seconds']:.3f}",
+        "of it attention, s": f"{row['attention_floor_seconds']:.3f}",
+        "ratio": f"{row['ratio']:.2f}",
+        "peak GiB": f"{row['peak_memory_gib']:.2f}",
     }
 
 
 def whole_sampling_row(row: dict[str, Any]) -> dict[str, object]:
     return {
-        "dtype": row["dtype"],
-        "L": row["length"],
-        "batch": row["batch_size"],
+        **case_columns(row),
         "steps": row["num_inference_steps"],
         "seconds": f"{row['seconds']:.1f}",
         "tokens/s": f"{row['tokens_per_second']:.1f}",
@@ -72,33 +71,31 @@ def peer_row(row: dict[str, Any], counts: Sequence[int]) -> dict[str, object]:
     seconds = row["seconds_per_sample"]
     return {
         "sampler": row["sampler"],
-        "dtype": row["dtype"],
-        "L": row["length"],
-        "batch": row["batch_size"],
+        **case_columns(row),
         "parameters": f"{row['parameters'] / 1e6:.1f}M",
         "step, s": f"{row['step_seconds']:.4g}",
         "of ours": f"{row['step_ratio']:.2f}x",
         "once, s": f"{row['once_seconds']:.4g}",
-    } | {f"NFE {count}": f"{seconds[str(count)]:.4g}" if str(count) in seconds else "" for count in counts}
+        **{f"NFE {count}": f"{seconds[str(count)]:.4g}" if str(count) in seconds else "" for count in counts},
+    }
 
 
-def operator_rows(item: Measurement) -> list[dict[str, object]]:
-    workload = {"workload": item.workload, "dtype": item.dtype, "L": item.length, "batch": item.batch_size}
-    return [workload | row | {"seconds": f"{row['seconds']:.3f}"} for row in item.operators]
-
-
-def report_text(report: dict[str, Any], measurements: Sequence[Measurement]) -> str:
+def report_text(report: dict[str, Any]) -> str:
     """All tables that have rows, each under its title."""
     counts = sorted({int(count) for row in report["peers"] for count in row["seconds_per_sample"]})
     tables: dict[str, list[dict[str, object]]] = {
         "Machine": [{"": name, " ": value} for name, value in report["machine"].items()],
-        "Measured against the floor of the matrix products": [workload_row(item) for item in measurements],
+        "Measured against the floor of the matrix products": [workload_row(row) for row in report["measurements"]],
         "Whole sampling, by arithmetic: steps x sampling step + decode": [
             whole_sampling_row(row) for row in report["whole_sampling"]
         ],
         "Seconds a sample against the number of steps (NFE): latent diffusion and its token-level peers": [
             peer_row(row, counts) for row in report["peers"]
         ],
-        "Operators that take the time": [row for item in measurements for row in operator_rows(item)],
+        "Operators that take the time": [
+            {"workload": row["workload"], **case_columns(row), **used, "seconds": f"{used['seconds']:.3f}"}
+            for row in report["measurements"]
+            for used in row["operators"]
+        ],
     }
     return "\n\n".join(f"## {title}\n\n{table(rows)}" for title, rows in tables.items() if rows)

@@ -1,14 +1,14 @@
-"""Language models that work on tokens, to compare the speed of latent diffusion with; `benchmark.py` runs them.
+"""Language models that work on tokens, to compare the speed of latent diffusion with.
 
-Two discrete diffusion models on the denoiser's own backbone (token embedding, the same DiT, vocabulary projection),
-one whose noise masks tokens and one whose noise replaces them by any other, and an autoregressive model with a KV
-cache. Nothing is trained: they are here to be timed, so their steps are those of the published methods and no faster
-variant, except that the vocabulary is worked through in slices of positions, which saves memory and costs no time.
+Two discrete diffusion models on the denoiser's own backbone, one whose noise masks tokens and one whose noise replaces
+them by any other, and an autoregressive model with a KV cache. Nothing is trained: they are here to be timed. Their
+steps are those of the published methods, but for working through the vocabulary in slices of positions, which saves
+memory and costs no time.
 
-Both diffusions keep a token with probability alpha(t) = 1 − t, the log-linear schedule, t from 1 (noise) to 0. Each
-position is drawn from the posterior q(z_s | z_t, x) with the prediction in the place of the clean token x, in float64:
-with fewer digits the Gumbel noise lacks its tail, and samples come out less diverse than the model is. B batch, L
-tokens, D width, V vocabulary.
+Both diffusions keep a token with probability alpha(t) = 1 − t, t from 1 (noise) to 0. Each position is drawn from the
+posterior q(z_s | z_t, x), s < t, with the prediction in the place of the clean token x, in float64: with fewer digits
+the Gumbel noise lacks its tail, and samples come out less diverse than the model is. B batch, L tokens, D width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
-from transformers import DynamicCache, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from ldlm_hf.models.layers import AdaLayerNormModulation, DiffusionTransformerBlock, initialize_layer, modulate
 
@@ -29,36 +29,22 @@ POSITIONS_AT_ONCE = 256
 
 
 class TokenLevelDenoiser(nn.Module):
-    """DiT over token embeddings: noisy tokens and time → logits of the clean tokens.
-
-    Args:
-        vocab_size: words V that it predicts; one more, with the id V, is read: the mask.
-        hidden_size: width D.
-        num_layers: number of blocks.
-        num_heads: attention heads of a block.
-        intermediate_size: inner width of the feed-forward.
-        sequence_length: tokens L, each with a learned position.
-    """
+    """DiT over token embeddings with the sizes of a GPT-2; it reads a mask, of the id V, that it does not predict."""
 
     _repeated_blocks = [DiffusionTransformerBlock.__name__]
 
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        num_layers: int,
-        num_heads: int,
-        intermediate_size: int,
-        sequence_length: int,
-    ):
+    def __init__(self, config: GPT2Config):
         super().__init__()
+        vocab_size, hidden_size = config.vocab_size, config.n_embd
+        intermediate_size = config.n_inner or 4 * hidden_size
         self.embedding = nn.Embedding(vocab_size + 1, hidden_size)
-        self.positions = nn.Parameter(0.02 * torch.randn(sequence_length, hidden_size))
+        self.positions = nn.Parameter(0.02 * torch.randn(config.n_positions, hidden_size))
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
         self.time_embedder = TimestepEmbedding(256, hidden_size)
-        self.blocks = nn.ModuleList(
-            [DiffusionTransformerBlock(hidden_size, num_heads, intermediate_size) for _ in range(num_layers)]
-        )
+        blocks = [
+            DiffusionTransformerBlock(hidden_size, config.n_head, intermediate_size) for _ in range(config.n_layer)
+        ]
+        self.blocks = nn.ModuleList(blocks)
         self.modulation_out = AdaLayerNormModulation(hidden_size, 2)
         self.head = nn.Linear(hidden_size, vocab_size, bias=False)
         self.apply(lambda module: initialize_layer(module, initializer_range=0.02))
@@ -83,22 +69,16 @@ def sample_categorical(probabilities: torch.Tensor, generator: torch.Generator |
     return torch.div(probabilities, noise, out=noise).max(-1).indices
 
 
-# 1. Masked diffusion
-
-
 def masked_posterior(
     clean_probabilities: torch.Tensor, token_ids: torch.Tensor, alpha_t: float, alpha_s: float
 ) -> torch.Tensor:
-    """q(z_s | z_t, x) of absorbing-state diffusion (Sahoo et al. 2024, "MDLM"), s < t.
-
-    A token that is there stays. A mask turns into
+    """Absorbing-state diffusion (Sahoo et al. 2024, "MDLM"): a token that is there stays, and a mask m turns into
 
         q(z_s | z_t = m, x) = [(alpha_s − alpha_t) x + (1 − alpha_s) m] / (1 − alpha_t)
 
     Args:
-        clean_probabilities: x, the predicted distribution over the vocabulary, (..., V).
-        token_ids: z_t, (...), of which V is the mask m.
-        alpha_t, alpha_s: probabilities that a token is still there at times t and s.
+        clean_probabilities: x, (..., V).
+        token_ids: z_t, (...), of which V is the mask.
 
     Returns:
         Probabilities (..., V + 1), float64, the mask's last.
@@ -112,26 +92,15 @@ def masked_posterior(
     return posterior.scatter_add_(-1, index, 1 - is_mask)
 
 
-# 2. Uniform diffusion
-
-
 def uniform_posterior(
     clean_probabilities: torch.Tensor, token_ids: torch.Tensor, alpha_t: float, alpha_s: float
 ) -> torch.Tensor:
-    """q(z_s | z_t, x) of uniform-state diffusion (Austin et al. 2021, "D3PM"; Schiff et al. 2024, "UDLM"), s < t.
+    """Uniform-state diffusion (Austin et al. 2021, "D3PM"; Schiff et al. 2024, "UDLM"), probabilities (..., V).
 
     By Bayes' rule from q(z_t | z_s) and q(z_s | x), with alpha_t|s = alpha_t / alpha_s and one-hot vectors z_t:
 
         [V alpha_t z_t * x + (alpha_t|s − alpha_t) z_t + (alpha_s − alpha_t) x + (1 − alpha_t|s)(1 − alpha_s) / V]
         / [V alpha_t <z_t, x> + 1 − alpha_t]
-
-    Args:
-        clean_probabilities: x, the predicted distribution over the vocabulary, (..., V).
-        token_ids: z_t, (...).
-        alpha_t, alpha_s: probabilities that a token was not replaced until times t and s.
-
-    Returns:
-        Probabilities (..., V), float64.
     """
     vocab_size = clean_probabilities.shape[-1]
     alpha_ts = alpha_t / alpha_s
@@ -142,8 +111,6 @@ def uniform_posterior(
     posterior += (1 - alpha_ts) * (1 - alpha_s) / vocab_size / normalizer
     return posterior.scatter_add_(-1, index, (vocab_size * alpha_t * of_token + alpha_ts - alpha_t) / normalizer)
 
-
-# 3. Sampling
 
 Posterior = Callable[[torch.Tensor, torch.Tensor, float, float], torch.Tensor]
 
@@ -157,13 +124,7 @@ def denoising_step(
     s: float,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Tokens z_s (B, L) from tokens z_t, by one call of the denoiser.
-
-    Args:
-        posterior: [`masked_posterior`] or [`uniform_posterior`].
-        t: the tokens' time in (0, 1].
-        s: the earlier time in [0, t).
-    """
+    """Tokens z_s (B, L) from tokens z_t, by one call of the denoiser and one of the posteriors."""
     hidden_states = denoiser(token_ids, torch.tensor(t, device=token_ids.device)).flatten(0, 1)  # (B L, D)
     parts = []
     for some, ids in zip(

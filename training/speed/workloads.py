@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -28,7 +27,7 @@ from ldlm_hf import (
     LDLMTransformer1DModel,
     TangentEulerMaruyamaScheduler,
 )
-from ldlm_hf.training.components import compile_blocks
+from ldlm_hf.training.components import compile_blocks, count_parameters
 from ldlm_hf.training.run_state import build_optimizer
 from ldlm_hf.training.settings import OptimizerSettings
 from speed.token_level_peers import (
@@ -46,14 +45,7 @@ WORKLOADS = ("sampling", "training", "peers")
 
 @dataclass(frozen=True)
 class Geometry:
-    """Fields that differ from the components' defaults, which are the paper's geometry.
-
-    Attributes:
-        latent: of `LDLMLatentEncoderConfig` and `LDLMLatentDecoderConfig`.
-        token_decoder: of `LDLMTokenDecoderConfig`.
-        transformer: of `LDLMTransformer1DModel`.
-        backbone: of `GPT2Config`, whose defaults are GPT-2 small.
-    """
+    """Fields that differ from the components' defaults, which are the paper's geometry and GPT-2 small."""
 
     latent: dict[str, int] = field(default_factory=dict)
     token_decoder: dict[str, int] = field(default_factory=dict)
@@ -79,14 +71,12 @@ class Case:
     """What one fresh process measures.
 
     Attributes:
-        workload: `sampling` (its step and the decode), `training`, or `peers` (sampling and the peers').
+        workload: one of `WORKLOADS`; `sampling` is its step and the decode, `peers` is sampling and the peers'.
         geometry: a name in `GEOMETRIES`.
         length: tokens L, and as many latents.
-        batch_size: sequences of a step.
-        dtype: `float32` or `bfloat16`.
+        dtype: a name in `DTYPES`.
         repeats: turns of workload and products.
-        profile: also list the operators that take the time.
-        compile: compile the models' blocks first.
+        nfe: numbers of steps, for the time of a sample with the peers.
     """
 
     workload: str
@@ -98,22 +88,21 @@ class Case:
     repeats: int
     profile: bool = False
     compile: bool = False
+    nfe: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> Geometry:
         return GEOMETRIES[self.geometry]
 
+    @property
+    def description(self) -> dict[str, object]:
+        """What each row of the report says of the case."""
+        return {name: getattr(self, name) for name in ("dtype", "device", "length", "batch_size")}
+
 
 @dataclass
 class Workload:
-    """Something to time.
-
-    Attributes:
-        name: what the report calls it.
-        run: does it once; a sampler with `num_steps` samples whole.
-        modules: those that it needs in memory.
-        num_steps: the only possible number of steps of a sampler; `None` where it can be chosen, and `run` is one.
-    """
+    """Something to time: `run` does it once, and whole with `num_steps`, the only possible number of steps."""
 
     name: str
     run: Callable[[], object]
@@ -122,13 +111,15 @@ class Workload:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for module in self.modules for parameter in module.parameters())
+        return sum(count_parameters(module) for module in self.modules)
 
-    def compile(self) -> None:
-        """Compiles the blocks of all models, as `loop.compile` does in training."""
-        for module in self.modules:
-            for model in module.modules():
-                compile_blocks(model)
+    def prepare(self, compile: bool) -> None:
+        """Compiles the blocks of all models, if asked to, and runs once: nothing is left to set up for the clock."""
+        if compile:
+            for module in self.modules:
+                for model in module.modules():
+                    compile_blocks(model)
+        self.run()
 
 
 def randomize_zero_weights(module: nn.Module) -> None:
@@ -226,15 +217,10 @@ def training_workloads(case: Case) -> list[Workload]:
     return [Workload("training step", step, [objective])]
 
 
-def denoiser_config(geometry: Geometry) -> FrozenDict:
-    """The denoiser's configuration, defaults included."""
-    with torch.device("meta"):
-        return LDLMTransformer1DModel(**geometry.transformer).config
-
-
 def gpt2_config(geometry: Geometry, length: int) -> GPT2Config:
     """A GPT-2 as deep and as wide as the denoiser: GPT-2 small at the paper's geometry."""
-    config = denoiser_config(geometry)
+    with torch.device("meta"):
+        config = LDLMTransformer1DModel(**geometry.transformer).config
     return GPT2Config(
         vocab_size=LDLMTokenDecoderConfig(**geometry.token_decoder).vocab_size,
         n_positions=length,
@@ -246,38 +232,24 @@ def gpt2_config(geometry: Geometry, length: int) -> GPT2Config:
     )
 
 
-def build_token_denoiser(geometry: Geometry, length: int) -> TokenLevelDenoiser:
-    """A denoiser of tokens with the backbone of that of latents, and the token decoder's vocabulary."""
-    config = denoiser_config(geometry)
-    width = config.num_attention_heads * config.attention_head_dim
-    denoiser = TokenLevelDenoiser(
-        vocab_size=LDLMTokenDecoderConfig(**geometry.token_decoder).vocab_size,
-        hidden_size=width,
-        num_layers=config.num_layers,
-        num_heads=config.num_attention_heads,
-        intermediate_size=int(width * config.mlp_ratio),
-        sequence_length=length,
-    )
-    randomize_zero_weights(denoiser)
-    return denoiser
-
-
 def peer_workloads(case: Case) -> list[Workload]:
     """A step of each discrete diffusion model, and all tokens of the autoregressive one."""
     dtype, device = DTYPES[case.dtype], torch.device(case.device)
-    vocab_size = LDLMTokenDecoderConfig(**case.sizes.token_decoder).vocab_size
-    words = torch.randint(vocab_size, (case.batch_size, case.length), device=device)
-    half_masked = words.masked_fill(torch.rand(words.shape, device=device) < 0.5, vocab_size)
+    config = gpt2_config(case.sizes, case.length)
+    words = torch.randint(config.vocab_size, (case.batch_size, case.length), device=device)
+    half_masked = words.masked_fill(torch.rand(words.shape, device=device) < 0.5, config.vocab_size)
     workloads = []
     for name, posterior, token_ids in (
         ("masked diffusion", masked_posterior, half_masked),
         ("uniform diffusion", uniform_posterior, words),
     ):
-        denoiser = build_token_denoiser(case.sizes, case.length).to(device, dtype).eval()
+        denoiser = TokenLevelDenoiser(config)
+        randomize_zero_weights(denoiser)
+        denoiser.to(device, dtype).eval()
         # a step in the middle, of 128; no step of either method costs more or less than another
         step = partial(denoising_step, denoiser, posterior, token_ids, 0.5, 0.5 - 1 / 128)
         workloads.append(Workload(name, step, [denoiser]))
-    language_model = GPT2LMHeadModel(gpt2_config(case.sizes, case.length)).to(device, dtype).eval()
+    language_model = GPT2LMHeadModel(config).to(device, dtype).eval()
     generate = partial(generate_autoregressively, language_model, case.batch_size, case.length)
     workloads.append(Workload("autoregressive, KV cache", generate, [language_model], num_steps=case.length))
     return workloads
