@@ -9,7 +9,6 @@ prints them a component, without weights, downloads or a GPU.
 from __future__ import annotations
 
 import argparse
-import copy
 from dataclasses import replace
 
 import torch
@@ -36,48 +35,36 @@ from ldlm_hf.training.loop import split_batch
 from ldlm_hf.training.settings import ModelSettings, RunSettings
 
 
-# Published configurations that are their class's defaults; others are read from the hub or a folder.
-KNOWN_BACKBONES: dict[str, type[PretrainedConfig]] = {"openai-community/gpt2": GPT2Config}
-
-
-def build_meta_objective(settings: RunSettings, token_encoder_config: LDLMTokenEncoderConfig) -> JointObjective:
+def build_meta_objective(settings: RunSettings, backbone: PretrainedConfig) -> JointObjective:
     """The joint objective of a run on the meta device, with a token encoder that passes for a fitted one."""
-    config = copy.deepcopy(token_encoder_config)
-    config.num_statistics_tokens = 1
-    # the head's first values would be read from the backbone
-    model = replace(settings.model, token_decoder_head_from_backbone=False)
-    with torch.device("meta"):
-        return build_objective(replace(settings, model=model), LDLMTokenEncoder(config))
-
-
-def build_token_encoder_config(settings: ModelSettings, backbone: PretrainedConfig) -> LDLMTokenEncoderConfig:
-    """The token encoder's configuration as `LDLMTokenEncoder.from_backbone` makes it, without the weights."""
-    kept = cut_config(backbone, settings.layer % (backbone.num_hidden_layers + 1))
-    return LDLMTokenEncoderConfig(
-        backbone_config=kept if settings.representation == "hidden" else None,
-        layer=settings.layer,
-        representation=settings.representation,
+    model = settings.model
+    token_encoder_config = LDLMTokenEncoderConfig(
+        backbone_config=cut_config(backbone, model.layer % (backbone.num_hidden_layers + 1))
+        if model.representation == "hidden"
+        else None,
+        layer=model.layer,
+        representation=model.representation,
         vocab_size=backbone.vocab_size,
         hidden_size=backbone.hidden_size,
         max_position_embeddings=getattr(backbone, "max_position_embeddings", None),
+        num_statistics_tokens=1,
     )
+    # the head's first values would be read from the backbone
+    model = replace(model, token_decoder_head_from_backbone=False)
+    with torch.device("meta"):
+        return build_objective(replace(settings, model=model), LDLMTokenEncoder(token_encoder_config))
 
 
 def read_backbone_config(settings: ModelSettings, given: str | None) -> PretrainedConfig:
-    """The configuration of the backbone: the one given on the command line, a known one, or its own file.
-
-    Raises:
-        OSError: it is not found.
-        ValueError: `given` names no model type that transformers knows.
-    """
+    """The configuration of the backbone: the one given on the command line, a known one, or its own file."""
     if given is not None:
         values = dict(OmegaConf.create(given))
         model_type = values.pop("model_type", None)
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"--backbone_config {given!r} must name a model_type that transformers knows.")
         return CONFIG_MAPPING[model_type](**values)
-    if settings.backbone in KNOWN_BACKBONES:
-        return KNOWN_BACKBONES[settings.backbone]()
+    if settings.backbone == "openai-community/gpt2":  # its published configuration is the defaults
+        return GPT2Config()
     source = resolve_pretrained_source(settings.backbone)
     try:
         return AutoConfig.from_pretrained(source.name_or_path, **source.kwargs)
@@ -98,13 +85,14 @@ def parts_table(flops: PassFlops, objective: nn.Module) -> list[str]:
     whole = [sum(getattr(part, name) for part in flops.parts) for name in ("forward", "backward", "recomputed")]
     rows = []
     for part in (*flops.parts, PartFlops("all", *whole)):
-        forward, backward, recomputed = (
-            number / flops.num_tokens for number in (part.forward, part.backward, part.recomputed)
-        )
-        both = forward + backward
+        both = part.forward + part.backward
+        megaflops = [
+            number / flops.num_tokens / 1e6 for number in (part.forward, part.backward, both, part.recomputed)
+        ]
+        *numbers, recomputed = [f"{number:.1f}" for number in megaflops]
         parameters = human_count(trained[part.name]) if trained.get(part.name) else ""
-        numbers = [f"{number / 1e6:.1f}" for number in (forward, backward, both)]
-        rows.append([part.name, parameters, *numbers, f"{both / flops.per_token:.1%}", f"{recomputed / 1e6:.1f}"])
+        share = both / flops.num_tokens / flops.per_token
+        rows.append([part.name, parameters, *numbers, f"{share:.1%}", recomputed])
     columns = ["part", "trained parameters", "forward", "backward", "both", "share", "computed again"]
     return markdown_table(columns, rows)
 
@@ -129,11 +117,10 @@ def main() -> None:
     loop = settings.loop
     split_batch(loop, arguments.num_devices)  # raises where the batch does not split over them
     backbone = read_backbone_config(settings.model, arguments.backbone_config)
-    objective = build_meta_objective(settings, build_token_encoder_config(settings.model, backbone))
+    objective = build_meta_objective(settings, backbone)
     speed_up(objective, replace(loop, compile=False))
-    peak = None
-    if arguments.device_name is not None:
-        peak = data_sheet_peak(arguments.device_name, "bf16" if loop.mixed_precision == "bf16" else "fp32")
+    precision = "bf16" if loop.mixed_precision == "bf16" else "fp32"
+    peak = data_sheet_peak(arguments.device_name or "", precision)
     if peak is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         peak = device_peak(device, loop.mixed_precision, loop.peak_tflops)

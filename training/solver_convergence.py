@@ -4,7 +4,7 @@
 
 writes FOLDER/solver_convergence.png and .md. Deterministic solvers: distance of paths from those of the
 probability-flow ODE of a mixture of two Gaussians. Stochastic ones: relative error of the variance of Gaussian data.
-Both are exact up to float64, with the best denoiser in the model's place (analytic_denoisers.py); nothing is drawn.
+Both are exact up to float64, with the best denoiser in the model's place; nothing is drawn.
 """
 
 from __future__ import annotations

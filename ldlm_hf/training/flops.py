@@ -70,13 +70,10 @@ FACTORS: dict[Callable, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class PartFlops:
-    """FLOPs of one part of an objective in one forward and backward pass over a batch.
+    """FLOPs of one component in a forward and backward pass over a batch.
 
-    Attributes:
-        name: the component's; passes of a trained component without gradients are a part of their own.
-        forward: of the forward pass.
-        backward: of the backward pass.
-        recomputed: of the forward pass that gradient checkpointing does a second time.
+    Passes of a trained component without gradients are a part of their own; `recomputed` is what gradient
+    checkpointing computes a second time.
     """
 
     name: str
@@ -87,12 +84,7 @@ class PartFlops:
 
 @dataclass(frozen=True)
 class PassFlops:
-    """FLOPs of one forward and backward pass of an objective.
-
-    Attributes:
-        parts: by component.
-        num_tokens: tokens of the pass.
-    """
+    """FLOPs of one forward and backward pass of an objective over so many tokens."""
 
     parts: tuple[PartFlops, ...]
     num_tokens: int
@@ -109,12 +101,10 @@ class PassFlops:
 
 
 def count_flops(objective: nn.Module, sequence_length: int) -> PassFlops:
-    """Counts the FLOPs of one pass of an objective of the training scripts, on a meta copy of it.
+    """Counts the FLOPs of one pass of an objective of the training scripts over examples of `sequence_length` tokens.
 
-    Args:
-        objective: before accelerate wraps it, on any device. Its `example_inputs(batch_size, sequence_length)` are the
-            arguments of its `forward`, which returns losses with a `total`.
-        sequence_length: tokens L of each example.
+    The objective may be on any device, and accelerate has not wrapped it yet. Its `example_inputs(batch_size,
+    sequence_length)` are the arguments of its `forward`, which returns losses with a `total`.
     """
     copied = meta_copy(objective)
     counter = ProductCounter(copied)
@@ -143,14 +133,8 @@ class ProductCounter(TorchFunctionMode):
     """Counts, while it is active, the FLOPs of matrix products by the component whose layers compute them.
 
     A product's backward pass is known in its forward pass: as many FLOPs again for each factor that needs a gradient.
-    Python code calls no product in the backward pass but those that gradient checkpointing computes again.
-
-    Args:
-        objective: its children are the components.
-
-    Attributes:
-        flops: by part, of the forward and the backward pass and computed again.
-        is_backward: whether the backward pass has begun.
+    Python code calls no product in the backward pass but those that gradient checkpointing computes again. `flops` is,
+    by part, those of the forward pass, of the backward pass and those computed again.
     """
 
     def __init__(self, objective: nn.Module):
@@ -220,24 +204,14 @@ def attention_flops(
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """FLOP/s that one device can reach at most.
-
-    Attributes:
-        flops_per_second: the peak.
-        source: where that number comes from, in words.
-    """
+    """FLOP/s that one device can reach at most, and where that number comes from, in words."""
 
     flops_per_second: float
     source: str
 
 
 def device_peak(device: torch.device, mixed_precision: str, peak_tflops: float | None = None) -> DevicePeak:
-    """The peak of a device: the one that the settings give, its data sheet's, or else a measured one.
-
-    Args:
-        device: the run's.
-        mixed_precision: `no` or `bf16`.
-        peak_tflops: TFLOP/s that go before data sheet and measurement.
+    """The peak of a device: the one that the settings give (in TFLOP/s), its data sheet's, or else a measured one.
 
     Raises:
         ValueError: `peak_tflops` is not positive.
@@ -246,16 +220,13 @@ def device_peak(device: torch.device, mixed_precision: str, peak_tflops: float |
         if not peak_tflops > 0:
             raise ValueError(f"loop.peak_tflops={peak_tflops} must be positive, or null for the device's own peak.")
         return DevicePeak(peak_tflops * 1e12, "loop.peak_tflops")
-    precision = matrix_precision(device, mixed_precision)
+    if mixed_precision == "bf16":
+        precision = "bf16"
+    else:
+        is_tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        precision = "tf32" if is_tf32 else "fp32"
     known = data_sheet_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
     return known or measured_peak(device, precision)
-
-
-def matrix_precision(device: torch.device, mixed_precision: str) -> str:
-    """What matrix products are computed in: `bf16`, `tf32` or `fp32`."""
-    if mixed_precision == "bf16":
-        return "bf16"
-    return "tf32" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "fp32"
 
 
 def data_sheet_peak(device_name: str, precision: str) -> DevicePeak | None:
@@ -299,15 +270,7 @@ def measured_peak(device: torch.device, precision: str) -> DevicePeak:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run costs, and how much of its devices it uses.
-
-    Attributes:
-        pass_flops: the FLOPs of one pass.
-        tokens_per_step: of one optimiser step over all devices.
-        max_steps: optimiser steps.
-        peak: of one device.
-        num_devices: of the run.
-    """
+    """What a run costs, and how much of its devices it uses; `tokens_per_step` are those of all devices together."""
 
     pass_flops: PassFlops
     tokens_per_step: int
@@ -350,15 +313,7 @@ class RunEstimate:
 def estimate_run(
     objective: nn.Module, loop: LoopSettings, sequence_length: int, num_devices: int, peak: DevicePeak
 ) -> RunEstimate:
-    """The estimate of a run.
-
-    Args:
-        objective: of one of the training scripts, before accelerate wraps it.
-        loop: the run's settings.
-        sequence_length: tokens L.
-        num_devices: of the run.
-        peak: of one device, see [`device_peak`].
-    """
+    """The estimate of a run of an objective that accelerate has not wrapped yet, over `sequence_length` tokens L."""
     return RunEstimate(
         pass_flops=count_flops(objective, sequence_length),
         tokens_per_step=loop.batch_size * sequence_length,

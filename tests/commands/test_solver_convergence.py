@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from figures.analytic_denoisers import GaussianMixture, flow_error, observed_order, variance_error
-from figures.solver_convergence import SOLVERS, Solver, errors
+from figures.solver_convergence import (
+    SOLVERS,
+    GaussianMixture,
+    Solver,
+    errors,
+    flow_error,
+    observed_order,
+    variance_error,
+)
 from ldlm_hf import TangentChurnScheduler, TangentDDIMScheduler, TangentDPMSolverMultistepScheduler, TangentScheduler
 
 

@@ -1,13 +1,15 @@
-"""The order of each solver, measured where the truth is known."""
+"""The order of each solver, measured where the best denoiser is known, so that a solver's error is its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy
+import torch
 from matplotlib.figure import Figure
 
-from figures.analytic_denoisers import GaussianMixture, flow_error, observed_order, variance_error
 from figures.style import run_style
 from ldlm_hf import (
     TangentChurnScheduler,
@@ -18,11 +20,112 @@ from ldlm_hf import (
 )
 from ldlm_hf.evaluation.markdown import markdown_table
 from ldlm_hf.hub.training_curves import WIDTH
+from ldlm_hf.schedulers.discrete import model_times
+
+
+NAME = "solver_convergence"
+STD = 0.3
+NUM_PATHS = 63
+
+
+# 1. Data whose best denoiser is known
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """z ~ sum_k w_k N(m_k, s_k^2) on the line, all float64; the weights w sum to 1.
+
+    At any noise level, x = alpha z + sigma eps is a mixture again, of components N(alpha m, alpha^2 s^2 + sigma^2).
+    """
+
+    weights: tuple[float, ...]
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+
+    def components(self, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.distributions.MixtureSameFamily:
+        """The distribution of x at a noise level."""
+        means, stds = torch.tensor(self.means).double(), torch.tensor(self.stds).double()
+        return torch.distributions.MixtureSameFamily(
+            torch.distributions.Categorical(torch.tensor(self.weights).double()),
+            torch.distributions.Normal(alpha * means, torch.sqrt((alpha * stds).square() + sigma.square())),
+        )
+
+    def denoise(self, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """E[z | x] for each x, by the components' responsibilities."""
+        mixture = self.components(alpha, sigma)
+        means, stds = torch.tensor(self.means).double(), torch.tensor(self.stds).double()
+        normal = mixture.component_distribution
+        x = x[..., None]
+        logits = mixture.mixture_distribution.logits + normal.log_prob(x)
+        # of each component, m + alpha s^2 / (alpha^2 s^2 + sigma^2) (x - alpha m)
+        expected = means + alpha * stds.square() / normal.variance * (x - normal.mean)
+        return (logits.softmax(-1) * expected).sum(-1)
+
+    def flow(self, quantiles: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Where the probability-flow ODE has taken its paths: on the line it keeps each one's quantile in (0, 1)."""
+        mixture = self.components(alpha, sigma)
+        spread = 12 * float(mixture.component_distribution.stddev.max())
+        low = torch.full_like(quantiles, float(mixture.component_distribution.mean.min()) - spread)
+        high = torch.full_like(quantiles, float(mixture.component_distribution.mean.max()) + spread)
+        for _ in range(80):
+            middle = (low + high) / 2
+            is_below = mixture.cdf(middle) < quantiles
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        return (low + high) / 2
 
 
 MIXTURE = GaussianMixture(weights=(0.3, 0.7), means=(-1.0, 0.8), stds=(0.3, 0.2))
-STD = 0.3
-NAME = "solver_convergence"
+
+
+# 2. Errors of solvers
+
+
+def flow_error(scheduler: TangentScheduler, mixture: GaussianMixture, num_steps: int) -> float:
+    """Root mean square distance of a deterministic solver's paths from those of the ODE at their end, in stds of z.
+
+    The paths start where those of the ODE are at the first time of the grid, and are evenly spaced in probability.
+    """
+    scheduler.set_timesteps(num_steps)
+    quantiles = torch.arange(1, NUM_PATHS + 1, dtype=torch.float64) / (NUM_PATHS + 1)
+    times = model_times(scheduler)
+    x = mixture.flow(quantiles, *scheduler.marginal(times[0].double()))
+    for t in times:
+        clean = mixture.denoise(x, *scheduler.marginal(t.double()))
+        x = scheduler.step(clean, t, x, return_dict=False)[0]
+    end = mixture.flow(quantiles, *scheduler.marginal(torch.tensor(scheduler.config.t_min, dtype=torch.float64)))
+    return float((x - end).square().mean().sqrt())
+
+
+def variance_error(scheduler: TangentScheduler, std: float, num_steps: int) -> float:
+    """Relative error of the variance in which a solver ends for z ~ N(0, std^2), without drawing a number.
+
+    The best denoiser is linear there, E[z | x] = g x, so sample, earlier prediction and earlier noise are a Gaussian
+    vector whose covariance each step maps to the next one's.
+    """
+    scheduler.set_timesteps(num_steps)
+    alpha, sigma = scheduler.marginal(scheduler.timesteps.double())
+    gains = alpha * std**2 / ((alpha * std).square() + sigma.square())
+    # of (x, previous x0, previous noise), at a first time that counts as pure noise
+    covariance = torch.zeros(3, 3, dtype=torch.float64)
+    covariance[0, 0] = (alpha[0] * std) ** 2 + sigma[0] ** 2
+    for i, (weights, gain) in enumerate(zip(scheduler.step_weights, gains.tolist(), strict=True)):
+        # before the first step there is no earlier prediction, and the present one takes its place
+        previous_clean = weights.previous_clean if i else 0.0
+        clean = weights.clean + weights.previous_clean - previous_clean
+        transition = torch.tensor(
+            [[weights.sample + clean * gain, previous_clean, weights.previous_noise], [gain, 0, 0], [0, 0, 0]],
+            dtype=torch.float64,
+        )
+        drawn = torch.tensor([weights.noise, 0.0, 1.0], dtype=torch.float64)
+        covariance = transition @ covariance @ transition.T + torch.outer(drawn, drawn)
+    alpha, sigma = scheduler.marginal(torch.tensor(scheduler.config.t_min, dtype=torch.float64))
+    expected = float((alpha * std) ** 2 + sigma**2)
+    return abs(float(covariance[0, 0]) / expected - 1)
+
+
+def observed_order(num_steps: Sequence[int], errors: Sequence[float]) -> float:
+    """Minus the slope of log error over log number of steps, by least squares."""
+    return -float(numpy.polyfit(numpy.log(num_steps), numpy.log(errors), 1)[0])
 
 
 @dataclass(frozen=True)
@@ -30,7 +133,6 @@ class Solver:
     """A solver, and what it claims.
 
     Attributes:
-        name: for people.
         make: the scheduler, with further settings.
         order: power of 1 / steps that its error falls with.
         is_deterministic: whether it follows the ODE.
@@ -42,18 +144,15 @@ class Solver:
     is_deterministic: bool
 
 
-def _multistep(algorithm_type: str) -> Callable[..., TangentScheduler]:
-    return lambda **settings: TangentDPMSolverMultistepScheduler(algorithm_type=algorithm_type, **settings)
-
-
+SDE_MULTISTEP = partial(TangentDPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++")
 SOLVERS = (
     Solver("DDIM", TangentDDIMScheduler, 1, True),
-    Solver("DPM-Solver++ 2M", _multistep("dpmsolver++"), 2, True),
+    Solver("DPM-Solver++ 2M", TangentDPMSolverMultistepScheduler, 2, True),
     Solver("Euler–Maruyama", TangentEulerMaruyamaScheduler, 1, False),
-    Solver("ancestral (eta = 1)", lambda **settings: TangentDDIMScheduler(eta=1.0, **settings), 1, False),
-    Solver("SDE-DPM-Solver++ 2M", _multistep("sde-dpmsolver++"), 2, False),
+    Solver("ancestral (eta = 1)", partial(TangentDDIMScheduler, eta=1.0), 1, False),
+    Solver("SDE-DPM-Solver++ 2M", SDE_MULTISTEP, 2, False),
     Solver("churn, original updated", TangentChurnScheduler, 1, False),
-    Solver("churn, noised updated", lambda **settings: TangentChurnScheduler(update="noised", **settings), 1, False),
+    Solver("churn, noised updated", partial(TangentChurnScheduler, update="noised"), 1, False),
 )
 
 
@@ -63,6 +162,9 @@ def errors(solver: Solver, num_steps: Sequence[int], **settings: str) -> list[fl
     if solver.is_deterministic:
         return [flow_error(scheduler, MIXTURE, steps) for steps in num_steps]
     return [variance_error(scheduler, STD, steps) for steps in num_steps]
+
+
+# 3. Figure and page
 
 
 def plot(measured: dict[Solver, list[float]], num_steps: Sequence[int]) -> Figure:
@@ -90,25 +192,25 @@ def plot(measured: dict[Solver, list[float]], num_steps: Sequence[int]) -> Figur
 def report(measured: dict[Solver, list[float]], num_steps: Sequence[int], command: str) -> str:
     """The errors and the orders as a page."""
     half = len(num_steps) // 2
-    header = ["", "claimed", "measured order", *(f"{steps} NFE" for steps in num_steps)]
-    lines = [
+    columns = ["", "claimed", "measured order", *(f"{steps} NFE" for steps in num_steps)]
+    rows = [
         [
             solver.name,
             str(solver.order),
-            f"{observed_order(list(num_steps)[half:], found[half:]):.2f}",
+            f"{observed_order(num_steps[half:], found[half:]):.2f}",
             *(f"{e:.1e}" for e in found),
         ]
         for solver, found in measured.items()
     ]
-    table = "\n".join(markdown_table(header, lines))
+    table = "\n".join(markdown_table(columns, rows))
     sections = [
         "# Orders of the solvers on data with a known denoiser",
         f"Written by\n\n    {command}",
         table,
-        f"Deterministic solvers: RMS distance, at t_min, of 63 paths from those of the probability-flow ODE of "
-        f"{MIXTURE}. The others: relative error of the variance at t_min for data of standard deviation {STD:g}. The "
-        f"order is the slope over the last {len(num_steps) - half} columns. Float64; no number depends on a seed or "
-        "on the machine.",
+        f"Deterministic solvers: RMS distance, at t_min, of {NUM_PATHS} paths from those of the probability-flow "
+        f"ODE of {MIXTURE}. The others: relative error of the variance at t_min for data of standard deviation "
+        f"{STD:g}. The order is the slope over the last {len(num_steps) - half} columns. Float64; no number depends "
+        "on a seed or on the machine.",
         f"![errors]({NAME}.png)",
     ]
     return "\n\n".join(sections) + "\n"
