@@ -196,11 +196,9 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
     of a stream is the rank's own and is refused by another layout.
 
     Args:
-        dataset: chunks at random access, or the rank's stream.
+        dataset: chunks at random access, or the rank's stream, whose order has a seed of its own.
         batch_size: sequences of one optimiser step over all ranks and passes.
         device_batch_size: B.
-        rank, world_size: of this process.
-        seed: of the order of chunks at random access; a stream has its own.
         num_workers: processes that prepare batches; 0: this one.
 
     Raises:

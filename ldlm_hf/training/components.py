@@ -169,17 +169,10 @@ def build_diffusion_objective(settings: RunSettings) -> JointObjective:
     )
 
 
-def build_pipeline(objective: JointObjective, tokenizer: PreTrainedTokenizerBase) -> LDLMPipeline:
-    """The pipeline of an objective's components, encoders included."""
-    return LDLMPipeline(
-        transformer=objective.transformer,
-        latent_decoder=objective.latent_decoder,
-        token_decoder=objective.token_decoder,
-        tokenizer=tokenizer,
-        scheduler=objective.scheduler,
-        token_encoder=objective.token_encoder,
-        latent_encoder=objective.latent_encoder,
-    )
+def build_pipeline(objective: nn.Module, **others: Any) -> LDLMPipeline:
+    """The pipeline, encoders included, of an objective's components and of others by name."""
+    parts = {name: getattr(objective, name) for name in PARTS if name not in others}
+    return LDLMPipeline(**parts, **others)
 
 
 def save_components(objective: JointObjective, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -120,7 +120,14 @@ def check_finished(run: AblationRun) -> bool:
     saved = run.folder / "settings.yaml"
     if not saved.is_file():
         return False
-    changed = changed_settings(run.settings, saved.read_text(encoding="utf-8"))
+    text = saved.read_text(encoding="utf-8")
+    changed = differences(run.settings, text)
+    changed = [key for key in changed if key in END_OF_RUN or not key.startswith(RESUMABLE_CHANGES)]
+    if "components" in changed:
+        # ROW/seed-K/pipeline, wherever the folder of all runs lies
+        mine, theirs = run.settings.components, yaml.safe_load(text).get("components", "")
+        if Path(mine).parts[-3:] == Path(theirs).parts[-3:]:
+            changed.remove("components")
     if changed:
         raise ValueError(
             f"{run.folder} holds a run whose settings differ in {', '.join(changed)}; delete that folder or name "
@@ -138,34 +145,18 @@ def check_finished(run: AblationRun) -> bool:
     return True
 
 
-def changed_settings(settings: RunSettings | TokenDecoderSettings, saved: str) -> list[str]:
-    """Keys in which the settings differ from those saved by a run, as far as they make it another one."""
-    changed = [
-        key for key in differences(settings, saved) if key in END_OF_RUN or not key.startswith(RESUMABLE_CHANGES)
-    ]
-    if "components" in changed:
-        # ROW/seed-K/pipeline, wherever the folder of all runs lies
-        mine, theirs = settings.components, yaml.safe_load(saved).get("components", "")
-        if Path(mine).parts[-3:] == Path(theirs).parts[-3:]:
-            changed.remove("components")
-    return changed
-
-
 def started_from(run: AblationRun, components: Path) -> bool:
     """Whether the part of a pipeline that training leaves as it is has these components' weights, if still there."""
     part = "transformer" if run.script == TOKEN_DECODER else "token_decoder"
-    return all(
-        same_weights(file, run.pipeline / part / file.name) for file in (components / part).glob("*.safetensors")
-    )
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    """Whether two files of weights hold the same tensors."""
-    if not other.is_file():
-        return False
-    # not the files: another version of the library may have written the same tensors in other words
-    mine, theirs = load_file(one), load_file(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for file in (components / part).glob("*.safetensors"):
+        kept = run.pipeline / part / file.name
+        if not kept.is_file():
+            return False
+        # not the files: another version of the library may have written the same tensors in other words
+        mine, theirs = load_file(file), load_file(kept)
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+            return False
+    return True
 
 
 def read_scores(run: AblationRun, plan: EvaluationPlan) -> dict[str, Any] | None:
@@ -221,7 +212,7 @@ class Plan:
         """Configuration of the base."""
         return self.directory / self.base.config
 
-    @property
+    @cached_property
     def given(self) -> set[str]:
         """Keys of the overrides."""
         return {override.partition("=")[0] for override in self.overrides}

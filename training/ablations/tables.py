@@ -213,7 +213,16 @@ def row_values(row: RowResults) -> dict[str, Any]:
     """A row with every number that went into it."""
     scores = {name: row.over_seeds(name) for name in (*COLUMNS, *COUNTS)}
     accuracy, deviation = row.held_out_accuracy()
-    runs = sorted([*row.measured, *row.problems], key=lambda run: run.seed)
+    runs = []
+    for run in sorted([*row.measured, *row.problems], key=lambda run: run.seed):
+        values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
+        if run in row.problems:
+            values["problem"] = row.problems[run]
+        else:
+            measured = row.measured[run]
+            sampled = measured["pipelines"][0]["sets"][0]["seeds"]
+            values |= {"held_out": read_held_out(run), "hardware": measured["hardware"], "samples": sampled}
+        runs.append(values)
     return {
         "group": row.group,
         "label": row.label,
@@ -221,14 +230,5 @@ def row_values(row: RowResults) -> dict[str, Any]:
         "std": {name: std for name, (_, std) in scores.items()},
         "held_out_accuracy": accuracy,
         "held_out_accuracy_std": deviation,
-        "runs": [run_values(run, row.measured.get(run), row.problems.get(run)) for run in runs],
+        "runs": runs,
     }
-
-
-def run_values(run: AblationRun, scores: dict[str, Any] | None, problem: str | None) -> dict[str, Any]:
-    """A run, and every number that was measured of it."""
-    values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
-    if scores is None:
-        return values | {"problem": problem}
-    sampled = scores["pipelines"][0]["sets"][0]["seeds"]
-    return values | {"held_out": read_held_out(run), "hardware": scores["hardware"], "samples": sampled}

@@ -148,7 +148,7 @@ def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
     logged = {key: column for key, column in FINAL_NUMBERS.items() if any(series(run.log, key)[0] for run in runs)}
     scores = [run.results.sample_scores if run.results else None for run in runs]
     metrics = measured_metrics(*scores)
-    rows = []
+    rows, remarks = [], []
     for run, measured in zip(runs, scores, strict=True):
         cells = [run.name, f"{run.evaluations[-1]['step']:,}"]
         for key, (_, digits) in logged.items():
@@ -157,6 +157,12 @@ def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
         values_of_run = measured.values if measured else {}
         cells += [cell(values_of_run.get(name), None, metric.digits) for name, metric in metrics.items()]
         rows.append(cells)
+        if run.results and run.results.judge and measured:
+            judge = run.results.judge["name"]
+            remarks.append(f"The judge of {run.name} is `{judge}`, over {measured.num_texts} samples.")
+        skipped = series(run.log, "skipped_steps")[1]
+        if skipped and skipped[-1]:
+            remarks.append(f"{run.name} skipped {skipped[-1]:,} steps, whose loss or gradient was not finite.")
     titles = [title for title, _ in logged.values()] + [f"samples' {metric.title}" for metric in metrics.values()]
     return [
         "## Final numbers",
@@ -165,20 +171,8 @@ def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
         "",
         "Held-out numbers are of the averaged weights at the last evaluation; numbers of training text are of the "
         "last line of the log, one batch.",
-        *(remark for run in runs for remark in remarks_on_numbers(run)),
+        *remarks,
     ]
-
-
-def remarks_on_numbers(run: LoggedRun) -> list[str]:
-    """The judge of a run's scores, and the steps that it has skipped."""
-    remarks = []
-    if run.results and run.results.judge and run.results.sample_scores:
-        count = run.results.sample_scores.num_texts
-        remarks.append(f"The judge of {run.name} is `{run.results.judge['name']}`, over {count} samples.")
-    skipped = series(run.log, "skipped_steps")[1]
-    if skipped and skipped[-1]:
-        remarks.append(f"{run.name} skipped {skipped[-1]:,} steps, whose loss or gradient was not finite.")
-    return remarks
 
 
 def training_section(runs: Sequence[LoggedRun], output_dir: Path, smoothing_steps: int) -> list[str]:

@@ -22,7 +22,7 @@ from ...schedulers.scheduling_tangent import TangentScheduler
 from ...schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
 from ...schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
 from ...schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
-from ..components import AUTOENCODER, load_part
+from ..components import AUTOENCODER, build_pipeline, load_part
 from ..held_out import preview
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
@@ -162,14 +162,7 @@ class DistillationRecipe(PipelineRecipe):
 
     def pipeline(self, snapshot: DistillationObjective) -> LDLMPipeline:
         """The student's pipeline."""
-        return LDLMPipeline(
-            transformer=snapshot.transformer,
-            tokenizer=self.tokenizer,
-            scheduler=snapshot.scheduler,
-            token_encoder=snapshot.token_encoder,
-            latent_encoder=snapshot.latent_encoder,
-            **self.decoders,
-        ).to(self.device)
+        return build_pipeline(snapshot, tokenizer=self.tokenizer, **self.decoders).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
