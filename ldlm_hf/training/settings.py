@@ -117,20 +117,10 @@ class OptimizerSettings:
     ema_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        check_settings(
-            type(self).__init__,
-            vars(self),
-            learning_rate="(0, inf)",
-            initial_learning_rate="(0, inf)",
-            lr_warmup_steps="[0, inf)",
-            lr_decay_steps="[0, inf)",
-            weight_decay="[0, inf)",
-            beta1="[0, 1)",
-            beta2="[0, 1)",
-            eps="(0, inf)",
-            max_grad_norm="(0, inf)",
-            ema_decay="[0, 1)",
-        )
+        ranges = dict.fromkeys(("learning_rate", "initial_learning_rate", "eps", "max_grad_norm"), "(0, inf)")
+        ranges |= dict.fromkeys(("lr_warmup_steps", "lr_decay_steps", "weight_decay"), "[0, inf)")
+        ranges |= dict.fromkeys(("beta1", "beta2", "ema_decay"), "[0, 1)")
+        check_settings(type(self).__init__, vars(self), **ranges)
 
 
 @dataclass

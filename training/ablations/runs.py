@@ -212,7 +212,7 @@ class Plan:
         """Configuration of the base."""
         return self.directory / self.base.config
 
-    @cached_property
+    @property
     def given(self) -> set[str]:
         """Keys of the overrides."""
         return {override.partition("=")[0] for override in self.overrides}
