@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..data import StreamedTokenChunks
 
@@ -26,50 +26,52 @@ def global_rows(pass_index: int, rank: int, device_batch_size: int, world_size: 
     return range(first, first + device_batch_size)
 
 
-class ShuffledBatches(Sampler[list[int]]):
-    """Endless batches of one rank, each epoch in a new order that only seed and epoch determine.
+def text_digest(dataset: Dataset[dict[str, torch.Tensor]]) -> str:
+    """Digest of 64 sequences, spread evenly over a data set.
+
+    They are pieces of one stream of tokens, so what is put in or taken out shifts all that come after it.
+    """
+    digest = hashlib.sha256()
+    for index in torch.linspace(0, len(dataset) - 1, 64, dtype=torch.float64).long().tolist():  # type: ignore[arg-type]
+        digest.update(dataset[index]["input_ids"].numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+class ShuffledSource:
+    """Batches of one rank from a data set at random access, each epoch in a new order.
 
     An epoch is `num_sequences // batch_size` optimiser steps; what is left after them is left out, and comes at
     another place of the next epoch. Step s takes the same sequences in the same rows (`global_rows`) however many
-    ranks and passes share it.
-
-    Args:
-        num_sequences: length of the data set.
-        batch_size: sequences of one optimiser step over all ranks and passes.
-        device_batch_size: sequences of one batch of one rank.
-        rank, world_size: which rows of each pass are taken.
-        seed: of the order.
-
-    Attributes:
-        start: sequences that all ranks have taken before; where the next iterator begins.
-
-    Raises:
-        ValueError: fewer sequences than one step takes, or a step that is no whole number of passes.
+    ranks and passes share it. Arguments and errors are those of [`TrainingBatches`].
     """
 
     def __init__(
         self,
-        num_sequences: int,
+        dataset: Dataset[dict[str, torch.Tensor]],
         batch_size: int,
         device_batch_size: int,
         rank: int,
         world_size: int,
         seed: int,
+        loader_arguments: dict[str, Any],
     ):
-        self.num_sequences = num_sequences
+        self.dataset = dataset
+        self.num_sequences = len(dataset)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self.device_batch_size = device_batch_size
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.start = 0
-        self.steps_per_epoch = num_sequences // batch_size
-        if self.steps_per_epoch == 0:
+        self.loader_arguments = loader_arguments
+        self.pass_size = device_batch_size * world_size
+        self.sequences_taken = 0  # by all ranks
+        if self.num_sequences < batch_size:
             raise ValueError(
-                f"The training text has {num_sequences} sequences, fewer than the {batch_size} of one optimiser step; "
-                f"lower loop.batch_size={batch_size} or use more text."
+                f"The training text has {self.num_sequences} sequences, fewer than the {batch_size} of one optimiser "
+                f"step; lower loop.batch_size={batch_size} or use more text."
             )
         self.check_divisible("loop.batch_size", batch_size)
+        self.text_digest = text_digest(dataset)
 
     def check_divisible(self, name: str, sequences: int) -> None:
         """Raises ValueError where so many sequences are no whole number of passes."""
@@ -79,16 +81,13 @@ class ShuffledBatches(Sampler[list[int]]):
                 f"(loop.device_batch_size={self.device_batch_size} × {self.world_size} devices). Change these."
             )
 
-    @property
-    def pass_size(self) -> int:
-        """Sequences of one pass over all devices."""
-        return self.device_batch_size * self.world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
+    def order(self) -> Iterator[list[int]]:
+        """Endless batches of indices from the position on."""
+        steps_per_epoch = self.num_sequences // self.batch_size
         order_epoch, order = -1, torch.empty(0)
-        for taken in itertools.count(self.start, self.pass_size):
+        for taken in itertools.count(self.sequences_taken, self.pass_size):
             step, row = divmod(taken, self.batch_size)
-            epoch, index = divmod(step, self.steps_per_epoch)
+            epoch, index = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
                 # one stream of seeds for all runs of a project would give seed 0, epoch 1 the order of seed 1, epoch 0
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -97,42 +96,16 @@ class ShuffledBatches(Sampler[list[int]]):
             first = index * self.batch_size
             yield order[first + rows.start : first + rows.stop].tolist()
 
-
-def text_digest(dataset: Dataset[dict[str, torch.Tensor]]) -> str:
-    """Digest of 64 sequences, spread evenly over a data set. They are pieces of one stream of tokens, so what is put
-    in or taken out shifts all that come after it.
-    """
-    digest = hashlib.sha256()
-    for index in torch.linspace(0, len(dataset) - 1, 64, dtype=torch.float64).long().tolist():  # type: ignore[arg-type]
-        digest.update(dataset[index]["input_ids"].numpy().tobytes())
-    return digest.hexdigest()[:24]
-
-
-class ShuffledSource:
-    """Batches of a data set at random access, in the order of a `ShuffledBatches`."""
-
-    def __init__(self, dataset: Dataset[dict[str, torch.Tensor]], order: ShuffledBatches, arguments: dict[str, Any]):
-        self.dataset = dataset
-        self.order = order
-        self.arguments = arguments  # of DataLoader
-        self.text_digest = text_digest(dataset)
-
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from the position on, which moves along."""
-        for batch in DataLoader(self.dataset, batch_sampler=self.order, **self.arguments):
-            self.order.start += self.order.pass_size
+        for batch in DataLoader(self.dataset, batch_sampler=self.order(), **self.loader_arguments):
+            self.sequences_taken += self.pass_size
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the order follows from."""
-        order = self.order
-        return {
-            "sequences_taken": order.start,
-            "num_sequences": order.num_sequences,
-            "batch_size": order.batch_size,
-            "seed": order.seed,
-            "text_digest": self.text_digest,
-        }
+        names = ("sequences_taken", "num_sequences", "batch_size", "seed", "text_digest")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a position. ValueError where the saved order is another one, or a pass would straddle it."""
@@ -147,18 +120,14 @@ class ShuffledSource:
                 f"The saved position is of another order of sequences: {', '.join(differing)}. Resume with the same "
                 "text, loop.batch_size and loop.seed, or start a new run."
             )
-        self.order.check_divisible("sequences taken before", state["sequences_taken"])
-        self.order.start = state["sequences_taken"]
+        self.check_divisible("sequences taken before", state["sequences_taken"])
+        self.sequences_taken = state["sequences_taken"]
 
 
 class ReaderBatches(IterableDataset[tuple[dict[str, torch.Tensor], dict[str, Any]]]):
-    """Batches of a stream, each with the position of its reader after it.
+    """Batches of a rank's stream, each with the position of its reader after it.
 
-    Args:
-        stream: the stream of one rank.
-        batch_size: sequences of one batch of that rank.
-        states: position of each reader; None: the start.
-        first: the reader whose turn it is. A `DataLoader` asks its worker 0 first, which therefore takes this reader.
+    A `DataLoader` asks its worker 0 first, which therefore takes the reader `first`, whose turn it is.
     """
 
     def __init__(
@@ -227,11 +196,9 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
     of a stream is the rank's own and is refused by another layout.
 
     Args:
-        dataset: chunks at random access, or the rank's stream.
+        dataset: chunks at random access, or the rank's stream, whose order has a seed of its own.
         batch_size: sequences of one optimiser step over all ranks and passes.
         device_batch_size: B.
-        rank, world_size: of this process.
-        seed: of the order of chunks at random access; a stream has its own.
         num_workers: processes that prepare batches; 0: this one.
 
     Raises:
@@ -255,9 +222,7 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
         if isinstance(dataset, StreamedTokenChunks):
             self._source = StreamSource(dataset, device_batch_size, arguments)
         else:
-            num_sequences = len(dataset)  # type: ignore[arg-type]
-            order = ShuffledBatches(num_sequences, batch_size, device_batch_size, rank, world_size, seed)
-            self._source = ShuffledSource(dataset, order, arguments)
+            self._source = ShuffledSource(dataset, batch_size, device_batch_size, rank, world_size, seed, arguments)
         self._batches: Iterator[dict[str, torch.Tensor]] | None = None
 
     def __next__(self) -> dict[str, torch.Tensor]:
@@ -270,10 +235,6 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
         return self._source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved position.
-
-        Raises:
-            ValueError: the position is of other text, another order, or a layout that the stream cannot go on with.
-        """
+        """Goes on from a saved position; ValueError where it is of other text, another order or another layout."""
         self._source.load_state_dict(state)
         self._batches = None

@@ -43,17 +43,8 @@ def write_checkpoint(
     """Writes a checkpoint, gives it its name once every file is there, and removes the oldest beyond the limit.
 
     Those of later steps, which a run that was taken back to an earlier one has left, neither count nor are removed.
-
-    Args:
-        output_dir: folder of the run.
-        step: optimiser steps done.
-        total_limit: how many checkpoints to keep, at least 1; None keeps all.
-        is_main: whether this is the process that renames and removes.
-        save: writes all files into a folder; called by every process.
-        agree: waits for all processes, and turns what went wrong in one of them into what every one of them knows.
-
-    Raises:
-        OSError: a process could not write, for want of space for example. The checkpoints before are untouched.
+    Every process calls `save`, the main one renames and removes, and `agree` waits for all processes and turns what
+    went wrong in one of them into what every one of them knows: an OSError, the checkpoints before untouched.
     """
     temporary, final = temporary_path(output_dir, step), output_dir / f"checkpoint-{step}"
 
@@ -140,8 +131,7 @@ def damage(checkpoint: Path) -> str | None:
 def resolve_checkpoint(output_dir: Path, request: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint latest|PATH` names; None for `latest` where there is none.
 
-    Raises:
-        OSError: the checkpoint is missing or damaged; the message names the file, and the whole one before it.
+    OSError where it is missing or damaged; the message names the file, and the whole one before it.
     """
     if request == "latest":
         checkpoints = find_checkpoints(output_dir)

@@ -55,11 +55,7 @@ def build_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
 
 
 def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> LDLMTokenEncoder:
-    """The frozen token encoder, not fitted yet.
-
-    Raises:
-        ValueError: a tokenizer or sequence length that does not fit the backbone.
-    """
+    """The frozen token encoder, not fitted yet; ValueError where tokenizer or length do not fit the backbone."""
     token_encoder = LDLMTokenEncoder.from_backbone(
         settings.backbone,
         layer=settings.layer,
@@ -125,11 +121,7 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
 
 
 def build_token_decoder(arguments: dict[str, Any], head_from: str | None = None) -> LDLMTokenDecoder:
-    """A new token decoder; its head may start from the token embeddings of a language model, their mean taken off.
-
-    Raises:
-        ValueError: the head has not the shape of the embeddings.
-    """
+    """A new token decoder; its head may start from the token embeddings of a language model, their mean taken off."""
     token_decoder = LDLMTokenDecoder(LDLMTokenDecoderConfig(**arguments))
     if head_from is None:
         return token_decoder
@@ -160,11 +152,7 @@ def build_objective(
 
 
 def build_diffusion_objective(settings: RunSettings) -> JointObjective:
-    """The objective of a new denoiser on the latents of a frozen autoencoder.
-
-    Raises:
-        ValueError: `model.sequence_length` is not that of the autoencoder.
-    """
+    """The objective of a new denoiser on the latents of a frozen autoencoder of the same sequence length."""
     autoencoder = {name: load_part(settings.components, name) for name in AUTOENCODER}
     config, model = autoencoder["latent_encoder"].config, settings.model
     if model.sequence_length != config.sequence_length:
@@ -181,17 +169,10 @@ def build_diffusion_objective(settings: RunSettings) -> JointObjective:
     )
 
 
-def build_pipeline(objective: JointObjective, tokenizer: PreTrainedTokenizerBase) -> LDLMPipeline:
-    """The pipeline of an objective's components, encoders included."""
-    return LDLMPipeline(
-        transformer=objective.transformer,
-        latent_decoder=objective.latent_decoder,
-        token_decoder=objective.token_decoder,
-        tokenizer=tokenizer,
-        scheduler=objective.scheduler,
-        token_encoder=objective.token_encoder,
-        latent_encoder=objective.latent_encoder,
-    )
+def build_pipeline(objective: nn.Module, **others: Any) -> LDLMPipeline:
+    """The pipeline, encoders included, of an objective's components and of others by name."""
+    parts = {name: getattr(objective, name) for name in PARTS if name not in others}
+    return LDLMPipeline(**parts, **others)
 
 
 def save_components(objective: JointObjective, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

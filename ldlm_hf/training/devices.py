@@ -13,11 +13,7 @@ from .settings import LoopSettings
 
 
 def build_accelerator(settings: LoopSettings) -> Accelerator:
-    """Devices and precision; how many of them, `accelerate launch` says.
-
-    Raises:
-        ValueError: the launcher, or its variables in the environment, set what the run's settings do.
-    """
+    """Devices and precision; ValueError where the launcher or the environment set what the run's settings do."""
     check_precision(settings)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,

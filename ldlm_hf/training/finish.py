@@ -35,22 +35,11 @@ def finish_run(
     language: str | None = None,
     model_id: str | None = None,
 ) -> None:
-    """Gives a trained pipeline its sampler, samples it, scores it beside real text, and writes `samples.md`,
-    `results.json` and the card.
+    """Gives a trained pipeline, saved already, its sampler, samples it, scores it beside real text, and writes
+    `samples.md`, `results.json` and the card.
 
-    Args:
-        pipeline: the trained pipeline, already saved in the run's folder.
-        validation: held-out sequences, the real text of the table. MAUVE is measured if there are twice as many of
-            them as samples.
-        settings: the run's settings.
-        results: the final evaluation.
-        seconds: what training took.
-        license: identifier of the model's licence on the Hub; not guessed.
-        language: code of the language of the training text.
-        model_id: the model's id on the Hub.
-
-    Raises:
-        ValueError: a learned time grid for `evaluation.sampler`, and a run that has not seen every time yet.
+    MAUVE is measured if there are twice as many held-out sequences as samples. ValueError where `evaluation.sampler`
+    has a learned time grid and the run has not seen every time yet.
     """
     evaluation, output_dir = settings.evaluation, Path(settings.loop.output_dir)
     sampler = Sampler.parse(evaluation.sampler)
@@ -96,12 +85,13 @@ def describe(settings: TrainingSettings, sequence_length: int) -> RunResults:
     """What settings alone say of a run. No path of the machine is left in it."""
     values = flatten(asdict(settings))
     keys = [key for key in differences(settings, to_yaml(type(settings)())) if key in values]
+    token_encoder = None
+    if isinstance(settings, RunSettings) and not settings.components:
+        token_encoder = source(settings.model.backbone)
     return RunResults(
         changed_settings={key: without_path(values[key]) for key in keys if key not in MACHINE_SETTINGS},
         sequence_length=sequence_length,
         corpus=source(settings.data.source),
-        token_encoder=source(settings.model.backbone)
-        if isinstance(settings, RunSettings) and not settings.components
-        else None,
+        token_encoder=token_encoder,
         components=source(settings.components) if settings.components else None,
     )

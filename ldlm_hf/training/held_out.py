@@ -37,8 +37,7 @@ def reconstruction(
 def diffusion_loss_at(
     objective: JointObjective, sequences: torch.Tensor, times: torch.Tensor, batch_size: int, device: torch.device
 ) -> list[float]:
-    """Held-out diffusion loss at each of `times` (in [0, 1], of shape (G,)), with the same noise for a sequence at
-    each call, in batches of any size.
+    """Held-out diffusion loss at each of `times` (G,), in [0, 1]; a sequence has the same noise at each call.
 
     The sequences are dealt out to the times in turn, so there must be at least as many of them; with fewer, the times
     behind the last one are left out.

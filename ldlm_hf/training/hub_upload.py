@@ -29,15 +29,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class HubUploads:
-    """The uploads of one run to one repository, which exists from the start: a wrong token shows before training.
-
-    Args:
-        model_id: repository; created if it does not exist.
-        private: whether a new one is private; None is the organisation's default.
-
-    Raises:
-        OSError: the Hub refuses or cannot be reached.
-    """
+    """The uploads of one run to one repository, made at the start: a wrong token (OSError) shows before training."""
 
     def __init__(self, model_id: str, private: bool | None):
         self.api = HfApi()

@@ -23,13 +23,7 @@ from .tracking import log_figure, log_samples, loss_over_time_figure, start_trac
 
 
 class Journal:
-    """Writes down what the loop has measured; every process calls it, and the main one writes.
-
-    Args:
-        accelerator: with the run's trackers.
-        settings: of the run.
-        estimate: what FLOPs a token takes, and what the devices can do; None logs no share of their peak.
-    """
+    """Writes down what the loop has measured; every process calls it, and the main one writes."""
 
     def __init__(self, accelerator: Accelerator, settings: LoopRunSettings, estimate: RunEstimate | None):
         self.accelerator = accelerator
@@ -62,10 +56,6 @@ class Journal:
         """Time that went into something else than steps: it does not count in tokens a second."""
         self.since += seconds
 
-    def close(self) -> None:
-        """Ends the progress bar."""
-        self.progress.close()
-
     def log_step(
         self,
         step: int,
@@ -75,16 +65,7 @@ class Journal:
         tokens_per_step: int,
         skipped_steps: int,
     ) -> None:
-        """Writes the line of the log after `step` steps.
-
-        Args:
-            step: optimiser steps done.
-            values: scalars of this rank's part of the last step; their means over all ranks are logged.
-            recipe_values: the recipe's own.
-            learning_rate: of the last step.
-            tokens_per_step: over all devices.
-            skipped_steps: steps so far that were not finite.
-        """
+        """Writes the line of the log after `step` steps, with the means over all ranks of this one's `values`."""
         seconds_per_step = (time.perf_counter() - self.since) / (step - self.logged_step)
         tokens_per_second = tokens_per_step / seconds_per_step
         means = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), reduction="mean")

@@ -20,7 +20,7 @@ from ..loading.settings_reader import load_settings, to_yaml
 from .components import compile_blocks, count_parameters, trained_components
 from .devices import build_accelerator
 from .finish import finish_run
-from .flops import RunEstimate, device_peak, estimate_run
+from .flops import device_peak, estimate_run
 from .hub_upload import HubUploads, add_hub_arguments
 from .loop import TrainingLoop, split_batch
 from .recipe import PipelineRecipe
@@ -31,10 +31,6 @@ from .tracking import check_trackers
 
 def run(recipe_class: type[PipelineRecipe], description: str) -> None:
     """Trains a recipe as the command line says, and scores the pipeline that comes out of it.
-
-    Args:
-        recipe_class: what is trained.
-        description: of the script, for `--help`.
 
     Raises:
         ValueError, OSError: before any training, where settings, text or folders would stop it later.
@@ -55,12 +51,15 @@ def run(recipe_class: type[PipelineRecipe], description: str) -> None:
     recipe.build(train, held_out)
     speed_up(recipe.module, settings.loop)
     print_overview(settings, recipe.module, recipe.sequence_length, accelerator)
+    peak = device_peak(accelerator.device, settings.loop.mixed_precision, settings.loop.peak_tflops)
+    estimate = estimate_run(recipe.module, settings.loop, recipe.sequence_length, accelerator.num_processes, peak)
+    accelerator.print(estimate.summary())
     loop = TrainingLoop(
         recipe,
         train,
         accelerator,
         settings,
-        estimate(recipe.module, settings.loop, recipe.sequence_length, accelerator),
+        estimate,
         checkpoint,
         on_checkpoint=uploads.push_checkpoint if uploads is not None and arguments.push_checkpoints else None,
     )
@@ -113,13 +112,7 @@ def prepare_run(
     scheduler: SchedulerMixin | None,
 ) -> tuple[Path | None, HubUploads | None]:
     """Finds out, before any work is done, what would stop the run later: folder, checkpoint, trackers, sampler, judge,
-    Hub.
-
-    Args:
-        scheduler: of the trained pipeline, which `evaluation.sampler` is made from; None where there will be none.
-
-    Returns:
-        the checkpoint to go on from, and on the main process where to upload to; None where there is no such.
+    Hub. Returns the checkpoint to go on from and, on the main process, where to upload to, if there are such.
     """
     checkpoint = check_output_dir(settings, arguments.resume_from_checkpoint, arguments.overwrite_output_dir)
     check_trackers(settings.loop.trackers)
@@ -173,16 +166,6 @@ def print_overview(
         f"{accumulation_steps} accumulated passes, {sequence_length} tokens a sequence; "
         f"{human_count(tokens * settings.loop.max_steps)} tokens in {settings.loop.max_steps:,} steps"
     )
-
-
-def estimate(
-    objective: nn.Module, settings: LoopSettings, sequence_length: int, accelerator: Accelerator
-) -> RunEstimate:
-    """Counts the run's FLOPs, finds its devices' peak, and prints both, with the time that they come to."""
-    peak = device_peak(accelerator.device, settings.mixed_precision, settings.peak_tflops)
-    result = estimate_run(objective, settings, sequence_length, accelerator.num_processes, peak)
-    accelerator.print(result.summary())
-    return result
 
 
 def speed_up(objective: nn.Module, settings: LoopSettings) -> None:

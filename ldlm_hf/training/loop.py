@@ -37,18 +37,12 @@ from .stopping import StopRequest
 
 @dataclass
 class TakenStep:
-    """What an optimiser step has left on the device, until it is read back.
+    """What an optimiser step has left on the device, until it is read back."""
 
-    Attributes:
-        number: of the step, from 1.
-        loss, gradient_norm: scalars, the same on all ranks.
-        observations: of this rank's rows, each of shape (accumulated passes * B,).
-    """
-
-    number: int
-    loss: torch.Tensor
-    gradient_norm: torch.Tensor
-    observations: tuple[torch.Tensor, ...]
+    number: int  # from 1
+    loss: torch.Tensor  # of all ranks
+    gradient_norm: torch.Tensor  # of all ranks
+    observations: tuple[torch.Tensor, ...]  # of this rank's rows, each (accumulated passes * B,)
 
 
 class TrainingLoop:
@@ -59,7 +53,7 @@ class TrainingLoop:
         dataset: training sequences; items hold `input_ids` (L,).
         accelerator: devices and precision.
         settings: the settings of the run, saved beside it.
-        estimate: what the run costs, as [`launch.estimate`] counts it; None logs no share of the devices' peak.
+        estimate: what the run costs, as [`flops.estimate_run`] counts it; None logs no share of the devices' peak.
         checkpoint: folder to go on from, as [`check_output_dir`] has found it; None starts anew.
         on_checkpoint: called on the main process with each checkpoint's folder.
 
@@ -104,17 +98,15 @@ class TrainingLoop:
     def run(self, save: Callable[[nn.Module], None]) -> Evaluation | None:
         """Trains to the last step and returns the final evaluation; None if the run was asked to stop before.
 
-        All processes return alike; the evaluation is the main process's.
-
-        Args:
-            save: is given the EMA weights on the main process at the end, before the evaluation, which may fail.
+        All processes return alike; the evaluation is the main process's. There, `save` is given the EMA weights before
+        the evaluation, which may fail.
         """
         if self.accelerator.is_main_process:
             claim_output_dir(self.settings)
         self.accelerator.wait_for_everyone()
         self.journal.start(self.state.step)
         stopped = self.train()
-        self.journal.close()
+        self.journal.progress.close()
         result = None
         if not stopped:
             self.update_snapshot()
@@ -162,11 +154,12 @@ class TrainingLoop:
         update where `found_inf` says so, on the device.
         """
         values, observations = self.accumulate_gradients()
-        optimizer = self.state.optimizer
+        optimizer, settings = self.state.optimizer, self.settings.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.state.step)
-        max_grad_norm = self.settings.optimizer.max_grad_norm
-        gradient_norm = whole(self.accelerator.clip_grad_norm_(self.state.parameters, max_grad_norm))
+            group["lr"] = learning_rate_at(self.state.step, settings, self.settings.loop.max_steps)
+        gradient_norm = self.accelerator.clip_grad_norm_(self.state.parameters, settings.max_grad_norm)
+        if isinstance(gradient_norm, DTensor):
+            gradient_norm = gradient_norm.full_tensor()
         # every rank sees the same norm and the same mean loss, so all of them skip or none does
         loss = self.accelerator.reduce(values["loss"], reduction="mean")
         finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
@@ -200,10 +193,6 @@ class TrainingLoop:
                 share = value.detach() / self.accumulation_steps
                 values[name] = values[name] + share if name in values else share
         return values, tuple(torch.cat(parts).detach() for parts in zip(*observations, strict=True))
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
-        return learning_rate_at(step, self.settings.optimizer, self.settings.loop.max_steps)
 
     def read_back(self) -> None:
         """Brings what the steps since the last call have shown to the host, and to the recipe; waits for the
@@ -255,7 +244,7 @@ class TrainingLoop:
             step,
             values,
             self.recipe.log_values(step - 1),
-            self.learning_rate(step - 1),
+            learning_rate_at(step - 1, self.settings.optimizer, self.settings.loop.max_steps),
             self.tokens_per_step,
             self.state.nonfinite_steps,
         )
@@ -276,11 +265,7 @@ class TrainingLoop:
         return result
 
     def save_checkpoint(self, required: bool) -> None:
-        """Saves all that a resumed run needs. Where that fails, training goes on, unless the checkpoint is required.
-
-        Raises:
-            OSError: a required checkpoint could not be written.
-        """
+        """Saves all that a resumed run needs; training goes on where that fails, unless it is `required`."""
         self.read_back()
         is_main = self.accelerator.is_main_process
         try:
@@ -303,11 +288,7 @@ class TrainingLoop:
 
 
 def split_batch(settings: LoopSettings, world_size: int) -> tuple[int, int]:
-    """Sequences of one pass on one device, and passes that are accumulated to the whole batch.
-
-    Raises:
-        ValueError: the batch does not split evenly.
-    """
+    """Sequences of one pass on one device, and passes that are accumulated to the whole batch."""
     if settings.batch_size % world_size:
         raise ValueError(
             f"loop.batch_size={settings.batch_size} does not split evenly over {world_size} devices; use a multiple."
@@ -328,8 +309,3 @@ def learning_rate_at(step: int, settings: OptimizerSettings, max_steps: int) -> 
     remaining = min(1.0, (max_steps - step) / settings.lr_decay_steps) if settings.lr_decay_steps else 1.0
     rise = settings.learning_rate - settings.initial_learning_rate
     return remaining * (settings.initial_learning_rate + progress * rise)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor put together; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -14,19 +14,12 @@ import torch
 
 @dataclass(frozen=True)
 class RowRandomness:
-    """The random numbers of some rows of one step's whole batch.
-
-    Attributes:
-        seed: of the run.
-        step: optimiser steps done before.
-        rows: places in the whole batch.
-        batch_size: rows of the whole batch.
-    """
+    """The random numbers of some rows of one step's whole batch."""
 
     seed: int
-    step: int
-    rows: range
-    batch_size: int
+    step: int  # optimiser steps done before
+    rows: range  # places in the whole batch
+    batch_size: int  # rows of the whole batch
 
     def uniform(self) -> torch.Tensor:
         """A number in [0, 1) for each row, float64 of shape (rows,), on the CPU."""

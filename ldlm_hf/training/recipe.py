@@ -22,12 +22,8 @@ from .settings import TrainingSettings
 
 @dataclass
 class StepLosses:
-    """What a recipe computes on one batch.
-
-    Attributes:
-        total: the loss that is minimised.
-        values: scalars for the log.
-        observations: tensors of shape (B,) that `Recipe.observe` is given, gathered from all ranks.
+    """What a recipe computes on one batch: the loss that is minimised, scalars for the log, and tensors of shape (B,)
+    that `Recipe.observe` is given, gathered from all ranks.
     """
 
     total: torch.Tensor
@@ -37,12 +33,8 @@ class StepLosses:
 
 @dataclass
 class Evaluation:
-    """What a recipe has measured on held-out text.
-
-    Attributes:
-        values: numbers for the log; those with a `/` in their names are left out of the printed summary.
-        texts: a few samples.
-        loss_over_time: pairs of t and the diffusion loss there.
+    """What a recipe has measured on held-out text: numbers for the log, of which those with a `/` in their names are
+    left out of the printed summary, a few samples, and pairs of t and the diffusion loss there.
     """
 
     values: dict[str, float]

@@ -44,10 +44,8 @@ def check_output_dir(settings: TrainingSettings, resume_from_checkpoint: str | N
     """The checkpoint to go on from, if any; writes nothing, so that it can be asked before any work is done.
 
     `latest` is the standing flag of a job that may be queued again: where no step was taken yet it starts the run.
-
-    Raises:
-        ValueError: the folder holds another run.
-        OSError: the checkpoint is missing or damaged, or there is none of a run that has taken steps.
+    ValueError where the folder holds another run, OSError where the checkpoint of one that has taken steps is missing
+    or damaged.
     """
     output_dir = Path(settings.loop.output_dir)
     checkpoint = None

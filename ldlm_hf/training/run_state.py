@@ -24,15 +24,8 @@ TRAINED_WEIGHTS = "model.safetensors"
 class RunState:
     """Weights, optimiser, EMA weights, position in the text, the recipe's state and counters.
 
-    Args:
-        recipe: its module is trained; wrapped or sharded here.
-        batches: of the training text.
-        accelerator: devices and precision.
-        settings: of the optimiser.
-
     Attributes:
-        module: the recipe's, as accelerate has prepared it.
-        optimizer: accelerate's, around AdamW.
+        module: the recipe's, as accelerate has wrapped or sharded it.
         parameters: the trained ones.
         ema: their exponential moving average; of sharded parameters this rank's part.
         step: optimiser steps done.
@@ -98,11 +91,7 @@ class RunState:
             torch.save(state, folder / "run_state.pt")
 
     def load(self, checkpoint: Path) -> None:
-        """Loads a checkpoint.
-
-        Raises:
-            ValueError: it was written by another kind of run, or its data's position belongs to another layout.
-        """
+        """Loads a checkpoint; ValueError where it is of another kind of run or of another layout."""
         rank = self.accelerator.process_index
         state = torch.load(checkpoint / "run_state.pt", map_location="cpu", weights_only=True)
         self.check_layout(checkpoint, state)

@@ -65,14 +65,8 @@ class ModelSettings:
     scheduler: dict[str, Any] = arguments_of(TangentEulerMaruyamaScheduler.__init__)
 
     def __post_init__(self) -> None:
-        check_settings(
-            type(self).__init__,
-            vars(self),
-            statistics_sequences="[1, inf)",
-            sequence_length="[1, inf)",
-            num_latents="[1, inf)",
-            latent_size="[1, inf)",
-        )
+        sizes = ("statistics_sequences", "sequence_length", "num_latents", "latent_size")
+        check_settings(type(self).__init__, vars(self), **dict.fromkeys(sizes, "[1, inf)"))
 
 
 @dataclass
@@ -123,20 +117,10 @@ class OptimizerSettings:
     ema_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        check_settings(
-            type(self).__init__,
-            vars(self),
-            learning_rate="(0, inf)",
-            initial_learning_rate="(0, inf)",
-            lr_warmup_steps="[0, inf)",
-            lr_decay_steps="[0, inf)",
-            weight_decay="[0, inf)",
-            beta1="[0, 1)",
-            beta2="[0, 1)",
-            eps="(0, inf)",
-            max_grad_norm="(0, inf)",
-            ema_decay="[0, 1)",
-        )
+        ranges = dict.fromkeys(("learning_rate", "initial_learning_rate", "eps", "max_grad_norm"), "(0, inf)")
+        ranges |= dict.fromkeys(("lr_warmup_steps", "lr_decay_steps", "weight_decay"), "[0, inf)")
+        ranges |= dict.fromkeys(("beta1", "beta2", "ema_decay"), "[0, 1)")
+        check_settings(type(self).__init__, vars(self), **ranges)
 
 
 @dataclass
@@ -180,20 +164,12 @@ class LoopSettings:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        check_settings(
-            type(self).__init__,
-            vars(self),
-            seed=f"[0, {2**32})",  # what numpy takes
-            max_steps="[1, inf)",
-            batch_size="[1, inf)",
-            device_batch_size="[1, inf)",
-            dataloader_workers="[0, inf)",
-            logging_steps="[1, inf)",
-            checkpointing_steps="[1, inf)",
-            checkpoints_total_limit="[1, inf)",
-            max_nonfinite_steps="[1, inf)",
-            peak_tflops="(0, inf)",
-        )
+        sizes = ("max_steps", "batch_size", "device_batch_size")
+        frequencies = ("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "max_nonfinite_steps")
+        ranges = dict.fromkeys(sizes + frequencies, "[1, inf)")
+        # seeds are what numpy takes
+        ranges |= {"seed": f"[0, {2**32})", "dataloader_workers": "[0, inf)", "peak_tflops": "(0, inf)"}
+        check_settings(type(self).__init__, vars(self), **ranges)
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(
                 f"mixed_precision={self.mixed_precision!r} must be 'no' or 'bf16'; float16's range does not hold the "
@@ -231,18 +207,10 @@ class EvaluationSettings:
     judge_batch_size: int = 8
 
     def __post_init__(self) -> None:
-        check_settings(
-            type(self).__init__,
-            vars(self),
-            every="[0, inf)",
-            num_sequences="[1, inf)",
-            grid_size="[1, inf)",
-            batch_size="[1, inf)",
-            num_samples="[0, inf)",
-            num_preview_samples="[0, inf)",
-            num_inference_steps="[1, inf)",
-            judge_batch_size="[1, inf)",
-        )
+        positive = ("num_sequences", "grid_size", "batch_size", "num_inference_steps", "judge_batch_size")
+        ranges = dict.fromkeys(positive, "[1, inf)")
+        ranges |= dict.fromkeys(("every", "num_samples", "num_preview_samples"), "[0, inf)")
+        check_settings(type(self).__init__, vars(self), **ranges)
         if arguments := Sampler.parse(self.sampler).arguments:
             raise ValueError(
                 f"sampler={self.sampler!r}: {', '.join(name for name, _ in arguments)} goes with the pipeline's "

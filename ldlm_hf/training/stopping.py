@@ -17,11 +17,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether the run shall stop, agreed on by all processes whichever of them got the signal.
+    """Whether the run shall stop, agreed on by all processes whichever of them got the signal; a context manager.
 
     The processes agree through a group of the CPU's own, one call behind, so that no accelerator is waited for.
-
-    Use as a context manager; on leaving it, the signals mean what they meant before.
     """
 
     def __init__(self) -> None:

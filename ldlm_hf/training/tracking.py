@@ -46,12 +46,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def start_trackers(accelerator: Accelerator, output_dir: str | Path, config: Mapping[str, Any], resumed: bool) -> None:
     """Starts the accelerator's trackers; the run is called what its folder is called, in the project `ldlm`.
 
-    Args:
-        accelerator: built with `log_with`, and with the run's folder as `project_dir`.
-        output_dir: the run's folder. wandb's own files go there too, unless `WANDB_DIR` names another.
-        config: settings; numbers and strings.
-        resumed: whether the run goes on from a checkpoint; trackio then goes on with its run of that name. wandb
-            begins another of the same name, unless its `WANDB_RUN_ID` and `WANDB_RESUME` say which to go on with.
+    wandb's files go into that folder, unless `WANDB_DIR` names another. Where a run is resumed, trackio goes on with
+    its run of that name; wandb begins another, unless `WANDB_RUN_ID` and `WANDB_RESUME` say which to go on with.
     """
     name = Path(output_dir).resolve().name
     accelerator.init_trackers(
@@ -107,15 +103,7 @@ def figure_image(figure: Figure) -> np.ndarray:
 
 
 def loss_over_time_figure(grid: Sequence[tuple[float, float]], step: int) -> Figure:
-    """The held-out diffusion loss over t, as it is drawn for the model card.
-
-    Args:
-        grid: times in [0, 1] and losses.
-        step: optimiser steps done.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The held-out diffusion loss over t, as pairs of t and loss, drawn as for the model card."""
     from ..hub.training_curves import GRID_PREFIX, plot_diffusion_loss
 
     return plot_diffusion_loss([{"step": step} | {f"{GRID_PREFIX}{t}": loss for t, loss in grid}])

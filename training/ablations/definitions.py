@@ -27,18 +27,9 @@ SETTINGS_CLASSES: dict[str, type[RunSettings] | type[TokenDecoderSettings]] = {
 
 @dataclass
 class EvaluationPlan:
-    """How the runs of a base are evaluated.
+    """How the runs of a base are evaluated; without a judge, generative perplexity and MAUVE are left out."""
 
-    Attributes:
-        num_samples: texts of one sampling seed.
-        sampling_seeds: how many sampling seeds.
-        steps: sampling steps.
-        judge: causal language model; None leaves generative perplexity and MAUVE out.
-        batch_size: texts sampled at once.
-        judge_batch_size: texts of one pass of the judge.
-    """
-
-    num_samples: int = 1000
+    num_samples: int = 1000  # of each sampling seed
     sampling_seeds: int = 5
     steps: int = 256
     judge: str | None = "openai-community/gpt2-large"
@@ -52,42 +43,27 @@ class EvaluationPlan:
 
 @dataclass
 class Base:
-    """What is ablated. Files are named relative to that of the ablations.
+    """What is ablated. Files are named relative to that of the ablations."""
 
-    Attributes:
-        config: configuration of the default row.
-        accelerate: configuration of `accelerate launch`.
-        overrides: settings that all rows of this base share, over the configuration.
-        evaluation: how its runs are evaluated.
-        token_decoder: fields of `LDLMTokenDecoderConfig` of the token decoders that are trained afterwards.
-    """
-
-    config: str = ""
-    accelerate: str = ""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    config: str = ""  # of the default row
+    accelerate: str = ""  # of `accelerate launch`
+    overrides: dict[str, Any] = field(default_factory=dict)  # of all rows
     evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
+    # fields of `LDLMTokenDecoderConfig` of the token decoders that are trained afterwards
     token_decoder: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Row:
-    """One training run.
-
-    Attributes:
-        overrides: dotted settings.
-        factors: dotted settings and what the base's value is multiplied by, a number or a fraction such as `1/3`.
-        bases: overrides for one base only, by its name.
-        script: the training script.
-        needs: the row whose pipeline this one starts from.
-        note: for the reader of a table that shows the row.
-    """
+    """One training run."""
 
     overrides: dict[str, Any] = field(default_factory=dict)
+    # what the base's value is multiplied by, a number or a fraction such as `1/3`
     factors: dict[str, Any] = field(default_factory=dict)
-    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides for one base only
     script: str = JOINT
-    needs: str | None = None
-    note: str | None = None
+    needs: str | None = None  # the row whose pipeline this one starts from
+    note: str | None = None  # for the reader of a table that shows the row
 
 
 @dataclass
@@ -123,12 +99,7 @@ class Ablations:
 
 
 def read_ablations(path: Path) -> Ablations:
-    """Reads and checks a file of ablations.
-
-    Raises:
-        OSError: the file is not there.
-        ValueError: an unknown key, or a name that is not defined.
-    """
+    """Reads and checks a file of ablations; ValueError for an unknown key, or a name that is not defined."""
     if not path.is_file():
         raise OSError(f"--config {str(path)!r}: there is no such file of ablations.")
     node = parse(path.read_text(encoding="utf-8"), str(path))
@@ -183,11 +154,7 @@ def check_known(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def selected_rows(ablations: Ablations, tables: Sequence[str], rows: Sequence[str] | None) -> list[str]:
-    """Names of the rows asked for: those given, or all of the tables, each once.
-
-    Raises:
-        ValueError: an unknown table or row, or nothing asked for.
-    """
+    """Names of the rows asked for: those given, or all of the tables, each once."""
     for table in tables:
         check_known("table", table, ablations.tables)
     known = dict.fromkeys(name for table in tables for name in ablations.tables[table].rows)

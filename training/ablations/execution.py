@@ -78,11 +78,7 @@ def check_evaluation(evaluation: EvaluationPlan) -> None:
 
 
 class CommandRunner:
-    """Runs commands of `accelerate launch`, each in a process group of its own, until it is asked to stop.
-
-    Attributes:
-        is_stopped: whether it was.
-    """
+    """Runs commands of `accelerate launch`, each in a process group of its own, until it is asked to stop."""
 
     is_stopped = False
 
@@ -94,10 +90,8 @@ class CommandRunner:
     def run(self, command: list[str], log: Path) -> int:
         """Runs a command, its output appended to a file, and returns its exit status.
 
-        Its processes keep the lock as long as they run, also where this one is killed and leaves them behind.
-
-        Raises:
-            OSError: it cannot be started, or no more shall be.
+        Its processes keep the lock as long as they run, also where this one is killed and leaves them behind. OSError
+        where the command cannot be started, or no more shall be.
         """
         if self.is_stopped:
             raise InterruptedError("asked to stop")
@@ -142,17 +136,9 @@ def signal_group(process: subprocess.Popen, number: int) -> bool:
 def run_all(
     runs: Sequence[AblationRun], scored: set[AblationRun], plan: Plan, jobs: int, runner: CommandRunner
 ) -> dict[AblationRun, str | None]:
-    """Works on runs, each as soon as what it needs is there.
+    """Works on runs, `jobs` at a time, each as soon as what it needs is there; what each has failed by, if anything.
 
-    Args:
-        runs: with all that they need.
-        scored: those that are evaluated.
-        plan: what they are of.
-        jobs: how many at the same time.
-        runner: of their commands.
-
-    Returns:
-        what each has failed by; None for those that went well.
+    All that a run needs is among them; those of `scored` are evaluated, too.
     """
     order = TopologicalSorter({run: [] if run.needs is None else [run.needs] for run in runs})
     order.prepare()
@@ -188,12 +174,7 @@ def work_on(run: AblationRun, is_blocked: bool, is_scored: bool, plan: Plan, run
 
 
 def train_and_evaluate(run: AblationRun, plan: Plan, is_scored: bool, runner: CommandRunner) -> None:
-    """Runs the commands that a run still needs.
-
-    Raises:
-        OSError: one could not be started.
-        ValueError: one has failed, or the folder holds another run.
-    """
+    """Runs the commands that a run still needs; OSError or ValueError where one has failed."""
     if check_finished(run):
         print(f"{run.name}: is trained already", flush=True)
     else:
@@ -208,24 +189,16 @@ def train_and_evaluate(run: AblationRun, plan: Plan, is_scored: bool, runner: Co
 
 
 def execute(what: str, command: list[str], run: AblationRun, runner: CommandRunner) -> str:
-    """Runs a command of a run; how it has ended, for people.
-
-    Raises:
-        OSError: it could not be started.
-    """
+    """Runs a command of a run; how it has ended, for people."""
     print(f"{run.name}: {what}, log in {shown(run.log)}", flush=True)
     earlier = run.log.stat().st_size if run.log.is_file() else 0
     try:
         status = runner.run(command, run.log)
     except OSError as error:
         raise OSError(f"could not be started: {error}") from error
-    said = last_words(run.log.read_bytes()[earlier:].decode(errors="replace"))
-    return f"{what} ended with status {status}: {said} (log: {shown(run.log)})"
-
-
-def last_words(printed: str) -> str:
-    """The line of a command's output that says best how it has ended: its last error, or its last line."""
+    printed = run.log.read_bytes()[earlier:].decode(errors="replace")
     lines = [line for line in printed.splitlines() if line.strip()]
     # the launcher's own complaint about a process that has failed comes after what that process says
     errors = [line for line in lines if "Error" in line and "CalledProcessError" not in line]
-    return (errors or lines or ["no output"])[-1].strip()[:400]
+    said = (errors or lines or ["no output"])[-1].strip()[:400]
+    return f"{what} ended with status {status}: {said} (log: {shown(run.log)})"

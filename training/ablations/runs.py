@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import math
 from collections.abc import Iterable
@@ -54,33 +53,19 @@ SHARED_SECTIONS = ("data", "optimizer", "loop", "evaluation")
 
 @dataclass(frozen=True)
 class AblationRun:
-    """A row with a seed: one training run and its folder.
-
-    Attributes:
-        row: name of the row.
-        seed: of the training.
-        script: the training script.
-        config: the base's configuration; None where the overrides hold everything.
-        overrides: `key=value`, over the configuration.
-        folder: of the run.
-        needs: the run whose pipeline this one starts from.
-    """
+    """A row with a seed: one training run and its folder."""
 
     row: str
     seed: int
     script: str
-    config: Path | None
+    config: Path | None  # None where the overrides hold everything
     overrides: tuple[str, ...]
     folder: Path
-    needs: AblationRun | None = None
+    needs: AblationRun | None  # whose pipeline this one starts from
 
     @cached_property
     def settings(self) -> RunSettings | TokenDecoderSettings:
-        """The merged settings.
-
-        Raises:
-            ValueError: as of `load_settings`.
-        """
+        """The merged settings; errors are those of `load_settings`."""
         config = None if self.config is None else str(self.config)
         return load_settings(SETTINGS_CLASSES[self.script], config, self.overrides)
 
@@ -130,14 +115,19 @@ def with_needs(runs: Iterable[AblationRun]) -> list[AblationRun]:
 def check_finished(run: AblationRun) -> bool:
     """Whether what a run writes last is there.
 
-    Raises:
-        ValueError: the folder holds a run with other settings, or one that started from other components than those
-            that are there now.
+    ValueError where the folder holds a run with other settings, or one that started from components that have changed.
     """
     saved = run.folder / "settings.yaml"
     if not saved.is_file():
         return False
-    changed = changed_settings(run.settings, saved.read_text(encoding="utf-8"))
+    text = saved.read_text(encoding="utf-8")
+    changed = differences(run.settings, text)
+    changed = [key for key in changed if key in END_OF_RUN or not key.startswith(RESUMABLE_CHANGES)]
+    if "components" in changed:
+        # ROW/seed-K/pipeline, wherever the folder of all runs lies
+        mine, theirs = run.settings.components, yaml.safe_load(text).get("components", "")
+        if Path(mine).parts[-3:] == Path(theirs).parts[-3:]:
+            changed.remove("components")
     if changed:
         raise ValueError(
             f"{run.folder} holds a run whose settings differ in {', '.join(changed)}; delete that folder or name "
@@ -155,37 +145,18 @@ def check_finished(run: AblationRun) -> bool:
     return True
 
 
-def changed_settings(settings: RunSettings | TokenDecoderSettings, saved: str) -> list[str]:
-    """Keys in which the settings differ from those saved by a run, as far as they make it another one."""
-    changed = [
-        key for key in differences(settings, saved) if key in END_OF_RUN or not key.startswith(RESUMABLE_CHANGES)
-    ]
-    if "components" in changed:
-        # ROW/seed-K/pipeline, wherever the folder of all runs lies
-        mine, theirs = settings.components, yaml.safe_load(saved).get("components", "")
-        if Path(mine).parts[-3:] == Path(theirs).parts[-3:]:
-            changed.remove("components")
-    return changed
-
-
 def started_from(run: AblationRun, components: Path) -> bool:
-    """Whether a finished pipeline has the weights of these components in the part that training leaves as it is; True
-    if they are not there any more."""
+    """Whether the part of a pipeline that training leaves as it is has these components' weights, if still there."""
     part = "transformer" if run.script == TOKEN_DECODER else "token_decoder"
-    return all(
-        same_weights(file, run.pipeline / part / file.name) for file in (components / part).glob("*.safetensors")
-    )
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    """Whether two files of weights hold the same tensors."""
-    if not other.is_file():
-        return False
-    if filecmp.cmp(one, other):
-        return True
-    # another version of the library may have written the same tensors in other words
-    mine, theirs = load_file(one), load_file(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for file in (components / part).glob("*.safetensors"):
+        kept = run.pipeline / part / file.name
+        if not kept.is_file():
+            return False
+        # not the files: another version of the library may have written the same tensors in other words
+        mine, theirs = load_file(file), load_file(kept)
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+            return False
+    return True
 
 
 def read_scores(run: AblationRun, plan: EvaluationPlan) -> dict[str, Any] | None:
@@ -215,25 +186,15 @@ def read_held_out(run: AblationRun) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How rows become runs: a base at a scale, in a folder.
-
-    Attributes:
-        ablations: what there is.
-        directory: folder of the ablations' file, which its bases' files are named relative to.
-        base_name: of the base.
-        scale: factor on the steps.
-        overrides: `key=value` for all rows: over the base, and under what a row sets.
-        evaluation: how its runs are evaluated.
-        root: folder that a row's folders are made in.
-    """
+    """How rows become runs: a base at a scale, in a folder."""
 
     ablations: Ablations
-    directory: Path
+    directory: Path  # of the ablations' file
     base_name: str
     scale: float
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # for all rows: over the base, and under what a row sets
     evaluation: EvaluationPlan
-    root: Path
+    root: Path  # of the rows' folders
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < math.inf:
@@ -267,16 +228,15 @@ class Plan:
         return dotted_values(load_settings(RunSettings, str(self.config), self.common_overrides))
 
     def run(self, name: str, seed: int) -> AblationRun:
-        """The run of a row.
-
-        Raises:
-            ValueError: an unknown row, a factor of an unknown setting, or settings of the base that are refused.
-        """
+        """The run of a row."""
         check_known("row", name, self.ablations.rows)
         row = self.ablations.rows[name]
         needs = None if row.needs is None else self.run(row.needs, seed)
         folder = self.root / name / f"seed-{seed}"
-        values = self.row_values(name)
+        for key in row.factors:
+            check_known(f"row {name!r}: factor of setting", key, self.base_values)
+        products = {key: times(self.base_values[key], factor) for key, factor in row.factors.items()}
+        values = row.overrides | row.bases.get(self.base_name, {}) | products
         if needs is not None:
             values["components"] = str(needs.pipeline)
         config: Path | None = self.config
@@ -292,14 +252,6 @@ class Plan:
         # a row's value may be scaled, and each key is to be there once
         kept = [override for override in common if override.split("=", 1)[0] not in values]
         return AblationRun(name, seed, row.script, config, (*kept, *as_overrides(values)), folder, needs)
-
-    def row_values(self, name: str) -> dict[str, Any]:
-        """What a row sets on the base, by dotted key; a factor is applied to the base's value."""
-        row = self.ablations.rows[name]
-        for key in row.factors:
-            check_known(f"row {name!r}: factor of setting", key, self.base_values)
-        products = {key: times(self.base_values[key], factor) for key, factor in row.factors.items()}
-        return row.overrides | row.bases.get(self.base_name, {}) | products
 
     def token_decoder_values(self, needs: AblationRun) -> dict[str, Any]:
         """Settings that a token decoder trained on a run's components shares with the base and with that run."""

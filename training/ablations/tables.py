@@ -24,19 +24,11 @@ NOT_RUN, NOT_EVALUATED = "not run", "not evaluated as asked"
 
 @dataclass(frozen=True)
 class RowResults:
-    """A row of a table, with what was measured of its runs.
-
-    Attributes:
-        group: heading above the row.
-        label: of the row.
-        run: of the first training seed.
-        measured: the runs that were evaluated, each with the `results.json` of its evaluation.
-        problems: why the others were not.
-    """
+    """A row of a table: the runs that were evaluated, with their `results.json`, and why the others were not."""
 
     group: str
     label: str
-    run: AblationRun
+    run: AblationRun  # of the first training seed
     measured: dict[AblationRun, dict[str, Any]]
     problems: dict[AblationRun, str]
 
@@ -65,12 +57,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | N
 def write_table(number: str, plan: Plan, seeds: int, problems: Mapping[AblationRun, str | None], command: str) -> Path:
     """Writes a table as `table-N.md` and `table-N.json` beside the runs; the former.
 
-    Args:
-        number: of the table.
-        plan: what its runs are.
-        seeds: number of training seeds.
-        problems: of the runs that were worked on; what others have left is shown if it is there.
-        command: that made it.
+    Of runs that were not worked on, so that they are not in `problems`, it shows what they have left.
     """
     definition = plan.ablations.tables[number]
     rows = [
@@ -80,7 +67,19 @@ def write_table(number: str, plan: Plan, seeds: int, problems: Mapping[AblationR
     ]
     file = plan.root / f"table-{number}.md"
     file.write_text(table_text(number, definition, rows, plan, command), encoding="utf-8")
-    content = json.dumps(table_values(number, definition, rows, plan, command), indent=1, ensure_ascii=False)
+    values = {
+        "table": number,
+        "title": definition.title,
+        "reference": definition.reference,
+        "command": command,
+        "base": plan.base_name,
+        "scale": plan.scale,
+        "overrides": described(plan.overrides),
+        "evaluation": asdict(plan.evaluation),
+        "real_text": real_texts(rows),
+        "rows": [row_values(row) for row in rows],
+    }
+    content = json.dumps(values, indent=1, ensure_ascii=False)
     file.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
     return file
 
@@ -210,29 +209,20 @@ def described(overrides: Sequence[str]) -> list[str]:
     return [f"{key}={without_path(value)}" for key, value in pairs if key not in MACHINE_SETTINGS]
 
 
-def table_values(
-    number: str, definition: Table, rows: Sequence[RowResults], plan: Plan, command: str
-) -> dict[str, Any]:
-    """The table with every number that went into it."""
-    return {
-        "table": number,
-        "title": definition.title,
-        "reference": definition.reference,
-        "command": command,
-        "base": plan.base_name,
-        "scale": plan.scale,
-        "overrides": described(plan.overrides),
-        "evaluation": asdict(plan.evaluation),
-        "real_text": real_texts(rows),
-        "rows": [row_values(row) for row in rows],
-    }
-
-
 def row_values(row: RowResults) -> dict[str, Any]:
     """A row with every number that went into it."""
     scores = {name: row.over_seeds(name) for name in (*COLUMNS, *COUNTS)}
     accuracy, deviation = row.held_out_accuracy()
-    runs = sorted([*row.measured, *row.problems], key=lambda run: run.seed)
+    runs = []
+    for run in sorted([*row.measured, *row.problems], key=lambda run: run.seed):
+        values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
+        if run in row.problems:
+            values["problem"] = row.problems[run]
+        else:
+            measured = row.measured[run]
+            sampled = measured["pipelines"][0]["sets"][0]["seeds"]
+            values |= {"held_out": read_held_out(run), "hardware": measured["hardware"], "samples": sampled}
+        runs.append(values)
     return {
         "group": row.group,
         "label": row.label,
@@ -240,14 +230,5 @@ def row_values(row: RowResults) -> dict[str, Any]:
         "std": {name: std for name, (_, std) in scores.items()},
         "held_out_accuracy": accuracy,
         "held_out_accuracy_std": deviation,
-        "runs": [run_values(run, row.measured.get(run), row.problems.get(run)) for run in runs],
+        "runs": runs,
     }
-
-
-def run_values(run: AblationRun, scores: dict[str, Any] | None, problem: str | None) -> dict[str, Any]:
-    """A run, and every number that was measured of it."""
-    values: dict[str, Any] = {"row": run.row, "seed": run.seed, "overrides": described(run.overrides)}
-    if scores is None:
-        return values | {"problem": problem}
-    sampled = scores["pipelines"][0]["sets"][0]["seeds"]
-    return values | {"held_out": read_held_out(run), "hardware": scores["hardware"], "samples": sampled}

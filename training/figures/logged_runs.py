@@ -24,19 +24,12 @@ class NotLoggedError(ValueError):
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run of joint training, finished or not.
-
-    Attributes:
-        name: in figures and tables.
-        settings: dotted key → value; a setting that is younger than the run has its default.
-        log: lines of `metrics.jsonl`.
-        results: of `results.json`, which a run writes at its end.
-    """
+    """A run of joint training, finished or not."""
 
     name: str
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # by dotted key; a setting that is younger than the run has its default
     log: list[dict[str, Any]]
-    results: RunResults | None
+    results: RunResults | None  # which a run writes at its end
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -65,16 +58,10 @@ class LoggedRun:
 
 
 def read_logged_runs(folders: Sequence[str | Path], names: Sequence[str] | None = None) -> list[LoggedRun]:
-    """Reads the folders of runs.
+    """Reads the folders of runs; names are the parts of the paths that tell them apart by default.
 
-    Args:
-        folders: each with `settings.yaml`, `metrics.jsonl` and, at the run's end, `results.json`.
-        names: one a folder; the parts of the folders' paths that tell them apart by default.
-
-    Raises:
-        OSError: a folder is not that of a run.
-        ValueError: a folder or a name is given twice, there are not as many names as folders, a run is not one of
-            joint training, or has not been evaluated yet.
+    OSError for a folder that is not that of a run; ValueError for folders or names that are given twice or do not
+    match, and for a run that is not one of joint training, or has not been evaluated yet.
     """
     paths = [Path(folder).resolve() for folder in folders]
     for path, folder in zip(paths, folders, strict=True):
@@ -125,10 +112,7 @@ def differing_settings(runs: Sequence[LoggedRun]) -> list[str]:
 
 
 def logged_gate(run: LoggedRun) -> list[tuple[int, float]]:
-    """Steps s and the gate that was logged for them.
-
-    A line of the log that is written after s steps holds the gate of the last of them, gamma(s - 1).
-    """
+    """Steps and their logged gate; a line that is written after s steps holds the last one's, gamma(s - 1)."""
     return [(steps - 1, gate) for steps, gate in zip(*series(run.log, "gate"), strict=True)]
 
 

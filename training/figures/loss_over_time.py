@@ -22,14 +22,10 @@ MIN_POINTS = 3
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a curve is from the straight line that fits it best, as shares of its range (largest − smallest value).
+    """How far a curve is from its least-squares straight line, as shares of its range (largest − smallest value).
 
-    Attributes:
-        slope, intercept: of that line, by least squares over the points.
-        rms: root of the mean squared distance of the points from it.
-        maximum: the largest distance.
-        scatter: how much of `rms` noise from point to point would make: sqrt(mean((L_{i-1} − 2 L_i + L_{i+1})²) / 6),
-            which for independent noise of equal variance on a straight line is its standard deviation.
+    `scatter` is how much of `rms` noise from point to point would make: sqrt(mean((L_{i-1} − 2 L_i + L_{i+1})²) / 6),
+    which for independent noise of equal variance on a straight line is its standard deviation.
     """
 
     slope: float
@@ -40,12 +36,7 @@ class Deviation:
 
 
 def line_deviation(times: np.ndarray, losses: np.ndarray) -> Deviation:
-    """Deviation of a curve from a straight line; 0 for a curve that is one, and the same whatever the loss's unit.
-
-    Args:
-        times: of shape (G,), at least 3 different ones.
-        losses: of shape (G,), finite.
-    """
+    """Deviation of finite losses (G,) at 3 or more times (G,) from a straight line, whatever the loss's unit."""
     centred = times - times.mean()
     slope = float(centred @ losses / (centred @ centred))
     intercept = float(losses.mean() - slope * times.mean())
@@ -64,21 +55,13 @@ def line_deviation(times: np.ndarray, losses: np.ndarray) -> Deviation:
 
 @dataclass(frozen=True)
 class LossOverTime:
-    """A held-out diffusion loss over the time that a run samples uniformly.
+    """A held-out diffusion loss over the time that a run samples uniformly."""
 
-    Attributes:
-        variable: `t`, or `u` for the warped time u = F(t).
-        times: of shape (G,), increasing.
-        losses: of shape (G,).
-        steps: evaluations that it is the mean of.
-        is_interpolated: whether the loss was logged over t and F alone, and is interpolated between those times.
-    """
-
-    variable: str
-    times: np.ndarray
-    losses: np.ndarray
-    steps: tuple[int, ...]
-    is_interpolated: bool = False
+    variable: str  # `t`, or `u` for the warped time u = F(t)
+    times: np.ndarray  # (G,), increasing
+    losses: np.ndarray  # (G,)
+    steps: tuple[int, ...]  # of the evaluations that it is the mean of
+    is_interpolated: bool = False  # where it was logged over t and F alone, between those times
 
     @cached_property
     def deviation(self) -> Deviation:
@@ -87,12 +70,7 @@ class LossOverTime:
 
 
 def last_evaluations(run: LoggedRun, count: int) -> list[dict[str, Any]]:
-    """The last `count` evaluations of the loss over t.
-
-    Raises:
-        NotLoggedError: there is none.
-        ValueError: there are fewer, or not all of them have the same keys.
-    """
+    """The last `count` evaluations of the loss over t; ValueError where fewer have the same keys."""
     evaluations = [record for record in run.evaluations if grid_points(record, GRID_PREFIX)]
     if not evaluations:
         raise NotLoggedError(f"the log of {run.name} has no diffusion loss over t")
@@ -128,10 +106,7 @@ def loss_over_t(run: LoggedRun, count: int) -> LossOverTime:
 def timestep_cdf(run: LoggedRun, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Times from 0 to 1 and F there, of shape (G + 1,) each: the mean of the last `count` evaluations.
 
-    F(t) = t where t was drawn uniformly.
-
-    Raises:
-        NotLoggedError: the adaptive sampler was at work, and its F was not logged.
+    F(t) = t where t was drawn uniformly. NotLoggedError where the adaptive sampler's F was not logged.
     """
     evaluations = last_evaluations(run, count)
     if grid_points(evaluations[-1], CDF_PREFIX):
@@ -147,12 +122,7 @@ def timestep_cdf(run: LoggedRun, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss_over_own_time(run: LoggedRun, count: int) -> LossOverTime:
-    """The loss over the time that the run samples uniformly: t, or the warped time u = F(t) (Section 5.3).
-
-    Raises:
-        NotLoggedError: the log has not what it takes.
-        ValueError: it has, but not for the last `count` evaluations.
-    """
+    """The loss over the time that the run samples uniformly: t, or the warped time u = F(t) (Section 5.3)."""
     evaluations = last_evaluations(run, count)
     over_t = loss_over_t(run, count)
     if grid_points(evaluations[-1], WARPED_PREFIX):
@@ -178,37 +148,23 @@ def checked(run: LoggedRun, curve: LossOverTime) -> LossOverTime:
 
 
 def largest_fall(losses: np.ndarray) -> float:
-    """How far the loss lies at most below what it was at an earlier time, as a share of its range.
-
-    Section 5.3 takes the loss to grow with time: 0.
-    """
+    """How far the loss lies at most below what it was at an earlier time, as a share of its range."""
     return float((np.maximum.accumulate(losses) - losses).max()) / (float(np.ptp(losses)) or 1.0)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The deviation of an adaptive run over u, as a share of that of a uniform run over t (Fig. 5).
-
-    Attributes:
-        adaptive, uniform: names of the runs.
-        rms, maximum: ratios of the deviations of these names.
-        other_settings: keys in which the runs differ beside the sampler's.
-    """
+    """The deviation of an adaptive run over u, as a share of that of a uniform run over t (Fig. 5)."""
 
     adaptive: str
     uniform: str
     rms: float
     maximum: float
-    other_settings: list[str]
+    other_settings: list[str]  # keys in which the runs differ beside the sampler's
 
 
 def compare_sampling(runs: Sequence[LoggedRun], curves: Mapping[str, LossOverTime]) -> list[Comparison]:
-    """Each adaptive run beside the uniform runs that differ from it least in settings other than the sampler's.
-
-    Args:
-        runs: all runs.
-        curves: run's name → its loss over its own time; runs that are not in it are left out.
-    """
+    """Each adaptive run that has a curve beside the uniform ones least different from it in the other settings."""
     measured = [run for run in runs if run.name in curves]
     comparisons = []
     # a run that is set to sample adaptively and has not begun to is neither

@@ -74,20 +74,10 @@ Measured = TypeVar("Measured")
 def write_report(
     runs: Sequence[LoggedRun], output_dir: Path, smoothing_steps: int | None = None, last_evaluations: int = 1
 ) -> str:
-    """Writes the figures and `report.md` into a folder, which is made if it is not there.
+    """Writes the figures and `report.md` into a folder, which is made if it is not there; the report's text.
 
-    Args:
-        runs: what is reported.
-        output_dir: the folder.
-        smoothing_steps: window of the moving mean of training curves; 2% of the longest run by default.
-        last_evaluations: the loss over time is the mean of so many evaluations.
-
-    Returns:
-        The report's text.
-
-    Raises:
-        ValueError: the window or the number of evaluations does not suit the runs.
-        OSError: the folder cannot be written.
+    Curves of training text are moving means over `smoothing_steps`, by default 2% of the longest run; the loss over
+    time is the mean of the last evaluations. ValueError where these do not suit the runs.
     """
     if last_evaluations < 1:
         raise ValueError(f"--last_evaluations {last_evaluations} must be at least 1.")
@@ -137,23 +127,15 @@ def runs_section(runs: Sequence[LoggedRun]) -> list[str]:
         texts.append(f"{'All of them' if len(runs) > 1 else 'It has'}: {settings_text(runs[0], shared)}.")
     if any(run.results is None for run in runs):
         texts.append("A run without `results.json` has not ended, or has left it out; its machine is not known here.")
-    return ["## Runs", "", *markdown_table(columns, [run_cells(run, keys) for run in runs]), *paragraphs(texts)]
-
-
-def run_cells(run: LoggedRun, keys: Sequence[str]) -> list[str]:
-    """A row of the table of runs, with its settings of these keys."""
-    steps = f"{run.last_step:,}"
-    if run.last_step < run.settings["loop.max_steps"]:
-        steps += f" of {run.settings['loop.max_steps']:,}, not finished"
-    hardware, seconds = (run.results.hardware, run.results.seconds) if run.results else (None, None)
-    return [
-        run.name,
-        steps,
-        str(run.settings["loop.seed"]),
-        hardware or "–",
-        "–" if seconds is None else duration(seconds),
-        settings_text(run, keys) or "–",
-    ]
+    rows = []
+    for run in runs:
+        steps, seed = f"{run.last_step:,}", str(run.settings["loop.seed"])
+        if run.last_step < run.settings["loop.max_steps"]:
+            steps += f" of {run.settings['loop.max_steps']:,}, not finished"
+        hardware, seconds = (run.results.hardware, run.results.seconds) if run.results else (None, None)
+        time = "–" if seconds is None else duration(seconds)
+        rows.append([run.name, steps, seed, hardware or "–", time, settings_text(run, keys) or "–"])
+    return ["## Runs", "", *markdown_table(columns, rows), *paragraphs(texts)]
 
 
 def settings_text(run: LoggedRun, keys: Sequence[str]) -> str:
@@ -166,7 +148,7 @@ def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
     logged = {key: column for key, column in FINAL_NUMBERS.items() if any(series(run.log, key)[0] for run in runs)}
     scores = [run.results.sample_scores if run.results else None for run in runs]
     metrics = measured_metrics(*scores)
-    rows = []
+    rows, remarks = [], []
     for run, measured in zip(runs, scores, strict=True):
         cells = [run.name, f"{run.evaluations[-1]['step']:,}"]
         for key, (_, digits) in logged.items():
@@ -175,6 +157,12 @@ def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
         values_of_run = measured.values if measured else {}
         cells += [cell(values_of_run.get(name), None, metric.digits) for name, metric in metrics.items()]
         rows.append(cells)
+        if run.results and run.results.judge and measured:
+            judge = run.results.judge["name"]
+            remarks.append(f"The judge of {run.name} is `{judge}`, over {measured.num_texts} samples.")
+        skipped = series(run.log, "skipped_steps")[1]
+        if skipped and skipped[-1]:
+            remarks.append(f"{run.name} skipped {skipped[-1]:,} steps, whose loss or gradient was not finite.")
     titles = [title for title, _ in logged.values()] + [f"samples' {metric.title}" for metric in metrics.values()]
     return [
         "## Final numbers",
@@ -183,20 +171,8 @@ def numbers_section(runs: Sequence[LoggedRun]) -> list[str]:
         "",
         "Held-out numbers are of the averaged weights at the last evaluation; numbers of training text are of the "
         "last line of the log, one batch.",
-        *(remark for run in runs for remark in remarks_on_numbers(run)),
+        *remarks,
     ]
-
-
-def remarks_on_numbers(run: LoggedRun) -> list[str]:
-    """The judge of a run's scores, and the steps that it has skipped."""
-    remarks = []
-    if run.results and run.results.judge and run.results.sample_scores:
-        count = run.results.sample_scores.num_texts
-        remarks.append(f"The judge of {run.name} is `{run.results.judge['name']}`, over {count} samples.")
-    skipped = series(run.log, "skipped_steps")[1]
-    if skipped and skipped[-1]:
-        remarks.append(f"{run.name} skipped {skipped[-1]:,} steps, whose loss or gradient was not finite.")
-    return remarks
 
 
 def training_section(runs: Sequence[LoggedRun], output_dir: Path, smoothing_steps: int) -> list[str]:

@@ -110,13 +110,7 @@ def plot_loss_over_time(
     curves: Mapping[str, LossOverTime],
     cdfs: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> Figure:
-    """The held-out diffusion loss over t and over u = F(t), each with its straight line, and F (Fig. 5).
-
-    Args:
-        runs: all runs; those that a mapping has not are left out of that part.
-        curves: run's name → loss over the time that the run samples uniformly.
-        cdfs: run's name → times and F there.
-    """
+    """The held-out diffusion loss over t and over u = F(t), each with its straight line, and times and F (Fig. 5)."""
     titles = {"t": "Uniform sampling", "u": "Adaptive sampling"}
     x_labels = {"t": "time t (0: clean, 1: noise)", "u": "warped time u = F(t)"}
     variables = [name for name in titles if any(curve.variable == name for curve in curves.values())]

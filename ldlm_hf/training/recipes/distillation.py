@@ -22,7 +22,7 @@ from ...schedulers.scheduling_tangent import TangentScheduler
 from ...schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
 from ...schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
 from ...schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
-from ..components import AUTOENCODER, load_part
+from ..components import AUTOENCODER, build_pipeline, load_part
 from ..held_out import preview
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
@@ -88,10 +88,9 @@ class DistillationSettings:
 
 
 def flow_map_times(scheduler: TangentScheduler, uniforms: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:
-    """Steps anywhere on the scheduler's time grid, for two uniform numbers each (B, 2).
+    """Times s > u > t (B, 3), float64, by two uniform numbers each (B, 2), and which steps suit the teacher.
 
-    Returns:
-        Times s > u > t (B, 3), float64, u in the middle on the grid; and which steps are short enough for the teacher.
+    The steps lie anywhere on the time grid, u in their middle; the teacher takes those that are short enough.
     """
     length = SHORTEST_STEP ** (1 - uniforms[:, 0])
     early = (1 - length) * ((1 + 2 * OVERHANG) * uniforms[:, 1] - OVERHANG).clamp(0, 1)
@@ -110,11 +109,7 @@ def progressive_times(scheduler: TangentScheduler, num_steps: int, uniforms: tor
 
 
 def build_student(teacher: LDLMTransformer1DModel, method: str) -> LDLMTransformer1DModel:
-    """A copy of the teacher without self-condition; that of a flow map knows a second time, which changes nothing yet.
-
-    Raises:
-        ValueError: a flow map as the teacher of a progressive student.
-    """
+    """A copy of the teacher without self-condition; that of a flow map knows a second time, without effect yet."""
     is_flow_map = method == "flow_map"
     if teacher.config.next_timestep_conditioning and not is_flow_map:
         raise ValueError("The teacher is a flow map, which takes any number of steps already; use method=flow_map.")
@@ -146,11 +141,7 @@ class DistillationRecipe(PipelineRecipe):
         return self.module.scheduler
 
     def times_and_targets(self, uniforms: torch.Tensor, on_diagonal: Sequence[bool]) -> tuple[torch.Tensor, list[str]]:
-        """Times s > u > t (B, 3) for two uniform numbers each (B, 2), and what each example is trained towards.
-
-        Args:
-            on_diagonal: which examples of a flow map keep the diagonal; a progressive student has none.
-        """
+        """Times s > u > t (B, 3) for two uniform numbers each (B, 2), and what each example is trained towards."""
         scheduler = self.module.scheduler
         if not self.module.is_flow_map:
             return progressive_times(scheduler, self.settings.num_steps, uniforms), [BY_TEACHER] * len(uniforms)
@@ -171,14 +162,7 @@ class DistillationRecipe(PipelineRecipe):
 
     def pipeline(self, snapshot: DistillationObjective) -> LDLMPipeline:
         """The student's pipeline."""
-        return LDLMPipeline(
-            transformer=snapshot.transformer,
-            tokenizer=self.tokenizer,
-            scheduler=snapshot.scheduler,
-            token_encoder=snapshot.token_encoder,
-            latent_encoder=snapshot.latent_encoder,
-            **self.decoders,
-        ).to(self.device)
+        return build_pipeline(snapshot, tokenizer=self.tokenizer, **self.decoders).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
@@ -232,11 +216,7 @@ def follow_teacher(objective: DistillationObjective, noise: torch.Tensor) -> tor
 
 
 def load_objective(settings: DistillationSettings) -> tuple[DistillationObjective, dict[str, Any]]:
-    """The objective of a new student, and the frozen decoders of its pipeline.
-
-    Raises:
-        ValueError: no components, or a teacher that cannot teach this student.
-    """
+    """The objective of a new student, and the frozen decoders of its pipeline."""
     if not settings.components:
         raise ValueError("components='' names no teacher; set components=RUN/pipeline or a Hub id.")
     parts = {name: load_part(settings.components, name) for name in (*AUTOENCODER, "transformer")}

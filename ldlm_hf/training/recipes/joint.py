@@ -90,20 +90,19 @@ class JointRecipe(PipelineRecipe):
             self.module = build_objective(settings, self.token_encoder, self.tokenizer)
 
     def pipeline(self, snapshot: JointObjective) -> LDLMPipeline | None:
+        if snapshot.transformer is not None:
+            snapshot.scheduler = self.with_timestep_cdf(snapshot.scheduler)
         if snapshot.transformer is None or snapshot.token_decoder is None:
             return None
-        snapshot.scheduler = self.with_timestep_cdf(snapshot.scheduler)
-        return build_pipeline(snapshot, self.tokenizer)
+        return build_pipeline(snapshot, tokenizer=self.tokenizer)
 
     def save(self, snapshot: nn.Module, folder: Path) -> None:
         assert isinstance(snapshot, JointObjective)
         pipeline = self.pipeline(snapshot)
-        if pipeline is not None:
-            pipeline.save_pretrained(folder)
-        else:
-            if snapshot.transformer is not None:
-                snapshot.scheduler = self.with_timestep_cdf(snapshot.scheduler)
+        if pipeline is None:
             save_components(snapshot, self.tokenizer, folder)
+        else:
+            pipeline.save_pretrained(folder)
 
     def next_command(self, folder: Path) -> str:
         if self.module.transformer is None:
@@ -204,7 +203,7 @@ class JointRecipe(PipelineRecipe):
             return Evaluation(results, loss_over_time=grid)
         texts: list[str] = []
         if step < self.settings.loop.max_steps and evaluation.num_preview_samples:
-            texts, scores = preview(build_pipeline(snapshot, self.tokenizer), evaluation)
+            texts, scores = preview(build_pipeline(snapshot, tokenizer=self.tokenizer), evaluation)
             results |= scores
         return Evaluation(results, texts, grid)
 

@@ -21,7 +21,7 @@ from ...models.token_encoder import LDLMTokenEncoder
 from ...objective.base import Objective
 from ...objective.reconstruction import token_cross_entropy
 from ...pipelines.pipeline_ldlm import LDLMPipeline
-from ..components import build_token_decoder, load_part
+from ..components import build_pipeline, build_token_decoder, load_part
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
 from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
@@ -65,7 +65,7 @@ class TokenDecoderSettings:
 
 
 class TokenDecoderLosses(NamedTuple):
-    """Mean cross-entropy in nats a token, with its graph, and accuracy."""
+    """Mean cross-entropy in nats a token, and accuracy."""
 
     total: torch.Tensor
     accuracy: torch.Tensor
@@ -134,15 +134,8 @@ class TokenDecoderRecipe(PipelineRecipe):
         return self.scheduler
 
     def pipeline(self, snapshot: TokenDecoderObjective) -> LDLMPipeline:
-        return LDLMPipeline(
-            transformer=self.transformer,
-            latent_decoder=snapshot.latent_decoder,
-            token_decoder=snapshot.token_decoder,
-            tokenizer=self.tokenizer,
-            scheduler=self.scheduler,
-            token_encoder=snapshot.token_encoder,
-            latent_encoder=snapshot.latent_encoder,
-        ).to(self.device)
+        others = {"transformer": self.transformer, "tokenizer": self.tokenizer, "scheduler": self.scheduler}
+        return build_pipeline(snapshot, **others).to(self.device)
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
         loss, accuracy = module(input_ids, generator=randomness.generators(input_ids.device))
