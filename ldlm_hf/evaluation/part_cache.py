@@ -59,6 +59,11 @@ class Rows:
         found = {row for batch in self.batches() for row in batch["rows"].tolist()}
         return [row for row in range(count) if row not in found]
 
+    def missing_batches(self, count: int, size: int) -> list[list[int]]:
+        """These rows in batches of at most `size`."""
+        rows = self.missing(count)
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+
     def save(self, rows: list[int], tensors: dict[str, torch.Tensor]) -> None:
         """Keeps some rows: tensors of shape (rows, ...)."""
         values = {"rows": torch.tensor(rows)} | {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -73,12 +78,7 @@ class Rows:
 
 
 class FinishedParts:
-    """The folder of all parts.
-
-    Args:
-        folder: made when the first part is kept.
-        versions: of the packages that the parts are made with; those of others are not found.
-    """
+    """The folder of all parts, and versions of the packages that they are made with; those of others are not found."""
 
     def __init__(self, folder: Path, versions: dict[str, str]):
         self.folder = folder

@@ -47,11 +47,7 @@ def load_real_text(
     with_references: bool,
     rank: int = 0,
 ) -> RealText:
-    """`count` held-out texts, and as many between them as references; both spread evenly over the held-out part.
-
-    Raises:
-        ValueError, OSError: there is no held-out text, too little of it, or a blank reference.
-    """
+    """`count` held-out texts, and as many between them as references; both spread evenly over the held-out part."""
     validation = load_held_out(settings, tokenizer, sequence_length, rank)
     needed = 2 * count if with_references else count
     if len(validation) < needed:
@@ -130,10 +126,7 @@ class DataSection:
 
 
 def load_data_settings(config: str | None, overrides: Sequence[str]) -> DataSettings:
-    """The section `data` of a run's YAML file, whatever else the file holds, and over it `data.key=value`.
-
-    Raises: as `load_settings`.
-    """
+    """The section `data` of a run's YAML file, whatever else the file holds, and over it `data.key=value`."""
     return load_settings(DataSection, config, overrides, ignore_other_sections=True).data
 
 

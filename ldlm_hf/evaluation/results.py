@@ -137,14 +137,7 @@ def write_results(
     shown: dict[str, list[Sample]],
     draw: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Writes everything that is for people or other scripts, `results.json` last, and prints the table.
-
-    Args:
-        folder: of the results.
-        results: what was measured.
-        shown: the texts of `samples.md`.
-        draw: draws the figures of results.
-    """
+    """Writes everything that is for people or other scripts, `results.json` last, and prints the table."""
     table = results_text(results)
     (folder / "results.md").write_text(table, encoding="utf-8")
     (folder / "samples.md").write_text(scored_samples_text(shown, results), encoding="utf-8")

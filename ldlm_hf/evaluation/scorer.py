@@ -31,17 +31,7 @@ def has_all_scores(values: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What all sets are scored with.
-
-    Attributes:
-        judge: measures perplexity and MAUVE; None leaves them out.
-        judge_digest: of its weights and vocabulary.
-        batch_size: texts that it reads at a time.
-        references: of MAUVE; None leaves it out.
-        real: held-out text.
-        tokenizer: of all pipelines.
-        parts: where scores are kept.
-    """
+    """What all sets are scored with: `references` are those of MAUVE, `parts` keeps the scores."""
 
     judge: Judge | None
     judge_digest: str | None
@@ -74,7 +64,7 @@ class Scorer:
 
     def score_samples(self, samples: SampleSet) -> tuple[ScoredSet, dict[str, Any]]:
         """Scores of a set of samples, and how long it took to make, in which batches."""
-        rows = samples.load()
+        rows = samples.rows.load(samples.count)
         scored = self.score(rows["sequences"].tolist(), self.texts(rows["sequences"]))
         scores = replace(scored.scores, num_nonfinite_texts=int((~rows["is_finite"]).sum()))
         made = {"seconds": float(rows["seconds"].sum()), "batch_sizes": sorted(set(rows["batch_size"].tolist()))}
@@ -82,7 +72,7 @@ class Scorer:
 
     def score_lines(self, lines: Lines) -> dict[str, Any]:
         """Generative perplexity and entropy over the position on the lines."""
-        sequences = lines.load()  # (pairs, K, L)
+        sequences = lines.rows.load(len(lines.ends))["sequences"]  # (pairs, K, L)
         positions = lines.positions.tolist()
         return self.parts.value(
             "smoothness",

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.over_evaluations import draw_curve
+from figures.evaluation import draw_curve
 from figures.style import run_style
 from ldlm_hf.evaluation.markdown import cell, markdown_table
 from ldlm_hf.hub.training_curves import WIDTH
