@@ -10,9 +10,6 @@ from .real_text import CONTROLS, check_mauve_size
 from .samplers import OWN
 
 
-NO_JUDGE = "none"
-
-
 @dataclass(frozen=True)
 class EvaluationOptions:
     """The options of `evaluate.py`, by their names there; its `--help` says what each of them is.
@@ -71,7 +68,7 @@ class EvaluationOptions:
     @property
     def judge_name(self) -> str | None:
         """The judge; None without one."""
-        return None if self.judge == NO_JUDGE else self.judge
+        return None if self.judge == "none" else self.judge
 
     @property
     def with_mauve(self) -> bool:

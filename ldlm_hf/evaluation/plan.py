@@ -47,24 +47,20 @@ def load_subjects(options: EvaluationOptions) -> tuple[list[Subject], PreTrained
                 pipeline.scheduler.set_timesteps(steps)
             full_name = name if list(options.samplers) == [OWN] else f"{name}, {sampler.text}"
             subjects.append(Subject.of(pipeline, full_name, path, options.dtype, sampler))
+    first = subjects[0]
     for subject in subjects:
-        check_subject(subject, subjects[0], options.interpolation)
+        if options.interpolation and subject.missing_encoders:
+            raise ValueError(
+                f"--interpolation encodes real texts, but the pipeline {subject.name!r} lacks "
+                f"{' and '.join(subject.missing_encoders)}: save it with its encoders, or leave --interpolation out."
+            )
+        if (subject.vocabulary, subject.sequence_length) != (first.vocabulary, first.sequence_length):
+            raise ValueError(
+                f"The pipelines {first.name!r} ({first.sequence_length} tokens) and {subject.name!r} "
+                f"({subject.sequence_length} tokens) differ in tokenizer or sequence length, so no real text is that "
+                "of both: evaluate them one by one, each into a folder of its own."
+            )
     return subjects, tokenizer
-
-
-def check_subject(subject: Subject, first: Subject, needs_encoders: bool) -> None:
-    """Raises ValueError for a pipeline without encoders that are needed, or of other texts than the first one."""
-    if needs_encoders and subject.missing_encoders:
-        raise ValueError(
-            f"--interpolation encodes real texts, but the pipeline {subject.name!r} lacks "
-            f"{' and '.join(subject.missing_encoders)}: save it with its encoders, or leave --interpolation out."
-        )
-    if (subject.vocabulary, subject.sequence_length) != (first.vocabulary, first.sequence_length):
-        raise ValueError(
-            f"The pipelines {first.name!r} ({first.sequence_length} tokens) and {subject.name!r} "
-            f"({subject.sequence_length} tokens) differ in tokenizer or sequence length, so no real text is that "
-            "of both: evaluate them one by one, each into a folder of its own."
-        )
 
 
 def make_plan(

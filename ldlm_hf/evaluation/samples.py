@@ -22,15 +22,8 @@ from .samplers import Sampler
 class Subject:
     """A pipeline that is evaluated, with a way to sample it.
 
-    Attributes:
-        name: what results call it.
-        source: folder or Hub id.
-        dtype: of its weights.
-        sampler: how it is sampled.
-        sequence_length: tokens L of a text.
-        digest: of its components and of the arguments that it is called with.
-        vocabulary: digest of its tokenizer's.
-        missing_encoders: which of the components are missing that `encode` needs.
+    `digest` is of its components and of the arguments that it is called with, `vocabulary` of its tokenizer's;
+    `sequence_length` is in tokens, and `missing_encoders` are the components that `encode` needs and that it lacks.
     """
 
     name: str
@@ -69,11 +62,7 @@ class Subject:
         )
 
     def load(self) -> LDLMPipeline:
-        """The pipeline, on the CPU.
-
-        Raises:
-            OSError: it cannot be loaded, or is another one by now.
-        """
+        """The pipeline, on the CPU; OSError if it cannot be loaded, or is another one by now."""
         pipeline = load_pipeline(self.source, self.dtype)
         self.sampler.apply(pipeline)
         if Subject.of(pipeline, self.name, self.source, self.dtype, self.sampler) != self:
@@ -99,15 +88,10 @@ def load_pipeline(source: str, dtype: str) -> LDLMPipeline:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The samples of one pipeline, number of steps and seed.
+    """The samples of one pipeline, number of denoising steps and seed.
 
-    Attributes:
-        subject: the pipeline.
-        steps: denoising steps.
-        seed: of the set.
-        count: how many.
-        rows: where they are kept: `sequences` (n, L), `is_finite`, `seconds`, `batch_size` and `nfe`, evaluations of
-            the denoiser, (n,).
+    `rows` keeps `sequences` (n, L), and of each sample `is_finite`, `seconds`, `batch_size` and `nfe`, the evaluations
+    of the denoiser.
     """
 
     subject: Subject
@@ -165,11 +149,7 @@ def sample_generator(seed: int, index: int, device: torch.device) -> torch.Gener
 class Lines:
     """Lines between the latents of pairs of real texts, decoded at evenly spaced positions (Fig. 3, left).
 
-    Attributes:
-        subject: the pipeline.
-        ends: token ids of the pairs, (pairs, 2, L).
-        positions: of the decoded points, in [0, 1], (K,).
-        rows: where they are kept: `sequences` (pairs, K, L).
+    `ends` are token ids (pairs, 2, L), `positions` lie in [0, 1] (K,), and `rows` keeps `sequences` (pairs, K, L).
     """
 
     subject: Subject

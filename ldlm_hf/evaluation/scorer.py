@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..metrics.judge import Judge
 from ..metrics.latent_smoothness import latent_smoothness
 from ..metrics.mauve import text_features
-from ..metrics.registry import SCORES
-from ..metrics.text_set import References
+from ..metrics.registry import SCORES, References
 from ..metrics.token_entropy import token_entropy
 from .folder_lock import lock_folder
 from .options import EvaluationOptions
@@ -55,7 +54,7 @@ class Scorer:
         return ScoredSet.from_json(values)
 
     def score_real_text(self) -> ScoredSet:
-        """Scores of the real text."""
+        """As `score`, of the real text."""
         return self.score(self.real.sequences.tolist(), self.real.texts)
 
     def score_control(self, name: str) -> ScoredSet:
@@ -74,25 +73,20 @@ class Scorer:
         """Generative perplexity and entropy over the position on the lines."""
         sequences = lines.rows.load(len(lines.ends))["sequences"]  # (pairs, K, L)
         positions = lines.positions.tolist()
-        return self.parts.value(
-            "smoothness",
-            lambda: self.measure_lines(sequences, positions),
-            sequences=digest(sequences.tolist()),
-            positions=positions,
-            judge=self.judge_digest,
-        )
 
-    def measure_lines(self, sequences: torch.Tensor, positions: list[float]) -> dict[str, Any]:
-        """As `score_lines`, of token ids (pairs, K, L) at K positions in [0, 1]."""
-        result: dict[str, Any] = {"positions": positions, "generative_perplexity": None, "roughness": None}
-        if self.judge is not None:
-            smoothness = latent_smoothness(
-                self.texts(sequences.flatten(0, 1)), positions * len(sequences), self.judge, self.batch_size
-            )
-            result["generative_perplexity"] = smoothness["perplexities"]
-            result |= {name: smoothness[name] for name in ("roughness", "num_unscored_texts")}
-        entropy = [token_entropy(some)["entropy"] for some in sequences.unbind(1)]
-        return result | {"entropy": entropy, "num_pairs": len(sequences)}
+        def measure() -> dict[str, Any]:
+            result: dict[str, Any] = {"positions": positions, "generative_perplexity": None, "roughness": None}
+            if self.judge is not None:
+                texts = self.texts(sequences.flatten(0, 1))
+                smoothness = latent_smoothness(texts, positions * len(sequences), self.judge, self.batch_size)
+                result["generative_perplexity"] = smoothness["perplexities"]
+                result |= {name: smoothness[name] for name in ("roughness", "num_unscored_texts")}
+            entropy = [token_entropy(some)["entropy"] for some in sequences.unbind(1)]
+            return result | {"entropy": entropy, "num_pairs": len(sequences)}
+
+        return self.parts.value(
+            "smoothness", measure, sequences=digest(sequences.tolist()), positions=positions, judge=self.judge_digest
+        )
 
     def texts(self, sequences: torch.Tensor) -> list[str]:
         """Token ids (n, L) → texts."""

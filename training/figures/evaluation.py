@@ -60,7 +60,9 @@ def plot_pareto(results: list[dict[str, Any]]) -> Figure:
         sets = [one for one in entry["sets"] if one["mean"]["generative_perplexity"] is not None]
         num_missing += len(entry["sets"]) - len(sets)
         draw_sets(axes, entry["name"], sets, run_style(place), slowest)
-    draw_real_text(axes, results)
+    real = dict.fromkeys((one["real_text"]["entropy"], one["real_text"]["generative_perplexity"]) for one in results)
+    for number, point in enumerate(point for point in real if None not in point):
+        axes.scatter(*point, marker="*", s=160, color="black", zorder=4, label=None if number else "real text")
     axes.margins(0.08)
     finish_perplexity(axes, results, "entropy (nats)")
     axes.set_title(
@@ -109,16 +111,6 @@ def draw_sets(axes: Axes, name: str, sets: list[dict[str, Any]], style: dict[str
         )
 
 
-def draw_real_text(axes: Axes, results: list[dict[str, Any]]) -> None:
-    """Each real text of the results once."""
-    drawn: set[tuple[float, float]] = set()
-    for one in results:
-        point = one["real_text"]["entropy"], one["real_text"]["generative_perplexity"]
-        if point not in drawn and None not in point:
-            axes.scatter(*point, marker="*", s=160, color="black", zorder=4, label=None if drawn else "real text")
-            drawn.add(point)
-
-
 def plot_over_evaluations(results: list[dict[str, Any]]) -> Figure:
     """Means over seeds with their standard deviations; what was not measured has no panel."""
     entries = [entry for one in results for entry in one["pipelines"]]
@@ -161,11 +153,7 @@ def draw_curve(axes: Axes, sets: Iterable[dict[str, Any]], score: str, **style: 
 
 
 def plot_smoothness(results: list[dict[str, Any]]) -> Figure:
-    """One curve a pipeline; its roughness in the legend.
-
-    Raises:
-        ValueError: no pipeline of the results has lines.
-    """
+    """One curve a pipeline, its roughness in the legend; ValueError where no pipeline of the results has lines."""
     figure = Figure(figsize=(WIDTH * 0.8, 4.2), layout="constrained")
     axes = figure.add_subplot()
     entries = [entry for one in results for entry in one["pipelines"] if "interpolation" in entry]

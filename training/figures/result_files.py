@@ -16,9 +16,8 @@ from figures.style import save_figure
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Results of evaluations whose numbers compare.
 
-    Raises:
-        OSError: a file is not there.
-        ValueError: one does not hold the results of an evaluation, or they differ in judge or sequence length.
+    A file that is not there is an OSError; a ValueError is what `evaluate.py` has not written, what it measured
+    without a judge, or with another judge or sequence length than the first file.
     """
     results: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
