@@ -35,12 +35,12 @@ def main() -> None:
     results = read_results(options.results)
     samplers = scored_samplers(results)
     reference = find_reference(samplers, options.reference, options.reference_nfe)
-    lines = report(results, samplers, reference, options.reference_nfe, options.entropy_tolerance)
+    text = report(results, samplers, reference, options.reference_nfe, options.entropy_tolerance)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "samplers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (options.output_dir / "samplers.md").write_text(text + "\n", encoding="utf-8")
     for name, scores in FIGURES.items():
         save_figure(plot_samplers(results[0]["real_text"], samplers, reference, scores), options.output_dir / name)
-    print("\n".join(lines))
+    print(text)
 
 
 if __name__ == "__main__":

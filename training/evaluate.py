@@ -23,11 +23,7 @@ from pathlib import Path
 
 
 def load_hidden_package() -> None:
-    """Puts the installed package `evaluate` in this file's place.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """Puts the installed package `evaluate` in this file's place."""
     folder = Path(__file__).resolve().parent
     spec = PathFinder.find_spec("evaluate", [path for path in sys.path if Path(path).resolve() != folder])
     if spec is None or spec.loader is None:
@@ -68,23 +64,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=positive, help="texts that a process samples at a time")
     add("--judge_batch_size", type=positive, help="texts that the judge reads at a time")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the pipelines' weights")
-    add(
-        "--controls",
-        action="store_true",
-        help="also score real texts with shuffled words, and with few words repeated",
-    )
+    add("--controls", action="store_true", help="also score real texts of shuffled words, and of few words repeated")
     add("--interpolation", action="store_true", help="also decode lines between the latents of real texts")
     add("--num_pairs", type=positive, help="lines; by default half the number of samples")
     add("--num_positions", type=positive, help="evenly spaced points of each line, its ends included")
     add("--cache_dir", type=Path, help="folder of MAUVE's reference features, for evaluations to share")
     add("--config", default=None, metavar="YAML", help="file whose section data: names the text, such as a run's")
-    add(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="data.key=value",
-        help="settings of the text, over those of the file",
-    )
+    add("overrides", nargs="*", default=[], metavar="data.key=value", help="settings of the text, over the file's")
     return parser.parse_intermixed_args()
 
 

@@ -7,7 +7,7 @@ writes FILE.png from the results of `evaluate.py`.
 
 from __future__ import annotations
 
-from figures.over_evaluations import plot_over_evaluations
+from figures.evaluation import plot_over_evaluations
 from figures.result_files import draw
 
 

@@ -7,7 +7,7 @@ writes FILE.png, with a curve for each pipeline of the results of `evaluate.py`.
 
 from __future__ import annotations
 
-from figures.pareto import plot_pareto
+from figures.evaluation import plot_pareto
 from figures.result_files import draw
 
 

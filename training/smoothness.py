@@ -7,8 +7,8 @@ writes FILE.png, with a curve for each pipeline that `evaluate.py --interpolatio
 
 from __future__ import annotations
 
+from figures.evaluation import plot_smoothness
 from figures.result_files import draw
-from figures.smoothness import plot_smoothness
 
 
 if __name__ == "__main__":

@@ -18,14 +18,8 @@ def lock_folder(folder: Path, remedy: str | None = None) -> TextIO:
     """Takes a folder, which is made if it is not there, for as long as the file that is returned is open.
 
     The system closes it with the process, however that ends. Processes that are started with its descriptor
-    (`pass_fds`) keep the folder taken until they have ended, too.
-
-    Args:
-        folder: what is taken.
-        remedy: what to do if another process has it, for the error; None waits until it is free.
-
-    Raises:
-        OSError: another process has it.
+    (`pass_fds`) keep the folder taken until they have ended, too. If another process has it, this is an OSError that
+    says the `remedy`, or without one this waits until it is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("a")

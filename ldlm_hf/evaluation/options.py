@@ -10,31 +10,9 @@ from .real_text import CONTROLS, check_mauve_size
 from .samplers import OWN
 
 
-NO_JUDGE = "none"
-
-
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """The options of `evaluate.py`, by their names there.
-
-    Attributes:
-        pipeline: folders or Hub ids of the pipelines.
-        output_dir: folder of the results.
-        names: what the results call the pipelines; None takes the names of their runs.
-        num_samples: texts of each set.
-        seeds: sets for each number of steps, of the seeds 0 to `seeds` - 1.
-        steps: numbers of denoising steps.
-        samplers: schedulers and their settings (see [`Sampler`]), each for all pipelines and steps.
-        judge: name of a causal language model, or `none`.
-        no_mauve: leaves MAUVE out.
-        batch_size: texts that a process samples at a time.
-        judge_batch_size: texts that the judge reads at a time.
-        dtype: of the pipelines' weights, a type of torch.
-        controls: whether controls made of real text are scored too.
-        interpolation: whether lines between the latents of real texts are decoded too.
-        num_pairs: lines; None is half the number of samples.
-        num_positions: evenly spaced points of each line, its ends included.
-        cache_dir: folder of MAUVE's reference features, for evaluations to share; None is the evaluation's own.
+    """The options of `evaluate.py`, by their names there; its `--help` says what each of them is.
 
     Raises:
         ValueError: what no evaluation can work with.
@@ -69,19 +47,17 @@ class EvaluationOptions:
             )
         if len(set(self.steps)) < len(self.steps):
             raise ValueError(f"--steps {list(self.steps)} has a number twice: leave one out.")
-        if self.interpolation:
-            self.check_lines()
-        elif self.num_pairs is not None:
-            raise ValueError(f"--num_pairs {self.num_pairs} is of the lines that --interpolation decodes: add that.")
-
-    def check_lines(self) -> None:
-        """Raises ValueError for more lines than pairs of real texts, or without a point between their ends."""
-        if not 1 <= self.num_lines <= self.num_samples // 2:
+        if not self.interpolation:
+            if self.num_pairs is not None:
+                raise ValueError(
+                    f"--num_pairs {self.num_pairs} is of the lines that --interpolation decodes: add that."
+                )
+        elif not 1 <= self.num_lines <= self.num_samples // 2:
             raise ValueError(
                 f"--num_pairs {self.num_lines}: --num_samples {self.num_samples} real texts make at most "
                 f"{self.num_samples // 2} pairs. Ask for fewer pairs or more samples."
             )
-        if self.num_positions < 3:
+        elif self.num_positions < 3:
             raise ValueError(f"--num_positions {self.num_positions}: a line needs its ends and a point between.")
 
     @property
@@ -92,7 +68,7 @@ class EvaluationOptions:
     @property
     def judge_name(self) -> str | None:
         """The judge; None without one."""
-        return None if self.judge == NO_JUDGE else self.judge
+        return None if self.judge == "none" else self.judge
 
     @property
     def with_mauve(self) -> bool:

@@ -59,6 +59,11 @@ class Rows:
         found = {row for batch in self.batches() for row in batch["rows"].tolist()}
         return [row for row in range(count) if row not in found]
 
+    def missing_batches(self, count: int, size: int) -> list[list[int]]:
+        """These rows in batches of at most `size`."""
+        rows = self.missing(count)
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
+
     def save(self, rows: list[int], tensors: dict[str, torch.Tensor]) -> None:
         """Keeps some rows: tensors of shape (rows, ...)."""
         values = {"rows": torch.tensor(rows)} | {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -73,12 +78,7 @@ class Rows:
 
 
 class FinishedParts:
-    """The folder of all parts.
-
-    Args:
-        folder: made when the first part is kept.
-        versions: of the packages that the parts are made with; those of others are not found.
-    """
+    """The folder of all parts, and versions of the packages that they are made with; those of others are not found."""
 
     def __init__(self, folder: Path, versions: dict[str, str]):
         self.folder = folder
@@ -88,13 +88,18 @@ class FinishedParts:
         """Rows of tensors that depend on these values."""
         return Rows(self.folder / f"{kind}-{digest([depends_on, self.versions])}")
 
-    def value(self, kind: str, make: Callable[[], Any], **depends_on: Any) -> Any:
-        """What JSON can hold and depends on these values: read, or else made and kept."""
+    def value(
+        self, kind: str, make: Callable[[], Any], is_complete: Callable[[Any], bool] | None = None, **depends_on: Any
+    ) -> Any:
+        """What JSON can hold and depends on these values: read if it is there and complete, or else made and kept."""
         file = self.folder / f"{kind}-{digest([depends_on, self.versions])}.json"
-        if not file.is_file():
-            content = json.dumps(make())
-            write_whole(file, lambda path: path.write_text(content, encoding="utf-8"))
-        return json.loads(file.read_text(encoding="utf-8"))
+        if file.is_file():
+            value = json.loads(file.read_text(encoding="utf-8"))
+            if is_complete is None or is_complete(value):
+                return value
+        content = json.dumps(make())
+        write_whole(file, lambda path: path.write_text(content, encoding="utf-8"))
+        return json.loads(content)
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:

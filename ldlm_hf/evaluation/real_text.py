@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import DataSettings, TextCorpora, TokenChunks, load_held_out
 from ..loading.settings_reader import load_settings
-from ..metrics.text_set import MIN_MAUVE_TEXTS
+from ..metrics.registry import MIN_MAUVE_TEXTS
 
 
 # of the random numbers that controls are made with
@@ -24,13 +24,9 @@ REPEATED_WORDS = 4
 
 @dataclass(frozen=True)
 class RealText:
-    """Held-out text.
+    """Held-out text: token ids (n, L) and texts of a row of their own, as many others for MAUVE, or none without it.
 
-    Attributes:
-        sequences: token ids (n, L) of the texts that get a row of their own.
-        texts: what the tokenizer makes of them.
-        reference_texts: as many others, for MAUVE; empty where it is not measured.
-        num_held_out: sequences that there were to choose from.
+    `num_held_out` are the sequences that there were to choose from.
     """
 
     sequences: torch.Tensor
@@ -47,11 +43,7 @@ def load_real_text(
     with_references: bool,
     rank: int = 0,
 ) -> RealText:
-    """`count` held-out texts, and as many between them as references; both spread evenly over the held-out part.
-
-    Raises:
-        ValueError, OSError: there is no held-out text, too little of it, or a blank reference.
-    """
+    """`count` held-out texts, and as many between them as references; both spread evenly over the held-out part."""
     validation = load_held_out(settings, tokenizer, sequence_length, rank)
     needed = 2 * count if with_references else count
     if len(validation) < needed:
@@ -130,10 +122,7 @@ class DataSection:
 
 
 def load_data_settings(config: str | None, overrides: Sequence[str]) -> DataSettings:
-    """The section `data` of a run's YAML file, whatever else the file holds, and over it `data.key=value`.
-
-    Raises: as `load_settings`.
-    """
+    """The section `data` of a run's YAML file, whatever else the file holds, and over it `data.key=value`."""
     return load_settings(DataSection, config, overrides, ignore_other_sections=True).data
 
 

@@ -17,15 +17,13 @@ from .plan import Plan
 from .provenance import source, without_path
 from .real_text import CONTROL_SEED
 from .report import results_text, scored_samples_text
-from .samples import SampleSet, Subject
+from .samples import Subject
 from .scorer import Scorer
 from .scores import judge_conditions
 
 
 # samples of each set that samples.md shows
 NUM_SHOWN = 4
-# what the results of a set hold that is not averaged over seeds
-NOT_AVERAGED = ("seed", "num_texts", "batch_sizes", "nfe")
 
 
 def collect_results(
@@ -62,18 +60,15 @@ def pipeline_results(subject: Subject, plan: Plan, scorer: Scorer) -> dict[str, 
     }
     for steps in dict.fromkeys(samples.steps for samples in plan.sets):
         of_seeds = [samples for samples in plan.sets if samples.subject is subject and samples.steps == steps]
-        seeds = [seed_results(samples, scorer) for samples in of_seeds]
+        seeds = []
+        for samples in of_seeds:
+            scored, made = scorer.score_samples(samples)
+            seeds.append({"seed": samples.seed} | without_none_counts(scored.scores) | made)
         entry["sets"].append({"steps": steps, "nfe": seeds[0]["nfe"], "seeds": seeds} | over_seeds(seeds))
     for lines in plan.lines:
         if lines.subject is subject:
             entry["interpolation"] = scorer.score_lines(lines)
     return entry
-
-
-def seed_results(samples: SampleSet, scorer: Scorer) -> dict[str, Any]:
-    """What was measured of one set of samples."""
-    scored, made = scorer.score_samples(samples)
-    return {"seed": samples.seed} | without_none_counts(scored.scores) | made
 
 
 def without_none_counts(scores: TextScores) -> dict[str, Any]:
@@ -86,7 +81,7 @@ def over_seeds(sets: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]
     mean: dict[str, float | None] = {}
     std: dict[str, float | None] = {}
     for name in sets[0]:
-        if name not in NOT_AVERAGED:
+        if name not in ("seed", "num_texts", "batch_sizes", "nfe"):
             values = [one[name] for one in sets]
             whole = all(value is not None for value in values)
             mean[name] = statistics.fmean(values) if whole else None
@@ -137,14 +132,7 @@ def write_results(
     shown: dict[str, list[Sample]],
     draw: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Writes everything that is for people or other scripts, `results.json` last, and prints the table.
-
-    Args:
-        folder: of the results.
-        results: what was measured.
-        shown: the texts of `samples.md`.
-        draw: draws the figures of results.
-    """
+    """Writes everything that is for people or other scripts, `results.json` last, and prints the table."""
     table = results_text(results)
     (folder / "results.md").write_text(table, encoding="utf-8")
     (folder / "samples.md").write_text(scored_samples_text(shown, results), encoding="utf-8")

@@ -40,12 +40,9 @@ from .scorer import Scorer, build_scorer
 
 
 def evaluate_pipelines(options: EvaluationOptions, data: DataSettings, draw: Callable[[dict[str, Any]], None]) -> None:
-    """Samples and scores pipelines, and writes the results; with several processes, each of them calls this.
+    """Samples and scores pipelines beside real text, and writes the results; every process calls this.
 
-    Args:
-        options: what is asked for.
-        data: the real text.
-        draw: draws the figures of results, before `results.json` is written.
+    `draw` draws the figures of results, before `results.json` is written.
 
     Raises:
         OSError: a pipeline cannot be loaded, or another evaluation works in the folder.
@@ -64,7 +61,8 @@ def evaluate_pipelines(options: EvaluationOptions, data: DataSettings, draw: Cal
             with_references=options.with_mauve,
             rank=accelerator.process_index,
         )
-    parts = FinishedParts(options.output_dir / "parts", evaluation_versions())
+    all_versions = versions() | {name: version(name) for name in ("evaluate", "mauve-text")}
+    parts = FinishedParts(options.output_dir / "parts", all_versions)
     with lock_parts(parts) if accelerator.is_main_process else contextlib.nullcontext():
         plan = make_plan(subjects, real, options, parts, common_device(accelerator))
         make_missing(plan, options, accelerator)
@@ -84,11 +82,6 @@ def start_accelerator() -> Accelerator:
     if not accelerator.is_main_process:
         evaluate.disable_progress_bar()
     return accelerator
-
-
-def evaluation_versions() -> dict[str, str]:
-    """Versions of what the results depend on."""
-    return versions() | {name: version(name) for name in ("evaluate", "mauve-text")}
 
 
 def lock_parts(parts: FinishedParts) -> TextIO:

@@ -31,13 +31,9 @@ CALL_ARGUMENTS = ("self_condition_scale", "self_condition_decay")
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler and arguments of the pipeline's call.
+    """A scheduler, by the name of its class, and arguments of the pipeline's call; `text` is what was typed.
 
-    Attributes:
-        text: as it was typed.
-        scheduler: name of its class; `own` for the pipeline's.
-        settings: of the scheduler, over the pipeline's configuration, as pairs.
-        arguments: of the call, as pairs.
+    `settings` are of the scheduler, over the pipeline's configuration; they and the arguments are pairs.
     """
 
     text: str = OWN
@@ -47,11 +43,7 @@ class Sampler:
 
     @classmethod
     def parse(cls, text: str) -> Sampler:
-        """Reads `NAME[:key=value,...]`.
-
-        Raises:
-            ValueError: an unknown scheduler or setting, or what is no pair of key and value.
-        """
+        """Reads `NAME[:key=value,...]`; ValueError for an unknown scheduler or setting, or a pair without value."""
         name, _, pairs = text.partition(":")
         if name != OWN and name not in SCHEDULER_CLASSES:
             known = ", ".join([OWN, *SCHEDULER_CLASSES])
@@ -78,11 +70,7 @@ class Sampler:
         return ("time_grid", "learned") in self.settings
 
     def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
-        """The scheduler in the place of a pipeline's own.
-
-        Raises:
-            ValueError: settings that it refuses.
-        """
+        """The scheduler in the place of a pipeline's own; ValueError for settings that it refuses."""
         if self.scheduler == OWN:
             return scheduler
         scheduler_class, changes = SCHEDULER_CLASSES[self.scheduler], dict(self.settings)

@@ -7,15 +7,14 @@ same for every number of steps. What is made is kept batch by batch; what is the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from ..pipelines.pipeline_ldlm import LDLMPipeline
-from .part_cache import FinishedParts, Rows, digest, module_digest, public_config
+from .part_cache import Rows, digest, module_digest, public_config
 from .samplers import Sampler
 
 
@@ -23,15 +22,8 @@ from .samplers import Sampler
 class Subject:
     """A pipeline that is evaluated, with a way to sample it.
 
-    Attributes:
-        name: what results call it.
-        source: folder or Hub id.
-        dtype: of its weights.
-        sampler: how it is sampled.
-        sequence_length: tokens L of a text.
-        digest: of its components and of the arguments that it is called with.
-        vocabulary: digest of its tokenizer's.
-        missing_encoders: which of the components are missing that `encode` needs.
+    `digest` is of its components and of the arguments that it is called with, `vocabulary` of its tokenizer's;
+    `sequence_length` is in tokens, and `missing_encoders` are the components that `encode` needs and that it lacks.
     """
 
     name: str
@@ -70,11 +62,7 @@ class Subject:
         )
 
     def load(self) -> LDLMPipeline:
-        """The pipeline, on the CPU.
-
-        Raises:
-            OSError: it cannot be loaded, or is another one by now.
-        """
+        """The pipeline, on the CPU; OSError if it cannot be loaded, or is another one by now."""
         pipeline = load_pipeline(self.source, self.dtype)
         self.sampler.apply(pipeline)
         if Subject.of(pipeline, self.name, self.source, self.dtype, self.sampler) != self:
@@ -86,11 +74,7 @@ class Subject:
 
 
 def load_pipeline(source: str, dtype: str) -> LDLMPipeline:
-    """A pipeline in evaluation's precision.
-
-    Raises:
-        OSError: it cannot be loaded.
-    """
+    """A pipeline in evaluation's precision, or an OSError."""
     try:
         pipeline = LDLMPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
@@ -104,15 +88,10 @@ def load_pipeline(source: str, dtype: str) -> LDLMPipeline:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The samples of one pipeline, number of steps and seed.
+    """The samples of one pipeline, number of denoising steps and seed.
 
-    Attributes:
-        subject: the pipeline.
-        steps: denoising steps.
-        seed: of the set.
-        count: how many.
-        rows: where they are kept: `sequences` (n, L), `is_finite`, `seconds`, `batch_size` and `nfe`, evaluations of
-            the denoiser, (n,).
+    `rows` keeps `sequences` (n, L), and of each sample `is_finite`, `seconds`, `batch_size` and `nfe`, the evaluations
+    of the denoiser.
     """
 
     subject: Subject
@@ -121,29 +100,17 @@ class SampleSet:
     count: int
     rows: Rows
 
-    @classmethod
-    def of(cls, parts: FinishedParts, subject: Subject, steps: int, seed: int, count: int, device: str) -> SampleSet:
-        """The set, in whatever batches it was made before; `device` is the kind that all its times are of."""
-        rows = parts.rows(
-            "samples", pipeline=subject.digest, dtype=subject.dtype, steps=steps, seed=seed, device=device
-        )
-        return cls(subject, steps, seed, count, rows)
+    @property
+    def row_cost(self) -> int:
+        """Passes of the denoiser for a sample."""
+        return self.steps
 
-    def load(self) -> dict[str, torch.Tensor]:
-        """The samples and what is kept of them, all there."""
-        return self.rows.load(self.count)
-
-    def missing_batches(self, batch_size: int) -> list[Batch]:
-        """What is still to be made; a sample costs as many passes as there are steps."""
-        return batches_of(self.make, self.rows.missing(self.count), batch_size, row_cost=self.steps)
+    def missing_batches(self, batch_size: int) -> list[list[int]]:
+        """Which samples are still to be made."""
+        return self.rows.missing_batches(self.count, batch_size)
 
     def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
-        """Samples some of the set, and keeps them.
-
-        Args:
-            indices: which samples.
-            batch_size: what was asked for; the last batch is smaller.
-        """
+        """Samples some of the set, and keeps them; `batch_size` is what was asked for, the last batch is smaller."""
         start = time.perf_counter()
         latents = sample_latents(pipeline, self.steps, self.seed, indices, **dict(self.subject.sampler.arguments))
         # a device may still be at work: copying waits for it
@@ -182,34 +149,18 @@ def sample_generator(seed: int, index: int, device: torch.device) -> torch.Gener
 class Lines:
     """Lines between the latents of pairs of real texts, decoded at evenly spaced positions (Fig. 3, left).
 
-    Attributes:
-        subject: the pipeline.
-        ends: token ids of the pairs, (pairs, 2, L).
-        positions: of the decoded points, in [0, 1], (K,).
-        rows: where they are kept: `sequences` (pairs, K, L).
+    `ends` are token ids (pairs, 2, L), `positions` lie in [0, 1] (K,), and `rows` keeps `sequences` (pairs, K, L).
     """
 
     subject: Subject
     ends: torch.Tensor
     positions: torch.Tensor
     rows: Rows
+    row_cost: ClassVar[int] = 1
 
-    @classmethod
-    def of(cls, parts: FinishedParts, subject: Subject, ends: torch.Tensor, num_positions: int) -> Lines:
-        """The lines, wherever they were made before."""
-        rows = parts.rows(
-            "lines", pipeline=subject.digest, dtype=subject.dtype, ends=digest(ends.tolist()), positions=num_positions
-        )
-        return cls(subject, ends, torch.linspace(0, 1, num_positions), rows)
-
-    def load(self) -> torch.Tensor:
-        """The decoded points, all there: token ids (pairs, K, L)."""
-        return self.rows.load(len(self.ends))["sequences"]
-
-    def missing_batches(self, batch_size: int) -> list[Batch]:
-        """What is still to be made; a line is K points to decode."""
-        size = max(1, batch_size // len(self.positions))
-        return batches_of(self.make, self.rows.missing(len(self.ends)), size, row_cost=1)
+    def missing_batches(self, batch_size: int) -> list[list[int]]:
+        """Which lines are still to be made; a line is K points to decode."""
+        return self.rows.missing_batches(len(self.ends), max(1, batch_size // len(self.positions)))
 
     @torch.no_grad()
     def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
@@ -225,21 +176,6 @@ def pairs_of(sequences: torch.Tensor, count: int) -> torch.Tensor:
     """`count` random pairs of sequences (n, L), none of which is in two: (count, 2, L); the same at each call."""
     order = np.random.default_rng(0).permutation(len(sequences))[: 2 * count]
     return sequences[torch.from_numpy(order)].unflatten(0, (count, 2))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A piece of work for one process: `make` some rows of one set; `cost` compares it with other pieces."""
-
-    make: Callable[..., None]
-    indices: list[int]
-    cost: int
-
-
-def batches_of(make: Callable[..., None], rows: list[int], size: int, row_cost: int) -> list[Batch]:
-    """Rows of a set in pieces of at most `size`."""
-    pieces = [rows[first : first + size] for first in range(0, len(rows), size)]
-    return [Batch(make, piece, row_cost * len(piece)) for piece in pieces]
 
 
 def sample(

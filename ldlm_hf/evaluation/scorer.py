@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..metrics.judge import Judge
 from ..metrics.latent_smoothness import latent_smoothness
 from ..metrics.mauve import text_features
-from ..metrics.registry import SCORES
-from ..metrics.text_set import References
+from ..metrics.registry import SCORES, References
 from ..metrics.token_entropy import token_entropy
 from .folder_lock import lock_folder
 from .options import EvaluationOptions
@@ -24,19 +23,14 @@ from .samples import Lines, SampleSet
 from .scores import ScoredSet, score_set
 
 
+def has_all_scores(values: dict[str, Any]) -> bool:
+    """Whether a set was scored when all of today's scores were there."""
+    return SCORES.keys() <= values["scores"].keys()
+
+
 @dataclass(frozen=True)
 class Scorer:
-    """What all sets are scored with.
-
-    Attributes:
-        judge: measures perplexity and MAUVE; None leaves them out.
-        judge_digest: of its weights and vocabulary.
-        batch_size: texts that it reads at a time.
-        references: of MAUVE; None leaves it out.
-        real: held-out text.
-        tokenizer: of all pipelines.
-        parts: where scores are kept.
-    """
+    """What all sets are scored with: `references` are those of MAUVE, `parts` keeps the scores."""
 
     judge: Judge | None
     judge_digest: str | None
@@ -51,7 +45,7 @@ class Scorer:
         values = self.parts.value(
             "scores",
             lambda: score_set(sequences, texts, self.judge, self.batch_size, self.references).to_json(),
-            scores=list(SCORES),
+            has_all_scores,
             sequences=digest(sequences),
             texts=digest(texts),
             judge=self.judge_digest,
@@ -60,7 +54,7 @@ class Scorer:
         return ScoredSet.from_json(values)
 
     def score_real_text(self) -> ScoredSet:
-        """Scores of the real text."""
+        """As `score`, of the real text."""
         return self.score(self.real.sequences.tolist(), self.real.texts)
 
     def score_control(self, name: str) -> ScoredSet:
@@ -69,7 +63,7 @@ class Scorer:
 
     def score_samples(self, samples: SampleSet) -> tuple[ScoredSet, dict[str, Any]]:
         """Scores of a set of samples, and how long it took to make, in which batches."""
-        rows = samples.load()
+        rows = samples.rows.load(samples.count)
         scored = self.score(rows["sequences"].tolist(), self.texts(rows["sequences"]))
         scores = replace(scored.scores, num_nonfinite_texts=int((~rows["is_finite"]).sum()))
         made = {"seconds": float(rows["seconds"].sum()), "batch_sizes": sorted(set(rows["batch_size"].tolist()))}
@@ -77,27 +71,22 @@ class Scorer:
 
     def score_lines(self, lines: Lines) -> dict[str, Any]:
         """Generative perplexity and entropy over the position on the lines."""
-        sequences = lines.load()  # (pairs, K, L)
+        sequences = lines.rows.load(len(lines.ends))["sequences"]  # (pairs, K, L)
         positions = lines.positions.tolist()
-        return self.parts.value(
-            "smoothness",
-            lambda: self.measure_lines(sequences, positions),
-            sequences=digest(sequences.tolist()),
-            positions=positions,
-            judge=self.judge_digest,
-        )
 
-    def measure_lines(self, sequences: torch.Tensor, positions: list[float]) -> dict[str, Any]:
-        """As `score_lines`, of token ids (pairs, K, L) at K positions in [0, 1]."""
-        result: dict[str, Any] = {"positions": positions, "generative_perplexity": None, "roughness": None}
-        if self.judge is not None:
-            smoothness = latent_smoothness(
-                self.texts(sequences.flatten(0, 1)), positions * len(sequences), self.judge, self.batch_size
-            )
-            result["generative_perplexity"] = smoothness["perplexities"]
-            result |= {name: smoothness[name] for name in ("roughness", "num_unscored_texts")}
-        entropy = [token_entropy(some)["entropy"] for some in sequences.unbind(1)]
-        return result | {"entropy": entropy, "num_pairs": len(sequences)}
+        def measure() -> dict[str, Any]:
+            result: dict[str, Any] = {"positions": positions, "generative_perplexity": None, "roughness": None}
+            if self.judge is not None:
+                texts = self.texts(sequences.flatten(0, 1))
+                smoothness = latent_smoothness(texts, positions * len(sequences), self.judge, self.batch_size)
+                result["generative_perplexity"] = smoothness["perplexities"]
+                result |= {name: smoothness[name] for name in ("roughness", "num_unscored_texts")}
+            entropy = [token_entropy(some)["entropy"] for some in sequences.unbind(1)]
+            return result | {"entropy": entropy, "num_pairs": len(sequences)}
+
+        return self.parts.value(
+            "smoothness", measure, sequences=digest(sequences.tolist()), positions=positions, judge=self.judge_digest
+        )
 
     def texts(self, sequences: torch.Tensor) -> list[str]:
         """Token ids (n, L) → texts."""

@@ -11,26 +11,21 @@ import torch
 from ..hub.run_files import Sample, TextScores
 from ..metrics.judge import Judge
 from ..metrics.mauve import text_features
-from ..metrics.registry import SCORES
-from ..metrics.text_set import MIN_MAUVE_TEXTS, References, TextSet
+from ..metrics.registry import MIN_MAUVE_TEXTS, SCORES, References, TextSet
 from .provenance import source
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """What is measured of a set of texts.
+    """What is measured of a set of texts, and of each of them.
 
-    Attributes:
-        scores: of the set.
-        samples: its texts, each with scores of its own.
-        judge: what the perplexities depend on: `name`, `max_length`, `add_bos`; None without a judge.
-        mauve: what MAUVE depends on beside it: `num_texts`, `num_buckets`, `max_length`, `seed`; None if unmeasured.
+    `mauve` is what MAUVE depends on beside the judge: `num_texts`, `num_buckets`, `max_length`, `seed`; None where it
+    was not measured.
     """
 
     scores: TextScores
     samples: list[Sample]
-    judge: dict[str, Any] | None = None
-    mauve: dict[str, Any] | None = None
+    mauve: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -40,7 +35,7 @@ class ScoredSet:
     def from_json(cls, mapping: dict[str, Any]) -> ScoredSet:
         """What `to_json` gives."""
         samples = [Sample(**sample) for sample in mapping["samples"]]
-        return cls(TextScores.from_json(mapping["scores"]), samples, mapping["judge"], mapping["mauve"])
+        return cls(TextScores.from_json(mapping["scores"]), samples, mapping["mauve"])
 
 
 def judge_conditions(judge: Judge) -> dict[str, Any]:
@@ -68,7 +63,6 @@ def score_set(
             num_unscored_texts=None if judge is None else measured.perplexity.get("num_unscored_texts", len(texts)),
         ),
         samples=[Sample(*one) for one in zip(texts, perplexities, measured.entropy["entropies"], strict=True)],
-        judge=None if judge is None else judge_conditions(judge),
         mauve=mauve_conditions if measured.mauve else None,
     )
 
@@ -97,7 +91,7 @@ def score_beside_real_text(
     real = score_set(real_sequences, real_texts, judge, batch_size, references)
     return {
         "samples": samples.samples,
-        "judge": samples.judge,
+        "judge": judge and judge_conditions(judge),
         "mauve": samples.mauve,
         "sample_scores": samples.scores,
         "real_scores": real.scores,

@@ -120,15 +120,8 @@ def sequence_losses(
 ) -> tuple[list[float], list[np.ndarray]]:
     """The sum over each sequence of -log p(token | tokens before), from its second token on, in nats.
 
-    Args:
-        sequences: token ids of the judge, at least two a sequence.
-        with_features: whether to also read the last hidden state at each sequence's last token.
-
-    Returns:
-        The sums, and these features (D,), float32; without `with_features` they are empty.
-
-    Raises:
-        ValueError: the judge gives a loss that is not finite.
+    The sequences are token ids of the judge, at least two each. With `with_features` there are also features (D,),
+    float32: the last hidden state at each sequence's last token. A loss that is not finite is a ValueError.
     """
     losses = [0.0] * len(sequences)
     features = [np.empty(0)] * len(sequences)

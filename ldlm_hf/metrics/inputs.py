@@ -73,9 +73,7 @@ def check_token_sequences(predictions: Any) -> list[list[int]]:
 class FunctionMetric:
     """A function, `_compute`, as a metric of `evaluate`, which its docstring describes.
 
-    Attributes:
-        citation_text: where the metric is from.
-        columns: argument of the function → its type, for those that `evaluate` gathers in batches.
+    `columns` are the arguments of the function, with their types, that `evaluate` gathers in batches.
     """
 
     citation_text: ClassVar[str]

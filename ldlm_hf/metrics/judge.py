@@ -18,15 +18,10 @@ from ldlm_hf.metrics.inputs import check_positive_int
 
 @dataclass(frozen=True)
 class Judge:
-    """A loaded judge. Load it once to measure many sets with it.
+    """A loaded judge, to measure many sets with: a causal language model and the tokenizer that it was trained with.
 
-    Attributes:
-        model: a causal language model of transformers, in evaluation mode.
-        tokenizer: the tokenizer that it was trained with.
-        name: what results report it as.
-
-    Raises:
-        ValueError: the tokenizer has more tokens than the model has embeddings, or the model is in training mode.
+    `name` is what results report it as. A model in training mode, or with fewer embeddings than the tokenizer has
+    tokens, is a ValueError.
     """
 
     model: PreTrainedModel
@@ -56,9 +51,7 @@ class Judge:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def check_max_length(self, max_length: Any) -> int:
-        """Returns `max_length` as an int; a `ValueError` if sequences of so many tokens do not fit into the judge's
-        context.
-        """
+        """Returns `max_length` as an int; a `ValueError` if so many tokens do not fit into the judge's context."""
         max_length = check_positive_int("max_length", max_length)
         if self.context_length is not None and max_length > self.context_length:
             raise ValueError(
@@ -76,13 +69,9 @@ class Judge:
     def batches(
         self, sequences: list[list[int]], batch_size: int, description: str
     ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """Right-padded batches of sequences of similar length.
+        """Right-padded batches of sequences of similar length: their places (B), `input_ids`, `attention_mask` (B, L).
 
         The longest come first: a batch that does not fit into memory fails at once, and little of a batch is padding.
-
-        Yields:
-            The places of the batch's sequences in `sequences` (B), `input_ids` and `attention_mask` (B, L), on the
-            judge's device.
         """
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
         for start in logging.tqdm(range(0, len(order), batch_size), desc=description):
@@ -140,8 +129,7 @@ def load_judge(name: str, device: str | torch.device | None = None, dtype: str |
 def as_judge(judge: Any, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Judge:
     """The judge that an argument means: a name to load, a `Judge`, or a loaded pair `(model, tokenizer)`.
 
-    Raises:
-        ValueError: it is none of these, it cannot be loaded, or `device` or `dtype` is given for a loaded one.
+    All else is a ValueError, and so is `device` or `dtype` for one that is loaded already.
     """
     if isinstance(judge, str):
         return load_judge(judge, device, dtype)

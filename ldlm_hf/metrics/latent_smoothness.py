@@ -56,7 +56,14 @@ def latent_smoothness(
     check_texts("predictions", predictions)
     batch_size = check_positive_int("batch_size", batch_size)
     places = sorted(set(positions))
-    num_pairs = check_positions(positions, places)
+    if len(places) < 3 or places[0] != 0 or places[-1] != 1:
+        raise ValueError(
+            f"`positions` holds the places {places}, but it must hold 0, 1 and at least one between them, and none "
+            "outside."
+        )
+    counts = {place: positions.count(place) for place in places}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"`positions` holds places unequally often, {counts}: give every pair the same places.")
     judge = as_judge(judge, device, dtype)
     sequences = judge.encode(predictions, judge.context_length)
     scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
@@ -71,28 +78,11 @@ def latent_smoothness(
         "positions": places,
         "perplexities": perplexities,
         "roughness": roughness(places, perplexities),
-        "num_pairs": num_pairs,
+        "num_pairs": counts[0],
         "num_unscored_texts": len(predictions) - len(scored),
         "judge": judge.name,
         "max_length": judge.context_length,
     }
-
-
-def check_positions(positions: list[float], places: list[float]) -> int:
-    """How many texts there are at each place.
-
-    Raises:
-        ValueError: a place outside [0, 1], no place between the ends, or not as many texts at one as at another.
-    """
-    if len(places) < 3 or places[0] != 0 or places[-1] != 1:
-        raise ValueError(
-            f"`positions` holds the places {places}, but it must hold 0, 1 and at least one between them, and none "
-            "outside."
-        )
-    counts = {place: positions.count(place) for place in places}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"`positions` holds places unequally often, {counts}: give every pair the same places.")
-    return counts[places[0]]
 
 
 def roughness(positions: list[float], perplexities: list[float | None]) -> float | None:

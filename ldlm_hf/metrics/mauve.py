@@ -122,9 +122,8 @@ def text_features(
 ) -> np.ndarray:
     """The features of texts that MAUVE clusters: the judge's last hidden state at the last token of each.
 
-    Args:
-        max_length: tokens of a text that are read; `None` is 1024, or the judge's context if that is shorter.
-        name: what an error calls `texts`.
+    The first `max_length` tokens of a text are read; `None` is 1024, or the judge's context if that is shorter. Errors
+    call the texts `name`.
 
     Returns:
         Features (n, D), float32, in the order of `texts`.

@@ -22,9 +22,7 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from tokenizers import Tokenizer
 
-from figures import evaluation as figures_of_evaluation
-from figures import over_evaluations, pareto, smoothness
-from figures.pareto import pareto_frontier
+from figures import evaluation as figures
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TangentDDIMScheduler, TokenEntropy
 from ldlm_hf.evaluation import plan as evaluation_plan
 from ldlm_hf.evaluation import run as evaluation_run
@@ -88,7 +86,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def drawn_points(results: dict[str, Any]) -> list[tuple[float, float]]:
     """Entropy and perplexity of all points in the picture of the frontier."""
-    collections = pareto.plot_pareto([results]).axes[0].collections
+    collections = figures.plot_pareto([results]).axes[0].collections
     return [tuple(points.get_offsets()[0]) for points in collections if isinstance(points, PathCollection)]
 
 
@@ -389,6 +387,32 @@ def test_reference_features_are_made_once_for_all_evaluations(
         run("third", "data.holdout_documents=7", *shared)
 
 
+def test_a_set_is_scored_again_only_where_it_lacks_a_score(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What else is measured today does not decide which file its scores are in."""
+    arguments = ("out", "--judge", "none", "--steps", "1")
+    scored = []
+    score_set = scorer.score_set
+    monkeypatch.setattr(scorer, "score_set", lambda *a: (scored.append(a[1]), score_set(*a))[1])
+    with monkeypatch.context() as patch:
+        patch.delitem(SCORES, "diversity")
+        before = run(*arguments)
+    assert len(scored) == 3 and "diversity" not in before["real_text"]
+    first = run(*arguments)
+    assert len(scored) == 6 and first["real_text"]["diversity"] is not None
+    with monkeypatch.context() as patch:
+        patch.delitem(SCORES, "diversity")
+        assert without_times(run(*arguments)) == without_times(first)
+    part = min((tmp_path / "out" / "parts").glob("scores-*.json"))
+    values = json.loads(part.read_text(encoding="utf-8"))
+    del values["scores"]["entropy"]
+    part.write_text(json.dumps(values), encoding="utf-8")
+    assert len(scored) == 6
+    again = run(*arguments)
+    assert len(scored) == 7 and without_times(again) == without_times(first)
+
+
 @pytest.mark.parametrize("batch_size", ["8", "3"])
 def test_latents_that_are_not_finite_are_counted_and_reported(
     run: Callable, pipeline_folder: Path, tmp_path: Path, batch_size: str
@@ -557,7 +581,7 @@ def test_samplers_in_one_table(run: Callable, pipeline_folder: Path, tmp_path: P
 
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert f"| run, {GUIDED} | 3 | 5 |" in table
-    figure = over_evaluations.plot_over_evaluations([results])
+    figure = figures.plot_over_evaluations([results])
     shown = {axes.get_ylabel(): axes for axes in figure.axes if axes.get_visible()}
     assert len(shown) == 4
     curves = shown[SCORES["entropy"].heading].containers
@@ -613,8 +637,8 @@ def test_figures_from_any_number_of_results(run: Callable, run_script: Run, tmp_
     entry = results["pipelines"][0]
     shown = [entry["sets"][0]["mean"], results["real_text"]]
     assert drawn_points(results) == [(one["entropy"], one["generative_perplexity"]) for one in shown]
-    assert [text.get_text() for text in pareto.plot_pareto([results]).axes[0].texts] == ["1"]
-    (line,) = smoothness.plot_smoothness([results]).axes[0].lines
+    assert [text.get_text() for text in figures.plot_pareto([results]).axes[0].texts] == ["1"]
+    (line,) = figures.plot_smoothness([results]).axes[0].lines
     assert list(line.get_xdata()) == entry["interpolation"]["positions"]
     assert list(line.get_ydata()) == entry["interpolation"]["generative_perplexity"]
     assert f"roughness {entry['interpolation']['roughness']:+.3f}" in line.get_label()
@@ -634,23 +658,23 @@ def test_figures_from_any_number_of_results(run: Callable, run_script: Run, tmp_
             run_script("pareto", first, str(tmp_path / f"{name}.json"), "--output", str(tmp_path / "x"))
     del results["pipelines"][0]["interpolation"]
     with pytest.raises(ValueError, match="evaluate with --interpolation"):
-        smoothness.plot_smoothness([results])
+        figures.plot_smoothness([results])
 
 
 def test_pareto_frontier() -> None:
     # (perplexity, entropy): the second is beaten by the first, the fourth by the third
     points = [(10.0, 3.0), (12.0, 3.0), (20.0, 4.0), (21.0, 3.5), (50.0, 4.2)]
-    assert pareto_frontier(points) == [0, 2, 4]
-    assert pareto_frontier(points[::-1]) == [4, 2, 0]
-    assert pareto_frontier([]) == []
-    assert pareto_frontier([(1.0, 2.0), (1.0, 2.0)]) == [1, 0]
+    assert figures.pareto_frontier(points) == [0, 2, 4]
+    assert figures.pareto_frontier(points[::-1]) == [4, 2, 0]
+    assert figures.pareto_frontier([]) == []
+    assert figures.pareto_frontier([(1.0, 2.0), (1.0, 2.0)]) == [1, 0]
     drawn = np.random.default_rng(0).random((40, 2)).round(1)
     beaten = {
         index
         for index, (perplexity, entropy) in enumerate(drawn)
         if any(p <= perplexity and e >= entropy and (p < perplexity or e > entropy) for p, e in drawn)
     }
-    assert set(pareto_frontier([tuple(point) for point in drawn])) == set(range(40)) - beaten
+    assert set(figures.pareto_frontier([tuple(point) for point in drawn])) == set(range(40)) - beaten
 
 
 def test_results_are_there_when_everything_else_is(
@@ -662,7 +686,7 @@ def test_results_are_there_when_everything_else_is(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(figures_of_evaluation, "plot_pareto", fails)
+        patch.setattr(figures, "plot_pareto", fails)
         with pytest.raises(OSError, match="disk is full"):
             run("out", "--seeds", "1", "--steps", "1")
     assert not (tmp_path / "out" / "results.json").exists()

@@ -11,8 +11,7 @@ from ldlm_hf.metrics import NGramDiversity, TokenEntropy
 from ldlm_hf.metrics.generative_perplexity import generative_perplexity
 from ldlm_hf.metrics.mauve import mauve, text_features
 from ldlm_hf.metrics.ngram_diversity import ngram_diversity
-from ldlm_hf.metrics.registry import COLUMNS, MAIN_COLUMNS, SCORES
-from ldlm_hf.metrics.text_set import References, TextSet
+from ldlm_hf.metrics.registry import COLUMNS, MAIN_COLUMNS, SCORES, References, TextSet
 from ldlm_hf.metrics.token_entropy import token_entropy
 
 

@@ -8,20 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from figures.style import save_figure
-from ldlm_hf.hub.training_curves import label_with_legend
 
 
 def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Results of evaluations whose numbers compare.
 
-    Raises:
-        OSError: a file is not there.
-        ValueError: one does not hold the results of an evaluation, or they differ in judge or sequence length.
+    A file that is not there is an OSError; a ValueError is what `evaluate.py` has not written, what it measured
+    without a judge, or with another judge or sequence length than the first file.
     """
     results: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
@@ -53,12 +49,3 @@ def draw(description: str, plot: Callable[[list[dict[str, Any]]], Figure]) -> No
     parser.add_argument("--output", type=Path, required=True, help="the figure, a PNG file")
     options = parser.parse_args()
     save_figure(plot(read_results(options.results)), options.output)
-
-
-def finish_perplexity(axes: Axes, results: list[dict[str, Any]], x_label: str) -> None:
-    """Generative perplexity up, on a logarithmic axis with plain numbers; labels and legend."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
-    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
-    judge = results[0]["judge"]["name"].rpartition("/")[2]
-    label_with_legend(axes, x_label, f"Gen. PPL under {judge}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.over_evaluations import draw_curve
+from figures.evaluation import draw_curve
 from figures.style import run_style
 from ldlm_hf.evaluation.markdown import cell, markdown_table
 from ldlm_hf.hub.training_curves import WIDTH
@@ -28,12 +28,7 @@ FIGURES = {"samplers_perplexity": ("generative_perplexity", "entropy"), "sampler
 
 @dataclass(frozen=True)
 class ScoredSampler:
-    """A sampler of a pipeline with what it scored.
-
-    Attributes:
-        name: of the pipeline, and how it is sampled.
-        sets: of the results file, by their evaluations of the denoiser.
-    """
+    """A pipeline and how it is sampled, with the sets of a results file by their evaluations of the denoiser."""
 
     name: str
     sets: dict[int, dict[str, Any]]
@@ -50,11 +45,7 @@ class ScoredSampler:
 
 
 def scored_samplers(results: Sequence[dict[str, Any]]) -> list[ScoredSampler]:
-    """All samplers of the files, in their order; sets of one name are joined.
-
-    Raises:
-        ValueError: two files have a set of the same name and number of evaluations.
-    """
+    """All samplers of the files, in their order; sets of one name are joined; ValueError if one is there twice."""
     samplers: dict[str, ScoredSampler] = {}
     for entry in (entry for one in results for entry in one["pipelines"]):
         sampler = samplers.setdefault(entry["name"], ScoredSampler(entry["name"], {}))
@@ -75,21 +66,22 @@ def budgets_of(samplers: Sequence[ScoredSampler]) -> list[int]:
 
 
 def best_rows(
-    samplers: Sequence[ScoredSampler], budgets: Sequence[int], score: str, sign: int, lowest_entropy: float = 0.0
+    samplers: Sequence[ScoredSampler], budgets: Sequence[int], score: str, lowest_entropy: float = 0.0
 ) -> list[list[str]]:
-    """A row a budget: the sampler whose `sign * score` is least among those of enough entropy, with all its scores."""
+    """A row a budget: the sampler of the best score among those of enough entropy, with all its scores."""
+    best_of = min if MAIN_COLUMNS[score].better == "lower" else max
     rows = []
     for budget in budgets:
         candidates = [
-            (sampler, one)
+            (one["mean"][score], sampler, one)
             for sampler in samplers
             if (one := sampler.within(budget)) is not None
             and one["mean"][score] is not None
             and one["mean"]["entropy"] >= lowest_entropy
         ]
         if candidates:
-            best = min(candidates, key=lambda candidate: sign * candidate[1]["mean"][score])
-            rows.append(all_scores(str(budget), *best))
+            _, sampler, one = best_of(candidates, key=itemgetter(0))
+            rows.append(all_scores(str(budget), sampler, one))
         else:
             rows.append([str(budget), "none", "", *[""] * len(MAIN_COLUMNS)])
     return rows
@@ -111,44 +103,42 @@ def report(
     reference: ScoredSampler,
     reference_nfe: int,
     tolerance: float,
-) -> list[str]:
-    """Lines of samplers.md, from the files and the samplers in them."""
+) -> str:
+    """What samplers.md says, from the files and the samplers in them."""
     budgets = budgets_of(samplers)
     anchor = reference.sets[reference_nfe]
     lowest_entropy = (1 - tolerance) * anchor["mean"]["entropy"]
-    real = results[0]["real_text"]
-    heading = ["at most", "sampler", "NFE", *[score.heading for score in MAIN_COLUMNS.values()]]
-    of_real_text = {name: cell(real.get(name), None, score.digits) for name, score in MAIN_COLUMNS.items()}
+    first = results[0]
+    of_real_text = {
+        name: cell(first["real_text"].get(name), None, score.digits) for name, score in MAIN_COLUMNS.items()
+    }
     anchors = [all_scores("reference", reference, anchor), ["", "real text", "", *of_real_text.values()]]
-    lines = [
+    heading = ["at most", "sampler", "NFE", *[score.heading for score in MAIN_COLUMNS.values()]]
+    by_perplexity = best_rows(samplers, budgets, "generative_perplexity", lowest_entropy)
+    sections = [
         "# Samplers",
-        "",
         "## The best for each number of evaluations",
-        "",
         f"Lowest Gen. PPL among samplers whose entropy is at least {lowest_entropy:.3f} nats: {tolerance:.0%} less "
         f"than that of {reference_nfe} evaluations of `{reference.label}`.",
-        "",
+        "\n".join(markdown_table(heading, by_perplexity + anchors)),
+        "Highest MAUVE, whatever the entropy:",
+        "\n".join(markdown_table(heading, best_rows(samplers, budgets, "mauve") + anchors)),
     ]
-    rows = best_rows(samplers, budgets, "generative_perplexity", 1, lowest_entropy)
-    lines += [*markdown_table(heading, rows + anchors), "", "Highest MAUVE, whatever the entropy:", ""]
-    lines += markdown_table(heading, best_rows(samplers, budgets, "mauve", -1) + anchors)
     for name, score in MAIN_COLUMNS.items():
-        lines += ["", f"## {score.heading}", "", f"Real text: {of_real_text[name]}.", ""]
         rows = [
             [f"`{sampler.label}`", *[score_cell(sampler.within(budget), name) for budget in budgets]]
             for sampler in samplers
         ]
-        lines += markdown_table(["evaluations, at most", *map(str, budgets)], rows)
+        table = markdown_table(["evaluations, at most", *map(str, budgets)], rows)
+        sections += [f"## {score.heading}", f"Real text: {of_real_text[name]}.", "\n".join(table)]
     seeds = sorted({len(one["seeds"]) for sampler in samplers for one in sampler.sets.values()})
-    settings = results[0]["settings"]
-    return [
-        *lines,
-        "",
-        f"- Mean ± standard deviation over {' or '.join(map(str, seeds))} sampling seeds of {settings['num_samples']} "
-        f"texts of {results[0]['pipelines'][0]['sequence_length']} tokens, {settings['dtype']}, on "
-        f"{results[0]['hardware']}.",
-        f"- Judge: `{results[0]['judge']['name']}`. Guidance takes two evaluations in each step but the first.",
-    ]
+    sections.append(
+        f"- Mean ± standard deviation over {' or '.join(map(str, seeds))} sampling seeds of "
+        f"{first['settings']['num_samples']} texts of {first['pipelines'][0]['sequence_length']} tokens, "
+        f"{first['settings']['dtype']}, on {first['hardware']}.\n"
+        f"- Judge: `{first['judge']['name']}`. Guidance takes two evaluations in each step but the first."
+    )
+    return "\n\n".join(sections)
 
 
 def plot_samplers(
@@ -168,7 +158,14 @@ def plot_samplers(
         row, column = divmod(place, PANELS_A_ROW)
         above, below = panels[2 * row, column], panels[2 * row + 1, column]
         for axes, score in zip((above, below), scores, strict=True):
-            draw_family(axes, members, reference, score, real_text.get(score))
+            draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
+            for sampler in members:
+                grid = without_grid(sampler.label)[1]
+                style = run_style(ALL_GRIDS.index(grid))
+                draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
+            if real_text.get(score) is not None:
+                axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
+            axes.set(xscale="log", yscale="log" if MAIN_COLUMNS[score].is_logarithmic else "linear")
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
             if column == 0:
@@ -194,20 +191,6 @@ def plot_samplers(
     return figure
 
 
-def draw_family(
-    axes: Axes, members: Sequence[ScoredSampler], reference: ScoredSampler, score: str, real_value: float | None
-) -> None:
-    """A score of the samplers of one solver, a curve a time grid, over the reference's."""
-    draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
-    for sampler in members:
-        grid = without_grid(sampler.label)[1]
-        style = run_style(ALL_GRIDS.index(grid))
-        draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
-    if real_value is not None:
-        axes.axhline(real_value, color="black", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", yscale="log" if MAIN_COLUMNS[score].is_logarithmic else "linear")
-
-
 def without_grid(label: str) -> tuple[str, str]:
     """`DDIM:eta=1.0,time_grid=learned` → `DDIM:eta=1.0` and `learned`; `own` where none is named."""
     name, _, pairs = label.partition(":")
@@ -218,11 +201,7 @@ def without_grid(label: str) -> tuple[str, str]:
 
 
 def find_reference(samplers: Sequence[ScoredSampler], name: str | None, nfe: int) -> ScoredSampler:
-    """The sampler of a name, by default the first of the paper's solver, otherwise of a pipeline's own.
-
-    Raises:
-        ValueError: there is none, or none with this number of evaluations.
-    """
+    """The sampler of a name, by default the first of the paper's solver, otherwise of a pipeline's own."""
     if name is None:
         paper = [sampler for sampler in samplers if "EulerMaruyama" in sampler.name]
         # of an evaluation without --samplers, the name is the pipeline's alone
