@@ -46,7 +46,6 @@ class Case:
         error: a pattern for the text of the error that must be raised instead.
         installed: whether `ldlm_hf` can be imported.
         token: access token of the client.
-        home: name of the client's cache; a new one by default.
         offline: whether `HF_HUB_OFFLINE=1` is set.
         not_fetched: patterns of files that must not have been downloaded.
         silent: whether the hub must not have been asked for anything.
@@ -57,7 +56,6 @@ class Case:
     error: str | None = None
     installed: bool = True
     token: str = "hf_org"
-    home: str | None = None
     offline: bool = False
     not_fetched: tuple[str, ...] = ()
     silent: bool = False
@@ -84,24 +82,25 @@ def load_trusting(source: str, options: str = "", **surroundings: Any) -> Case:
 
 NO_TRUST = r"ValueError: .*trust_remote_code=True"
 FULL_WEIGHTS = ("*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
+HALF = 'variant="fp16", dtype=torch.float16'
+MIXED = 'dtype={"transformer": torch.bfloat16, "default": torch.float32}'
 PLAIN = 'pipe = DiffusionPipeline.from_pretrained("org/tiny")'
 
-# cases of one chain follow each other; chains run side by side
+# cases of one chain follow each other and share a cache; chains run side by side
 CHAINS: list[list[Case]] = [
     # a local folder
     [load("./tiny", silent=True)],
     [load_trusting("./tiny", silent=True)],
     # by id, and again without the network
-    [load("org/tiny", home="installed"), load("org/tiny", home="installed", offline=True, silent=True)],
+    [load("org/tiny"), load("org/tiny", offline=True, silent=True)],
     [
-        load_trusting("org/tiny", home="absent"),
+        load_trusting("org/tiny"),
         # diffusers (get_cached_module_file) asks the hub for the commit of a pipeline's code, cached or not
-        load_trusting("org/tiny", error="OfflineModeIsEnabled", home="absent", offline=True, silent=True),
+        load_trusting("org/tiny", error="OfflineModeIsEnabled", offline=True, silent=True),
         Case(
             'folder = os.path.dirname(hf_hub_download("org/tiny", "model_index.json"))\n'
             "pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)",
             installed=False,
-            home="absent",
             offline=True,
             silent=True,
         ),
@@ -110,19 +109,13 @@ CHAINS: list[list[Case]] = [
     [Case(PLAIN)],
     [Case(PLAIN, error=NO_TRUST, installed=False)],
     # parts, types and files
-    [
-        load(
-            "org/tiny",
-            "token_encoder=None, latent_encoder=None",
-            not_fetched=("token_encoder/*", "latent_encoder/*"),
-        )
-    ],
-    [load("org/tiny", 'variant="fp16", dtype=torch.float16', expected="float16", not_fetched=FULL_WEIGHTS)],
-    [load_trusting("org/tiny", 'variant="fp16", dtype=torch.float16', expected="float16", not_fetched=FULL_WEIGHTS)],
+    [load("org/tiny", "token_encoder=None, latent_encoder=None", not_fetched=("*_encoder/*",))],
+    [load("org/tiny", HALF, expected="float16", not_fetched=FULL_WEIGHTS)],
+    [load_trusting("org/tiny", HALF, expected="float16", not_fetched=FULL_WEIGHTS)],
     [load_trusting("org/sharded", not_fetched=FULL_WEIGHTS)],
     [load("org/sharded", 'device_map="balanced"')],
-    [load("org/tiny", 'dtype={"transformer": torch.bfloat16, "default": torch.float32}', expected="mixed")],
-    [load_trusting("org/tiny", 'dtype={"transformer": torch.bfloat16, "default": torch.float32}', expected="mixed")],
+    [load("org/tiny", MIXED, expected="mixed")],
+    [load_trusting("org/tiny", MIXED, expected="mixed")],
     # private repositories and revisions
     [load("org/private")],
     [load("org/private", error="RepositoryNotFoundError: 404", token="hf_other")],
@@ -286,13 +279,7 @@ class Row:
 
 @dataclass
 class RoundTrip:
-    """Everything that the processes use, and what was published from it.
-
-    Attributes:
-        folder: holds the clients' caches and the working directory of the processes.
-        repositories: of the hub.
-        published: see `publish`.
-    """
+    """What the processes share: a folder, the hub's repositories, and what was published there (see `publish`)."""
 
     folder: Path
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -304,37 +291,31 @@ class RoundTrip:
         Raises:
             RuntimeError: the pipeline could not be published, or its samples could not tell right from wrong.
         """
-        found, _ = self.run(Case("value = publish()"))
+        found, _ = self.run(Case("value = publish()"), self.folder / "publisher")
         if "error" in found:
             raise RuntimeError(f"Publishing failed: {found['error']}")
         self.published = found["value"]
         if self.published["float32"]["sequences"] == self.published["v1"]["sequences"]:
             raise RuntimeError("Two of the published pipelines sample the same, so that no mistake would be seen.")
 
-    def run(self, case: Case) -> tuple[dict[str, Any], LoopbackHub]:
-        """Runs one case in a process; gives what the process found, and the hub with its records."""
-        home = Path(tempfile.mkdtemp(dir=self.folder)) if case.home is None else self.folder / case.home
+    def run(self, case: Case, home: Path) -> tuple[dict[str, Any], LoopbackHub]:
+        """What a process whose cache is `home` finds when it runs a case, and the hub with its records."""
         work = self.folder / "work"
         work.mkdir(exist_ok=True)
         # a package that is installed in editable form shows itself by a .pth file, which -S leaves unread
-        places = [place for place in map(os.path.abspath, sys.path) if case.installed or not holds_package(place)]
+        places = [str(REPOSITORY), *map(os.path.abspath, sys.path)]
+        if not case.installed:
+            places = [place for place in places if not Path(place, "ldlm_hf").exists()]
         file = Path(tempfile.mkdtemp(dir=self.folder)) / "found.json"
         command = [sys.executable, *([] if case.installed else ["-S"]), __file__, "--process", case.code]
         command += ["--found", str(file), "--first_commit", self.published.get("first_commit", "")]
         with LoopbackHub(USERS, self.repositories) as hub:
             environment = hub.environment(home, case.token) | {"OMP_NUM_THREADS": "1"}
-            environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY)] * case.installed + places)
+            environment["PYTHONPATH"] = os.pathsep.join(places)
             if case.offline:
                 environment["HF_HUB_OFFLINE"] = "1"
-            result = subprocess.run(
-                command,
-                env=environment,
-                cwd=work,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-            )
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+            result = subprocess.run(command, env=environment, cwd=work, timeout=TIMEOUT, **options)
         if result.returncode != 0:
             return {"error": f"exit status {result.returncode}: {result.stderr}", "executed": []}, hub
         return json.loads(file.read_text()), hub
@@ -384,16 +365,11 @@ def compare(found: dict[str, Any], published: dict[str, Any]) -> str:
     return f"weights equal, samples {'equal' if found['sequences'] == published['sequences'] else 'differ'}"
 
 
-def holds_package(place: str) -> bool:
-    """Whether `ldlm_hf` would be found at a place of the import path."""
-    return (Path(place) / "ldlm_hf").exists()
-
-
 def run_chain(trip: RoundTrip, chain: list[Case]) -> list[Row]:
-    """Runs cases one after the other."""
-    rows = []
+    """Runs cases one after the other with one cache."""
+    rows, home = [], Path(tempfile.mkdtemp(dir=trip.folder))
     for case in chain:
-        row = trip.judge(case, *trip.run(case))
+        row = trip.judge(case, *trip.run(case, home))
         status = "FAILED" if row.wrong else "ok"
         print(f"{status:6} {case.surroundings}: {case.code} → {row.outcome}", *row.wrong, sep="\n       ")
         rows.append(row)
@@ -401,7 +377,6 @@ def run_chain(trip: RoundTrip, chain: list[Case]) -> list[Row]:
 
 
 def write_report(rows: list[Row], seconds: float) -> None:
-    """Writes the table."""
     import torch
 
     from ldlm_hf.evaluation.machine import device_name, versions
