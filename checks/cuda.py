@@ -237,12 +237,13 @@ def check_models(scale: Scale) -> Part:
 
 
 def losses_and_gradients(
-    call: Callable[..., Any], objective: nn.Module, device: torch.device, dtype: torch.dtype
+    inputs: dict[str, Any], objective: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The loss and, as one vector scaled to it, the gradients of all trained parameters; bfloat16 by autocast."""
+    """The loss and, as one vector, the gradients of all trained parameters; bfloat16 by autocast."""
     objective.zero_grad(set_to_none=True)
+    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        losses = call(objective, device)
+        losses = objective(**moved, generator=row_generators(2))
     losses.total.backward()
     gradient = torch.cat([p.grad.flatten().float() for p in objective.parameters() if p.grad is not None])
     total = losses.total.detach().float().reshape(1)
@@ -272,21 +273,17 @@ def check_objectives(scale: Scale) -> Part:
     )
     autoencoder = JointObjective(**components_of(joint) | {"transformer": None}, settings=cosmos, stage="autoencoder")
 
-    def joint_losses(objective: nn.Module, device: torch.device) -> Any:
-        return objective(ids.to(device), times.to(device), 0.5, row_generators(2), [True, False])
-
-    def distillation_losses(objective: nn.Module, device: torch.device) -> Any:
-        ends = torch.stack([times, 0.5 * times, 0.25 * times], dim=1).double().to(device)
-        return objective(ids.to(device), ends, ["diagonal", "student"], row_generators(2))
-
-    objectives: list[tuple[str, nn.Module, Callable[..., Any]]] = [
-        ("joint", joint, joint_losses),
-        ("autoencoder, COSMOS", autoencoder, joint_losses),
-        ("diffusion", JointObjective(**components_of(joint), stage="diffusion"), joint_losses),
-        ("distillation", distillation_objective(scale, joint), distillation_losses),
+    inputs = {"input_ids": ids, "timesteps": times, "gate": 0.5, "self_conditioned": [True, False]}
+    ends = torch.stack([times, 0.5 * times, 0.25 * times], dim=1).double()
+    pairs = {"input_ids": ids, "times": ends, "targets": ["diagonal", "student"]}
+    objectives: list[tuple[str, nn.Module, dict[str, Any]]] = [
+        ("joint", joint, inputs),
+        ("autoencoder, COSMOS", autoencoder, inputs),
+        ("diffusion", JointObjective(**components_of(joint), stage="diffusion"), inputs),
+        ("distillation", distillation_objective(scale, joint), pairs),
     ]
-    for name, objective, call in objectives:
-        compare_with_cpu(name, objective, partial(losses_and_gradients, call), scale, part)
+    for name, objective, given in objectives:
+        compare_with_cpu(name, objective, partial(losses_and_gradients, given), scale, part)
     compare_with_cpu("likelihood bound", joint, partial(likelihood_terms, ids), scale, part)
     return part
 
@@ -445,7 +442,6 @@ def build_loop(scale: Scale, folder: str, distil: bool) -> TrainingLoop:
         output_dir=folder,
         batch_size=8,
         device_batch_size=8,
-        logging_steps=10_000,
         trackers=[],
         mixed_precision="bf16",
     )

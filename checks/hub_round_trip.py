@@ -25,6 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, hf_hub_download
+from transformers import AutoModel
+
 from loopback_hub import LoopbackHub, Repository
 
 
@@ -38,15 +43,12 @@ MODELS = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder")
 
 @dataclass(frozen=True)
 class Case:
-    """One process: what it does, in which surroundings, and what has to come of it.
+    """What one process does (it leaves a pipeline as `pipe`, or components as `models`), and what has to come of it.
 
     Attributes:
-        code: what is done. It leaves a pipeline as `pipe`, or components as `models`, by name.
         expected: which of the published pipelines it must be, "float32" or another of `publish`.
         error: a pattern for the text of the error that must be raised instead.
         installed: whether `ldlm_hf` can be imported.
-        token: access token of the client.
-        offline: whether `HF_HUB_OFFLINE=1` is set.
         not_fetched: patterns of files that must not have been downloaded.
         silent: whether the hub must not have been asked for anything.
     """
@@ -173,8 +175,6 @@ CHAINS: list[list[Case]] = [
 
 def sample(pipe: Any) -> dict[str, Any]:
     """Token ids and latents that a pipeline samples from a seed, and the digests of its weights."""
-    import torch
-
     pipe.set_progress_bar_config(disable=True)
     options = {"batch_size": 4, "num_inference_steps": 8}
     sequences = pipe(**options, generator=torch.Generator().manual_seed(0), output_type="seq").sequences
@@ -189,8 +189,6 @@ def sample(pipe: Any) -> dict[str, Any]:
 
 def digest(model: Any) -> str:
     """Of a component's weights and their types, bit for bit."""
-    import torch
-
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         # numpy has no bfloat16
@@ -201,9 +199,6 @@ def digest(model: Any) -> str:
 
 def publish() -> dict[str, Any]:
     """Publishes the pipelines that the cases load; gives their samples, their weights' digests and a commit."""
-    import torch
-    from huggingface_hub import HfApi
-
     import ldlm_hf
     from tiny_pipeline import build_pipeline
 
@@ -234,11 +229,6 @@ def describe_error(error: BaseException) -> str:
 
 def run_in_process(code: str, first_commit: str) -> dict[str, Any]:
     """Executes the code of a case; gives what came of it."""
-    import torch
-    from diffusers import DiffusionPipeline
-    from huggingface_hub import hf_hub_download
-    from transformers import AutoModel
-
     torch.set_num_threads(1)
     names: dict[str, Any] = {"torch": torch, "DiffusionPipeline": DiffusionPipeline, "AutoModel": AutoModel}
     names |= {"os": os, "hf_hub_download": hf_hub_download, "FIRST_COMMIT": first_commit, "publish": publish}
@@ -377,8 +367,6 @@ def run_chain(trip: RoundTrip, chain: list[Case]) -> list[Row]:
 
 
 def write_report(rows: list[Row], seconds: float) -> None:
-    import torch
-
     from ldlm_hf.evaluation.machine import device_name, versions
     from ldlm_hf.evaluation.markdown import markdown_table
 
