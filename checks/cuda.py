@@ -18,7 +18,6 @@ A part that fails says so and the others still run; the exit status is then 1.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import gzip
@@ -30,11 +29,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 if __name__ == "cuda":
@@ -71,8 +70,9 @@ from ldlm_hf import (  # noqa: E402
     diffusers_config,
 )
 from ldlm_hf.evaluation.markdown import markdown_table  # noqa: E402
+from ldlm_hf.training.checkpoints import find_checkpoints, step_of  # noqa: E402
 from ldlm_hf.training.devices import build_accelerator  # noqa: E402
-from ldlm_hf.training.flops import DevicePeak, PassFlops, RunEstimate, device_peak  # noqa: E402
+from ldlm_hf.training.flops import device_peak  # noqa: E402
 from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
 from ldlm_hf.training.recipes.distillation import DistillationRecipe, DistillationSettings  # noqa: E402
 from ldlm_hf.training.recipes.joint import JointRecipe  # noqa: E402
@@ -100,16 +100,7 @@ TIME_LIMIT = 400
 
 @dataclass(frozen=True)
 class Scale:
-    """What is checked where.
-
-    Attributes:
-        device: that is compared with the CPU.
-        geometry: of the models, a name in `GEOMETRIES`.
-        length: tokens L, and latents, of the comparisons with the CPU.
-        timed: pairs of L and batch size that are timed.
-        repeats: turns of what is timed.
-        training_steps: steps of the run that is killed and resumed.
-    """
+    """What is compared with the CPU at L = N = `length`, and timed at the pairs `timed` of L and batch size."""
 
     device: torch.device
     geometry: str
@@ -171,10 +162,10 @@ def parity_part(what: str) -> Part:
     )
 
 
-def build_components(scale: Scale, length: int) -> JointObjective:
+def build_components(scale: Scale) -> JointObjective:
     """All components, with random weights, on the CPU."""
     torch.manual_seed(0)
-    return build_objective(GEOMETRIES[scale.geometry], length).eval()
+    return build_objective(GEOMETRIES[scale.geometry], scale.length).eval()
 
 
 def components_of(objective: JointObjective) -> dict[str, Any]:
@@ -183,9 +174,9 @@ def components_of(objective: JointObjective) -> dict[str, Any]:
     return {name: copy.deepcopy(getattr(objective, name)) for name in names}
 
 
-def flow_map_denoiser(scale: Scale, length: int) -> LDLMTransformer1DModel:
+def flow_map_denoiser(scale: Scale) -> LDLMTransformer1DModel:
     denoiser = LDLMTransformer1DModel(
-        sample_size=length,
+        sample_size=scale.length,
         self_conditioning=False,
         next_timestep_conditioning=True,
         **GEOMETRIES[scale.geometry].transformer,
@@ -194,10 +185,10 @@ def flow_map_denoiser(scale: Scale, length: int) -> LDLMTransformer1DModel:
     return denoiser.eval()
 
 
-def distillation_objective(scale: Scale, joint: JointObjective, length: int) -> DistillationObjective:
+def distillation_objective(scale: Scale, joint: JointObjective) -> DistillationObjective:
     parts = components_of(joint)
     encoders, teacher = (parts["token_encoder"], parts["latent_encoder"]), parts["transformer"]
-    return DistillationObjective(*encoders, flow_map_denoiser(scale, length), teacher, TangentFlowMapScheduler())
+    return DistillationObjective(*encoders, flow_map_denoiser(scale), teacher, TangentFlowMapScheduler())
 
 
 def random_ids(objective: JointObjective, batch_size: int, length: int) -> torch.Tensor:
@@ -213,56 +204,49 @@ def row_generators(count: int) -> list[torch.Generator]:
 
 def check_models(scale: Scale) -> Part:
     part = parity_part("Each model's output for random inputs")
-    objective = build_components(scale, scale.length)
+    objective = build_components(scale)
     ids = random_ids(objective, 2, scale.length)
-    denoiser_config = objective.transformer.config
     hidden_states = torch.randn(2, scale.length, objective.token_encoder.config.hidden_size)
-    latents, condition = torch.randn(2, 2, denoiser_config.sample_size, denoiser_config.in_channels)
+    latents, condition = torch.randn(2, 2, scale.length, objective.transformer.config.in_channels)
     times = torch.tensor([0.3, 0.8])
     sizes = GEOMETRIES[scale.geometry].latent | {"sequence_length": scale.length, "num_latents": scale.length}
     self_attention = LDLMLatentEncoder(LDLMLatentEncoderConfig(**{**sizes, "architecture": "self_attention"})).eval()
 
-    def denoise(module: nn.Module, to: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return module(to(latents), times.to(module.device), to(condition)).sample
-
-    def jump(module: nn.Module, to: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        start = times.to(module.device)
-        return module(to(latents), start, next_timestep=0.5 * start).sample
-
-    cases: list[tuple[str, nn.Module, Callable[..., torch.Tensor]]] = [
-        ("token encoder", objective.token_encoder, lambda m, to: m(to(ids)).hidden_states),
-        ("latent encoder", objective.latent_encoder, lambda m, to: m(to(hidden_states)).latents),
-        ("latent encoder, self-attention", self_attention, lambda m, to: m(to(hidden_states)).latents),
-        ("latent decoder", objective.latent_decoder, lambda m, to: m(to(latents)).hidden_states),
-        ("token decoder", objective.token_decoder, lambda m, to: m(to(hidden_states)).logits),
-        ("denoiser", objective.transformer, denoise),
-        ("flow map", flow_map_denoiser(scale, scale.length), jump),
+    noisy = {"hidden_states": latents, "timestep": times}
+    cases: list[tuple[str, nn.Module, dict[str, torch.Tensor]]] = [
+        ("token encoder", objective.token_encoder, {"input_ids": ids}),
+        ("latent encoder", objective.latent_encoder, {"hidden_states": hidden_states}),
+        ("latent encoder, self-attention", self_attention, {"hidden_states": hidden_states}),
+        ("latent decoder", objective.latent_decoder, {"latents": latents}),
+        ("token decoder", objective.token_decoder, {"hidden_states": hidden_states}),
+        ("denoiser", objective.transformer, noisy | {"self_condition": condition}),
+        ("flow map", flow_map_denoiser(scale), noisy | {"next_timestep": 0.5 * times}),
     ]
 
     @torch.no_grad()
     def run(
-        call: Callable[..., torch.Tensor], module: nn.Module, device: torch.device, dtype: torch.dtype
+        inputs: dict[str, torch.Tensor], module: nn.Module, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
-        def to(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+        # hidden states and latents, which have three dimensions, are rounded; ids and times are not
+        moved = {name: tensor.to(device, dtype if tensor.ndim == 3 else None) for name, tensor in inputs.items()}
+        return copy.deepcopy(module).to(dtype)(**moved)[0]
 
-        return call(copy.deepcopy(module).to(dtype), to)
-
-    for name, module, call in cases:
-        compare_with_cpu(name, module, partial(run, call), scale, part)
+    for name, module, inputs in cases:
+        compare_with_cpu(name, module, partial(run, inputs), scale, part)
     return part
 
 
 def losses_and_gradients(
-    call: Callable[..., Any], objective: nn.Module, device: torch.device, dtype: torch.dtype
+    inputs: dict[str, Any], objective: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The loss and, as one vector scaled to it, the gradients of all trained parameters; bfloat16 by autocast."""
+    """The loss and, as one vector, the gradients of all trained parameters; bfloat16 by autocast."""
     objective.zero_grad(set_to_none=True)
+    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        losses = call(objective, device)
+        losses = objective(**moved, generator=row_generators(2))
     losses.total.backward()
-    gradients = [p.grad.flatten().float() for p in objective.parameters() if p.grad is not None]
-    gradient, total = torch.cat(gradients), losses.total.detach().float().reshape(1)
+    gradient = torch.cat([p.grad.flatten().float() for p in objective.parameters() if p.grad is not None])
+    total = losses.total.detach().float().reshape(1)
     return torch.cat([total.cpu(), gradient.cpu()])
 
 
@@ -281,7 +265,7 @@ def likelihood_terms(
 
 def check_objectives(scale: Scale) -> Part:
     part = parity_part("Each objective's loss and gradients, and the terms of the likelihood bound,")
-    joint = build_components(scale, scale.length)
+    joint = build_components(scale)
     ids = random_ids(joint, 2, scale.length)
     times = torch.tensor([0.3, 0.8])
     cosmos = JointObjectiveSettings(
@@ -289,21 +273,17 @@ def check_objectives(scale: Scale) -> Part:
     )
     autoencoder = JointObjective(**components_of(joint) | {"transformer": None}, settings=cosmos, stage="autoencoder")
 
-    def joint_losses(objective: nn.Module, device: torch.device) -> Any:
-        return objective(ids.to(device), times.to(device), 0.5, row_generators(2), [True, False])
-
-    def distillation_losses(objective: nn.Module, device: torch.device) -> Any:
-        ends = torch.stack([times, 0.5 * times, 0.25 * times], dim=1).double().to(device)
-        return objective(ids.to(device), ends, ["diagonal", "student"], row_generators(2))
-
-    objectives: list[tuple[str, nn.Module, Callable[..., Any]]] = [
-        ("joint", joint, joint_losses),
-        ("autoencoder, COSMOS", autoencoder, joint_losses),
-        ("diffusion", JointObjective(**components_of(joint), stage="diffusion"), joint_losses),
-        ("distillation", distillation_objective(scale, joint, scale.length), distillation_losses),
+    inputs = {"input_ids": ids, "timesteps": times, "gate": 0.5, "self_conditioned": [True, False]}
+    ends = torch.stack([times, 0.5 * times, 0.25 * times], dim=1).double()
+    pairs = {"input_ids": ids, "times": ends, "targets": ["diagonal", "student"]}
+    objectives: list[tuple[str, nn.Module, dict[str, Any]]] = [
+        ("joint", joint, inputs),
+        ("autoencoder, COSMOS", autoencoder, inputs),
+        ("diffusion", JointObjective(**components_of(joint), stage="diffusion"), inputs),
+        ("distillation", distillation_objective(scale, joint), pairs),
     ]
-    for name, objective, call in objectives:
-        compare_with_cpu(name, objective, partial(losses_and_gradients, call), scale, part)
+    for name, objective, given in objectives:
+        compare_with_cpu(name, objective, partial(losses_and_gradients, given), scale, part)
     compare_with_cpu("likelihood bound", joint, partial(likelihood_terms, ids), scale, part)
     return part
 
@@ -327,38 +307,32 @@ def schedulers() -> dict[str, Any]:
     return ours | theirs | {"flow map": TangentFlowMapScheduler()}
 
 
-def build_pipeline(scale: Scale, length: int) -> LDLMPipeline:
+def build_pipeline(scale: Scale) -> LDLMPipeline:
     """A whole pipeline of random weights on the CPU."""
-    parts = components_of(build_components(scale, length))
+    parts = components_of(build_components(scale))
     pipeline = LDLMPipeline(**parts, tokenizer=build_tokenizer(parts["token_decoder"].config.vocab_size))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-@contextlib.contextmanager
-def forbid_synchronisation(scale: Scale) -> Iterator[None]:
-    """On CUDA, an error wherever the host would wait for the device."""
+def set_synchronisation(scale: Scale, mode: Literal["default", "error"]) -> None:
+    """With "error", whatever makes the host wait for CUDA raises a RuntimeError."""
     if scale.on_cuda:
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def sample_without_synchronisation(pipeline: LDLMPipeline, scale: Scale) -> None:
+    """Samples in four steps that, from the second on, may not wait for the device."""
+
+    def at_step_end(_: Any, step: int, __: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        set_synchronisation(scale, "error" if step < 3 else "default")
+        return tensors
+
+    generator = torch.Generator(scale.device).manual_seed(0)
     try:
-        yield
+        pipeline(2, 4, generator=generator, output_type="latent", callback_on_step_end=at_step_end)
     finally:
-        if scale.on_cuda:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def steps_without_synchronisation(pipeline: LDLMPipeline, scale: Scale, num_steps: int, **arguments: Any) -> Any:
-    """A call whose steps, from the second on, may not wait for the device."""
-    with contextlib.ExitStack() as guard:
-
-        def at_step_end(_: Any, step: int, __: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-            if step == 0:
-                guard.enter_context(forbid_synchronisation(scale))
-            elif step == num_steps - 1:
-                guard.close()
-            return tensors
-
-        return pipeline(num_inference_steps=num_steps, callback_on_step_end=at_step_end, **arguments)
+        set_synchronisation(scale, "default")
 
 
 def check_sampling(scale: Scale) -> Part:
@@ -368,13 +342,13 @@ def check_sampling(scale: Scale) -> Part:
         "of ours may wait for the device (`torch.cuda.set_sync_debug_mode`); where one of diffusers' does is named.",
         ["scheduler", "latents", "tokens that differ", "steps wait for the device"],
     )
-    on_cpu = build_pipeline(scale, scale.length)
-    on_device = build_pipeline(scale, scale.length).to(scale.device)
+    on_cpu = build_pipeline(scale)
+    on_device = build_pipeline(scale).to(scale.device)
     for name, scheduler in schedulers().items():
         for pipeline in (on_cpu, on_device):
             pipeline.scheduler = copy.deepcopy(scheduler)
         if name == "flow map":
-            student = flow_map_denoiser(scale, scale.length)
+            student = flow_map_denoiser(scale)
             on_cpu.transformer, on_device.transformer = student, copy.deepcopy(student).to(scale.device)
         arguments = {"batch_size": 2, "num_inference_steps": 4, "output_type": "latent"}
         reference = on_cpu(generator=row_generators(2), **arguments).latents
@@ -383,14 +357,7 @@ def check_sampling(scale: Scale) -> Part:
         tokens, expected = on_device.decode_to_sequences(latents).cpu(), on_cpu.decode_to_sequences(reference)
         waits = "no"
         try:
-            steps_without_synchronisation(
-                on_device,
-                scale,
-                4,
-                batch_size=2,
-                output_type="latent",
-                generator=torch.Generator(scale.device).manual_seed(0),
-            )
+            sample_without_synchronisation(on_device, scale)
         except RuntimeError as problem:
             place = traceback.extract_tb(problem.__traceback__)[-1]
             waits = f"{Path(place.filename).name}, line {place.lineno}"
@@ -410,7 +377,7 @@ def check_compile(scale: Scale) -> Part:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    pipeline = build_pipeline(scale, scale.length).to(scale.device)
+    pipeline = build_pipeline(scale).to(scale.device)
     arguments = {"batch_size": 2, "output_type": "latent"}
     reference = pipeline(generator=row_generators(2), num_inference_steps=8, **arguments).latents
     pipeline.transformer.compile_repeated_blocks(fullgraph=True)
@@ -426,38 +393,31 @@ def check_compile(scale: Scale) -> Part:
     return part
 
 
-def offloads(scale: Scale) -> dict[str, Callable[[LDLMPipeline], Any]]:
-    """What makes a pipeline keep its weights elsewhere, by name."""
-
-    def group(pipeline: LDLMPipeline, **options: Any) -> None:
-        pipeline.enable_group_offload(onload_device=scale.device, offload_device=torch.device("cpu"), **options)
-
-    blocks = {"offload_type": "block_level", "num_blocks_per_group": 2}
-    found: dict[str, Callable[[LDLMPipeline], Any]] = {
-        "none": lambda pipeline: pipeline.to(scale.device),
-        "group, blocks": lambda pipeline: group(pipeline, **blocks),
-        "group, leaves": lambda pipeline: group(pipeline, offload_type="leaf_level"),
-    }
-    if scale.on_cuda:  # the others need an accelerator
-        found |= {
-            "group, leaves, stream": lambda pipeline: group(pipeline, offload_type="leaf_level", use_stream=True),
-            "model": lambda pipeline: pipeline.enable_model_cpu_offload(device=scale.device),
-            "sequential": lambda pipeline: pipeline.enable_sequential_cpu_offload(device=scale.device),
-        }
-    return found
-
-
 def check_offload(scale: Scale) -> Part:
     part = Part(
         "Sampling with weights that are on the device only while they are needed: tokens as without, a text encoded "
         "and decoded as without, and the highest memory that tensors took.",
         ["offload", "tokens that differ", "text decodes as without", "peak MiB"],
     )
+    group = {"onload_device": scale.device, "offload_device": torch.device("cpu")}
+    blocks = group | {"offload_type": "block_level", "num_blocks_per_group": 2}
+    leaves = group | {"offload_type": "leaf_level"}
+    offloads: list[tuple[str, Callable[..., object], dict[str, Any]]] = [
+        ("none", LDLMPipeline.to, {"device": scale.device}),
+        ("group, blocks", LDLMPipeline.enable_group_offload, blocks),
+        ("group, leaves", LDLMPipeline.enable_group_offload, leaves),
+    ]
+    if scale.on_cuda:  # the others need an accelerator
+        offloads += [
+            ("group, leaves, stream", LDLMPipeline.enable_group_offload, leaves | {"use_stream": True}),
+            ("model", LDLMPipeline.enable_model_cpu_offload, {"device": scale.device}),
+            ("sequential", LDLMPipeline.enable_sequential_cpu_offload, {"device": scale.device}),
+        ]
     expected: tuple[torch.Tensor, list[str]] | None = None
     ids = torch.arange(scale.length)[None]
-    for name, enable in offloads(scale).items():
-        pipeline = build_pipeline(scale, scale.length)
-        enable(pipeline)
+    for name, enable, options in offloads:
+        pipeline = build_pipeline(scale)
+        enable(pipeline, **options)
         reset_peak(scale)
         for _ in range(2):  # hooks have to work for more than one call
             sequences = pipeline(
@@ -475,14 +435,13 @@ def check_offload(scale: Scale) -> Part:
 # 3. Training
 
 
-def build_loop(scale: Scale, length: int, batch_size: int, folder: Path, distil: bool) -> TrainingLoop:
+def build_loop(scale: Scale, folder: str, distil: bool) -> TrainingLoop:
     """The loop of `train_joint.py`, or of `distill.py`, on random tokens, with bfloat16 autocast."""
-    joint = build_components(scale, length)
+    joint = build_components(scale)
     loop_settings = LoopSettings(
-        output_dir=str(folder),
-        batch_size=batch_size,
-        device_batch_size=batch_size,
-        logging_steps=10_000,
+        output_dir=folder,
+        batch_size=8,
+        device_batch_size=8,
         trackers=[],
         mixed_precision="bf16",
     )
@@ -490,17 +449,15 @@ def build_loop(scale: Scale, length: int, batch_size: int, folder: Path, distil:
     recipe: JointRecipe | DistillationRecipe
     if distil:
         recipe = DistillationRecipe(DistillationSettings(loop=loop_settings, components="random"), accelerator)
-        recipe.module = distillation_objective(scale, joint, length)
+        recipe.module = distillation_objective(scale, joint)
     else:
-        settings = RunSettings(loop=loop_settings, model=ModelSettings(sequence_length=length))
+        settings = RunSettings(loop=loop_settings, model=ModelSettings(sequence_length=scale.length))
         recipe = JointRecipe(settings, accelerator)
         recipe.module = joint
     recipe.tokenizer = build_tokenizer(joint.token_encoder.config.vocab_size)
-    recipe.held_out = random_ids(joint, 2 * batch_size, length)
+    recipe.held_out = random_ids(joint, 16, scale.length)
     dataset: Any = [{"input_ids": row} for row in recipe.held_out]
-    peak = DevicePeak(1.0, "not asked for")
-    estimate = RunEstimate(PassFlops((), batch_size * length), batch_size * length, loop_settings.max_steps, peak, 1)
-    return TrainingLoop(recipe, dataset, accelerator, recipe.settings, estimate)
+    return TrainingLoop(recipe, dataset, accelerator, recipe.settings)
 
 
 def check_training(scale: Scale) -> Part:
@@ -512,18 +469,19 @@ def check_training(scale: Scale) -> Part:
     for distil in (False, True):
         name = "distillation" if distil else "joint"
         with tempfile.TemporaryDirectory() as folder:
-            loop = build_loop(scale, scale.length, 8, Path(folder), distil)
+            loop = build_loop(scale, folder, distil)
             loop.state.module.train()
             waits = "no"
-            for step in range(6):
-                with forbid_synchronisation(scale) if step >= 2 else contextlib.nullcontext():
-                    try:
-                        values = loop.train_step()
-                    except RuntimeError as problem:
-                        waits = str(problem).splitlines()[0]
-                        part.problems.append(f"{name}: {traceback.format_exc()}")
-                        break
-                loop.state.step += 1
+            try:
+                for step in range(6):
+                    set_synchronisation(scale, "error" if step >= 2 else "default")
+                    values = loop.train_step()
+                    loop.state.step += 1
+            except RuntimeError as problem:
+                waits = str(problem).splitlines()[0]
+                part.problems.append(f"{name}: {traceback.format_exc()}")
+            finally:
+                set_synchronisation(scale, "default")
             loss = float(values["loss"])
             part.rows.append([name, str(loop.state.step), waits if scale.on_cuda else "–", f"{loss:.4f}"])
             part.require(math.isfinite(loss), f"{name}: the loss is {loss}")
@@ -580,29 +538,20 @@ def logged_losses(run: Path) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records if "loss" in record}
 
 
-@dataclass
-class Command:
+def start(scale: Scale, script: str, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """A script of `training/` at work; what it prints is appended to `log`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    if not scale.on_cuda:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, f"training/{script}.py", *arguments]
+    with log.open("ab") as output:
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
-    process: subprocess.Popen[bytes]
-    log: Path
 
-    @classmethod
-    def start(cls, scale: Scale, script: str, arguments: Sequence[str], log: Path) -> Command:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-        if not scale.on_cuda:
-            environment["ACCELERATE_USE_CPU"] = "true"
-        command = [sys.executable, f"training/{script}.py", *arguments]
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
-        return cls(process, log)
-
-    def finish(self) -> None:
-        """Waits for the end; RuntimeError if that was an error, with its text."""
-        if self.process.wait(timeout=240):
-            raise RuntimeError(f"a command ended with an error: {self.log.read_text(encoding='utf-8')[-3000:]}")
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for the end of a script; RuntimeError if that was an error, with its text."""
+    if process.wait(timeout=240):
+        raise RuntimeError(f"{log.stem} ended with an error: {log.read_text(encoding='utf-8')[-3000:]}")
 
 
 def later_commands(run: Path, common: Sequence[str]) -> dict[str, list[str]]:
@@ -634,29 +583,28 @@ def check_commands(scale: Scale) -> Part:
         folder = Path(name)
         whole, killed, log = folder / "whole", folder / "killed", folder / "train_joint.txt"
         common = [*prepare_run(folder), f"loop.max_steps={steps}", f"loop.checkpointing_steps={steps // 4}"]
-        Command.start(scale, "train_joint", [*common, f"loop.output_dir={whole}"], log).finish()
-        process = Command.start(scale, "train_joint", [*common, f"loop.output_dir={killed}"], log).process
+        finish(start(scale, "train_joint", [*common, f"loop.output_dir={whole}"], log), log)
+        process = start(scale, "train_joint", [*common, f"loop.output_dir={killed}"], log)
         while process.poll() is None and max(logged_losses(killed), default=0) <= steps // 2:
             time.sleep(0.01)
         process.kill()
         process.wait()
-        last = max(logged_losses(killed))
-        checkpoints = [int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoint-*")]
+        last, saved = max(logged_losses(killed)), step_of(find_checkpoints(killed)[-1])
         resumed = [*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"]
-        Command.start(scale, "train_joint", resumed, log).finish()
+        finish(start(scale, "train_joint", resumed, log), log)
         expected, found = logged_losses(whole), logged_losses(killed)
-        started = [
-            Command.start(scale, script, arguments, folder / f"{script}.txt")
-            for script, arguments in later_commands(whole, common).items()
-        ]
-        for command in started:
+        started = []
+        for script, arguments in later_commands(whole, common).items():
+            log = folder / f"{script}.txt"
+            started.append((start(scale, script, arguments, log), log))
+        for process, log in started:
             try:
-                command.finish()
+                finish(process, log)
             except RuntimeError as problem:
-                part.problems.append(f"{command.log.stem}: {problem}")
+                part.problems.append(str(problem))
     part.require(list(found) == list(range(1, steps + 1)), f"the resumed run logged the steps {list(found)}")
     differences = [abs(a - b) / abs(a) for step in expected for a, b in zip(expected[step], found[step], strict=True)]
-    part.rows.append([str(steps), str(last), str(last - max(checkpoints)), f"{max(differences):.1e}"])
+    part.rows.append([str(steps), str(last), str(last - saved), f"{max(differences):.1e}"])
     part.require(max(differences) <= 1e-3, f"a resumed step differs by {max(differences):.1e}")
     return part
 

@@ -25,6 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, hf_hub_download
+from transformers import AutoModel
+
 from loopback_hub import LoopbackHub, Repository
 
 
@@ -38,16 +43,12 @@ MODELS = ("token_encoder", "latent_encoder", "latent_decoder", "token_decoder")
 
 @dataclass(frozen=True)
 class Case:
-    """One process: what it does, in which surroundings, and what has to come of it.
+    """What one process does (it leaves a pipeline as `pipe`, or components as `models`), and what has to come of it.
 
     Attributes:
-        code: what is done. It leaves a pipeline as `pipe`, or components as `models`, by name.
         expected: which of the published pipelines it must be, "float32" or another of `publish`.
         error: a pattern for the text of the error that must be raised instead.
         installed: whether `ldlm_hf` can be imported.
-        token: access token of the client.
-        home: name of the client's cache; a new one by default.
-        offline: whether `HF_HUB_OFFLINE=1` is set.
         not_fetched: patterns of files that must not have been downloaded.
         silent: whether the hub must not have been asked for anything.
     """
@@ -57,7 +58,6 @@ class Case:
     error: str | None = None
     installed: bool = True
     token: str = "hf_org"
-    home: str | None = None
     offline: bool = False
     not_fetched: tuple[str, ...] = ()
     silent: bool = False
@@ -84,24 +84,25 @@ def load_trusting(source: str, options: str = "", **surroundings: Any) -> Case:
 
 NO_TRUST = r"ValueError: .*trust_remote_code=True"
 FULL_WEIGHTS = ("*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
+HALF = 'variant="fp16", dtype=torch.float16'
+MIXED = 'dtype={"transformer": torch.bfloat16, "default": torch.float32}'
 PLAIN = 'pipe = DiffusionPipeline.from_pretrained("org/tiny")'
 
-# cases of one chain follow each other; chains run side by side
+# cases of one chain follow each other and share a cache; chains run side by side
 CHAINS: list[list[Case]] = [
     # a local folder
     [load("./tiny", silent=True)],
     [load_trusting("./tiny", silent=True)],
     # by id, and again without the network
-    [load("org/tiny", home="installed"), load("org/tiny", home="installed", offline=True, silent=True)],
+    [load("org/tiny"), load("org/tiny", offline=True, silent=True)],
     [
-        load_trusting("org/tiny", home="absent"),
+        load_trusting("org/tiny"),
         # diffusers (get_cached_module_file) asks the hub for the commit of a pipeline's code, cached or not
-        load_trusting("org/tiny", error="OfflineModeIsEnabled", home="absent", offline=True, silent=True),
+        load_trusting("org/tiny", error="OfflineModeIsEnabled", offline=True, silent=True),
         Case(
             'folder = os.path.dirname(hf_hub_download("org/tiny", "model_index.json"))\n'
             "pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)",
             installed=False,
-            home="absent",
             offline=True,
             silent=True,
         ),
@@ -110,19 +111,13 @@ CHAINS: list[list[Case]] = [
     [Case(PLAIN)],
     [Case(PLAIN, error=NO_TRUST, installed=False)],
     # parts, types and files
-    [
-        load(
-            "org/tiny",
-            "token_encoder=None, latent_encoder=None",
-            not_fetched=("token_encoder/*", "latent_encoder/*"),
-        )
-    ],
-    [load("org/tiny", 'variant="fp16", dtype=torch.float16', expected="float16", not_fetched=FULL_WEIGHTS)],
-    [load_trusting("org/tiny", 'variant="fp16", dtype=torch.float16', expected="float16", not_fetched=FULL_WEIGHTS)],
+    [load("org/tiny", "token_encoder=None, latent_encoder=None", not_fetched=("*_encoder/*",))],
+    [load("org/tiny", HALF, expected="float16", not_fetched=FULL_WEIGHTS)],
+    [load_trusting("org/tiny", HALF, expected="float16", not_fetched=FULL_WEIGHTS)],
     [load_trusting("org/sharded", not_fetched=FULL_WEIGHTS)],
     [load("org/sharded", 'device_map="balanced"')],
-    [load("org/tiny", 'dtype={"transformer": torch.bfloat16, "default": torch.float32}', expected="mixed")],
-    [load_trusting("org/tiny", 'dtype={"transformer": torch.bfloat16, "default": torch.float32}', expected="mixed")],
+    [load("org/tiny", MIXED, expected="mixed")],
+    [load_trusting("org/tiny", MIXED, expected="mixed")],
     # private repositories and revisions
     [load("org/private")],
     [load("org/private", error="RepositoryNotFoundError: 404", token="hf_other")],
@@ -180,8 +175,6 @@ CHAINS: list[list[Case]] = [
 
 def sample(pipe: Any) -> dict[str, Any]:
     """Token ids and latents that a pipeline samples from a seed, and the digests of its weights."""
-    import torch
-
     pipe.set_progress_bar_config(disable=True)
     options = {"batch_size": 4, "num_inference_steps": 8}
     sequences = pipe(**options, generator=torch.Generator().manual_seed(0), output_type="seq").sequences
@@ -196,8 +189,6 @@ def sample(pipe: Any) -> dict[str, Any]:
 
 def digest(model: Any) -> str:
     """Of a component's weights and their types, bit for bit."""
-    import torch
-
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         # numpy has no bfloat16
@@ -208,9 +199,6 @@ def digest(model: Any) -> str:
 
 def publish() -> dict[str, Any]:
     """Publishes the pipelines that the cases load; gives their samples, their weights' digests and a commit."""
-    import torch
-    from huggingface_hub import HfApi
-
     import ldlm_hf
     from tiny_pipeline import build_pipeline
 
@@ -241,11 +229,6 @@ def describe_error(error: BaseException) -> str:
 
 def run_in_process(code: str, first_commit: str) -> dict[str, Any]:
     """Executes the code of a case; gives what came of it."""
-    import torch
-    from diffusers import DiffusionPipeline
-    from huggingface_hub import hf_hub_download
-    from transformers import AutoModel
-
     torch.set_num_threads(1)
     names: dict[str, Any] = {"torch": torch, "DiffusionPipeline": DiffusionPipeline, "AutoModel": AutoModel}
     names |= {"os": os, "hf_hub_download": hf_hub_download, "FIRST_COMMIT": first_commit, "publish": publish}
@@ -286,13 +269,7 @@ class Row:
 
 @dataclass
 class RoundTrip:
-    """Everything that the processes use, and what was published from it.
-
-    Attributes:
-        folder: holds the clients' caches and the working directory of the processes.
-        repositories: of the hub.
-        published: see `publish`.
-    """
+    """What the processes share: a folder, the hub's repositories, and what was published there (see `publish`)."""
 
     folder: Path
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -304,37 +281,31 @@ class RoundTrip:
         Raises:
             RuntimeError: the pipeline could not be published, or its samples could not tell right from wrong.
         """
-        found, _ = self.run(Case("value = publish()"))
+        found, _ = self.run(Case("value = publish()"), self.folder / "publisher")
         if "error" in found:
             raise RuntimeError(f"Publishing failed: {found['error']}")
         self.published = found["value"]
         if self.published["float32"]["sequences"] == self.published["v1"]["sequences"]:
             raise RuntimeError("Two of the published pipelines sample the same, so that no mistake would be seen.")
 
-    def run(self, case: Case) -> tuple[dict[str, Any], LoopbackHub]:
-        """Runs one case in a process; gives what the process found, and the hub with its records."""
-        home = Path(tempfile.mkdtemp(dir=self.folder)) if case.home is None else self.folder / case.home
+    def run(self, case: Case, home: Path) -> tuple[dict[str, Any], LoopbackHub]:
+        """What a process whose cache is `home` finds when it runs a case, and the hub with its records."""
         work = self.folder / "work"
         work.mkdir(exist_ok=True)
         # a package that is installed in editable form shows itself by a .pth file, which -S leaves unread
-        places = [place for place in map(os.path.abspath, sys.path) if case.installed or not holds_package(place)]
+        places = [str(REPOSITORY), *map(os.path.abspath, sys.path)]
+        if not case.installed:
+            places = [place for place in places if not Path(place, "ldlm_hf").exists()]
         file = Path(tempfile.mkdtemp(dir=self.folder)) / "found.json"
         command = [sys.executable, *([] if case.installed else ["-S"]), __file__, "--process", case.code]
         command += ["--found", str(file), "--first_commit", self.published.get("first_commit", "")]
         with LoopbackHub(USERS, self.repositories) as hub:
             environment = hub.environment(home, case.token) | {"OMP_NUM_THREADS": "1"}
-            environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY)] * case.installed + places)
+            environment["PYTHONPATH"] = os.pathsep.join(places)
             if case.offline:
                 environment["HF_HUB_OFFLINE"] = "1"
-            result = subprocess.run(
-                command,
-                env=environment,
-                cwd=work,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-            )
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+            result = subprocess.run(command, env=environment, cwd=work, timeout=TIMEOUT, **options)
         if result.returncode != 0:
             return {"error": f"exit status {result.returncode}: {result.stderr}", "executed": []}, hub
         return json.loads(file.read_text()), hub
@@ -384,16 +355,11 @@ def compare(found: dict[str, Any], published: dict[str, Any]) -> str:
     return f"weights equal, samples {'equal' if found['sequences'] == published['sequences'] else 'differ'}"
 
 
-def holds_package(place: str) -> bool:
-    """Whether `ldlm_hf` would be found at a place of the import path."""
-    return (Path(place) / "ldlm_hf").exists()
-
-
 def run_chain(trip: RoundTrip, chain: list[Case]) -> list[Row]:
-    """Runs cases one after the other."""
-    rows = []
+    """Runs cases one after the other with one cache."""
+    rows, home = [], Path(tempfile.mkdtemp(dir=trip.folder))
     for case in chain:
-        row = trip.judge(case, *trip.run(case))
+        row = trip.judge(case, *trip.run(case, home))
         status = "FAILED" if row.wrong else "ok"
         print(f"{status:6} {case.surroundings}: {case.code} → {row.outcome}", *row.wrong, sep="\n       ")
         rows.append(row)
@@ -401,9 +367,6 @@ def run_chain(trip: RoundTrip, chain: list[Case]) -> list[Row]:
 
 
 def write_report(rows: list[Row], seconds: float) -> None:
-    """Writes the table."""
-    import torch
-
     from ldlm_hf.evaluation.machine import device_name, versions
     from ldlm_hf.evaluation.markdown import markdown_table
 

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from huggingface_hub import RepoCard
 
 
 class HubError(Exception):
@@ -78,7 +79,6 @@ class LoopbackHub:
     """The server and what it has seen. A context manager: it serves inside the `with` block, on a port of its own.
 
     Attributes:
-        endpoint: what `HF_ENDPOINT` has to be, while it serves.
         users: names by access token. A user owns the repositories under their name, public and private.
         repositories: by kind and name, such as `models/org/name`; several hubs can serve the same.
         requests: method, address and status of every request, in the order in which they were answered.
@@ -141,7 +141,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
     def dispatch(self) -> None:
         self.address = urlsplit(self.path)
-        self.body = self.read_body()
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             self.answer()
         except HubError as error:
@@ -154,6 +154,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = dispatch  # noqa: N815 (names that http.server asks for)
 
     def answer(self) -> None:
+        if "Transfer-Encoding" in self.headers:
+            raise HubError(501, "This server reads no body of unknown length")
         method = "GET" if self.command == "HEAD" else self.command
         for expected, pattern, name in ROUTES:
             match = pattern.fullmatch(self.address.path)
@@ -164,17 +166,6 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         self.hub.requests.append((self.command, self.path, int(code)))
-
-    def read_body(self) -> bytes:
-        """The body of the request, whichever way its length is given."""
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
 
     def send_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send_content(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
@@ -219,8 +210,8 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> None:
         try:
-            read_card_metadata(json.loads(self.body)["content"])
-        except yaml.YAMLError as error:
+            RepoCard(json.loads(self.body)["content"])
+        except (yaml.YAMLError, ValueError) as error:
             self.send_json({"errors": [{"message": str(error)}], "warnings": []}, status=400)
         else:
             self.send_json({"errors": [], "warnings": []})
@@ -249,16 +240,9 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     def information(self, kind: str, name: str, revision: str = "main") -> None:
         repository = self.repository(kind, name)
         commit = repository.resolve(revision)
-        self.send_json(
-            {
-                "id": name,
-                "sha": commit.id,
-                "lastModified": commit.date,
-                "private": repository.private,
-                "tags": [],
-                "siblings": [{"rfilename": path} for path in commit.files],
-            }
-        )
+        files = [{"rfilename": path} for path in commit.files]
+        said = {"id": name, "sha": commit.id, "private": repository.private, "tags": [], "siblings": files}
+        self.send_json(said)
 
     @route("GET", REPOSITORY + "/refs")
     def list_references(self, kind: str, name: str) -> None:
@@ -300,15 +284,14 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         inside = {one: content for one, content in files.items() if one.startswith(prefix)}
         if path and not inside:
             raise HubError(404, f"{path} does not exist on {revision!r}", "EntryNotFound")
-        described = [
-            {"type": "file", "path": one, "oid": blob_id(content), "size": len(content)}
-            for one, content in inside.items()
-        ]
+        entries = {one: {"type": "file", "oid": blob_id(found), "size": len(found)} for one, found in inside.items()}
         if not self.flag("recursive"):
-            folders = {prefix + rest.split("/")[0] for one in inside if "/" in (rest := one.removeprefix(prefix))}
-            described = [one for one in described if "/" not in str(one["path"]).removeprefix(prefix)]
-            described += [{"type": "directory", "path": one, "oid": "0" * 40, "size": 0} for one in sorted(folders)]
-        self.send_json(described)
+            for one in inside:
+                folder, below, _ = one.removeprefix(prefix).partition("/")
+                if below:
+                    del entries[one]
+                    entries[prefix + folder] = {"type": "directory", "oid": "0" * 40, "size": 0}
+        self.send_json([{"path": one} | entry for one, entry in entries.items()])
 
     @route("GET", r"/(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve_file(self, name: str, revision: str, path: str, kind: str = "models") -> None:
@@ -324,15 +307,11 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     @route("POST", REPOSITORY + "/preupload/(?P<revision>[^/]+)")
     def prepare_upload(self, kind: str, name: str, revision: str) -> None:
         files = self.repository(kind, name, write=True).resolve(revision).files
-        answers = [
-            {
-                "path": path,
-                "uploadMode": "regular",
-                "shouldIgnore": False,
-                "oid": blob_id(files[path]) if path in files else None,
-            }
-            for path in (file["path"] for file in json.loads(self.body)["files"])
-        ]
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            path = file["path"]
+            oid = blob_id(files[path]) if path in files else None
+            answers.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
         self.send_json({"files": answers})
 
     @route("POST", REPOSITORY + "/commit/(?P<revision>[^/]+)")
@@ -345,12 +324,10 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             if revision not in repository.branches:
                 raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             parent = repository.branches[revision]
-            files, header = dict(parent.files), {}
-            for operation in operations:
+            files, header = dict(parent.files), operations[0]["value"]
+            for operation in operations[1:]:
                 key, value = operation["key"], operation["value"]
-                if key == "header":
-                    header = value
-                elif key == "file":
+                if key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif key == "deletedFile" and value["path"] in files:
                     del files[value["path"]]
@@ -361,15 +338,6 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             made = repository.commit(revision, header["summary"], header.get("description", ""), files)
         address = f"{self.hub.endpoint}/{'' if kind == 'models' else kind + '/'}{name}/commit/{made.id}"
         self.send_json({"success": True, "commitOid": made.id, "commitUrl": address, "hookOutput": ""})
-
-
-def read_card_metadata(content: str) -> dict[str, Any]:
-    """The YAML block at the top of a README; empty without one."""
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", content, re.DOTALL)
-    metadata = (yaml.safe_load(match[1]) if match else None) or {}
-    if not isinstance(metadata, dict):
-        raise yaml.YAMLError("the metadata of a card must be a mapping")
-    return metadata
 
 
 def blob_id(content: bytes) -> str:

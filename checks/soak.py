@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ldlm_hf.evaluation.markdown import markdown_table
 from ldlm_hf.training.checkpoints import TEMPORARY_PREFIX, damage, find_checkpoints, step_of
 
 
@@ -53,29 +54,23 @@ DEMO = [
 ]
 
 
-@dataclass
-class Ranks:
-    """The processes of one run, started as a cluster starts them: one by one, each told its rank."""
-
-    processes: list[subprocess.Popen[bytes]]
-
-    def wait(self, timeout: float) -> list[int]:
-        """Exit statuses; a process that outlives the others' death by `timeout` seconds is killed."""
-        end = time.monotonic() + timeout
-        for process in self.processes:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-        return [process.wait() for process in self.processes]
-
-    @property
-    def running(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
+# one for each rank
+Processes = list[subprocess.Popen[bytes]]
 
 
-def start(arguments: Sequence[str], log: Path) -> Ranks:
-    """Starts `train_joint.py` on two CPU processes; what they print is appended to `log`."""
+def wait(processes: Processes, timeout: float) -> list[int]:
+    """Exit statuses; a process that runs after `timeout` seconds is killed."""
+    end = time.monotonic() + timeout
+    for process in processes:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.wait() for process in processes]
+
+
+def start(arguments: Sequence[str], log: Path) -> Processes:
+    """Starts `train_joint.py` on two CPU processes, as a cluster does; what they print is appended to `log`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,19 +82,15 @@ def start(arguments: Sequence[str], log: Path) -> Ranks:
         "PYTHONPATH": str(REPOSITORY),
         "WORLD_SIZE": str(WORLD_SIZE),
     }
+    command = [sys.executable, "training/train_joint.py", *arguments]
     processes = []
-    for rank in range(WORLD_SIZE):
-        with log.open("ab") as output:
+    with log.open("ab") as output:
+        for rank in range(WORLD_SIZE):
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(
-                subprocess.Popen(
-                    [sys.executable, "training/train_joint.py", *arguments],
-                    cwd=REPOSITORY,
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
+                subprocess.Popen(command, cwd=REPOSITORY, env=own, stdout=output, stderr=subprocess.STDOUT)
             )
-    return Ranks(processes)
+    return processes
 
 
 def records(run: Path) -> dict[int, dict[str, Any]]:
@@ -110,10 +101,10 @@ def records(run: Path) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in parsed if "loss" in record}
 
 
-def wait_for(condition: Callable[[], Any], ranks: Ranks, seconds: float = 300) -> bool:
+def wait_for(condition: Callable[[], Any], processes: Processes, seconds: float = 300) -> bool:
     """Waits until a condition holds; False if the run ended before."""
     end = time.monotonic() + seconds
-    while ranks.running and time.monotonic() < end:
+    while all(process.poll() is None for process in processes) and time.monotonic() < end:
         if condition():
             return True
         time.sleep(0.005)
@@ -156,20 +147,20 @@ def read_checkpoints(run: Path, result: SoakResult) -> None:
         result.checkpoints_read += 1
 
 
-def kill_at(moment: int, ranks: Ranks, run: Path, generator: random.Random, result: SoakResult) -> bool:
+def kill_at(moment: int, processes: Processes, run: Path, generator: random.Random, result: SoakResult) -> bool:
     """Kills one process or both soon after a step, or while a checkpoint is saved; False if the run ended before."""
     saving = generator.random() < 0.5
-    if not wait_for(lambda: max(records(run), default=0) >= moment, ranks):
+    if not wait_for(lambda: max(records(run), default=0) >= moment, processes):
         return False
     if saving:
-        wait_for(lambda: any(run.glob(f"{TEMPORARY_PREFIX}*")), ranks, seconds=20)
+        wait_for(lambda: any(run.glob(f"{TEMPORARY_PREFIX}*")), processes, seconds=20)
     else:
         time.sleep(generator.uniform(0, 0.5))
     result.kills_while_saving += any(run.glob(f"{TEMPORARY_PREFIX}*"))
-    victims = ranks.processes if generator.random() < 0.5 else [generator.choice(ranks.processes)]
+    victims = processes if generator.random() < 0.5 else [generator.choice(processes)]
     for process in victims:
         process.kill()
-    ranks.wait(timeout=20)
+    wait(processes, timeout=20)
     result.kills += 1
     read_checkpoints(run, result)
     last = max((step_of(path) for path in find_checkpoints(run)), default=0)
@@ -186,19 +177,19 @@ def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: i
     whole, killed, log = folder / "whole", folder / "killed", folder / "log.txt"
     # one that was killed before its first checkpoint starts anew
     go_on = [f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
-    statuses = start([*common, f"loop.output_dir={whole}"], log).wait(timeout=3600)
+    statuses = wait(start([*common, f"loop.output_dir={whole}"], log), timeout=3600)
     if any(statuses):
         result.problems.append(f"the uninterrupted run ended with {statuses}; see {log.name}")
         return result
 
     for moment in sorted(generator.sample(range(1, steps - 1), kills)):
-        ranks = start([*common, *go_on], log)
+        processes = start([*common, *go_on], log)
         result.resumes += bool(find_checkpoints(killed))
-        if not kill_at(moment, ranks, killed, generator, result):
+        if not kill_at(moment, processes, killed, generator, result):
             result.problems.append(f"the run ended by itself before step {moment}; see {log.name}")
             break
 
-    statuses = start([*common, *go_on], log).wait(3600)
+    statuses = wait(start([*common, *go_on], log), timeout=3600)
     result.resumes += 1
     if any(statuses):
         result.problems.append(f"the last part ended with {statuses}; see {log.name}")
@@ -216,10 +207,10 @@ def soak(arguments: Sequence[str], folder: Path, kills: int, steps: int, seed: i
 def asked_to_stop(arguments: Sequence[str], folder: Path, number: signal.Signals) -> str:
     """Sends a signal to one of the processes of a run; what came of it."""
     run = folder / number.name.lower()
-    ranks = start([*arguments, f"loop.output_dir={run}", "loop.checkpointing_steps=1000000"], folder / "log.txt")
-    wait_for(lambda: len(records(run)) >= 3, ranks)
-    ranks.processes[1].send_signal(number)
-    statuses = ranks.wait(timeout=120)
+    processes = start([*arguments, f"loop.output_dir={run}", "loop.checkpointing_steps=1000000"], folder / "log.txt")
+    wait_for(lambda: len(records(run)) >= 3, processes)
+    processes[1].send_signal(number)
+    statuses = wait(processes, timeout=120)
     checkpoints = find_checkpoints(run)
     last = max(records(run))
     assert statuses == [0, 0], f"{number.name}: the processes ended with {statuses}"
@@ -231,14 +222,15 @@ def asked_to_stop(arguments: Sequence[str], folder: Path, number: signal.Signals
 def disk_full(arguments: Sequence[str], folder: Path) -> str:
     """Takes the room to write from a run after its first checkpoint, and gives it back later; what came of it."""
     run = folder / "disk-full"
-    log = folder / "disk-full.txt"
-    ranks = start([*arguments, f"loop.output_dir={run}", "loop.checkpoints_total_limit=null"], log)
-    wait_for(lambda: find_checkpoints(run), ranks)
+    processes = start(
+        [*arguments, f"loop.output_dir={run}", "loop.checkpoints_total_limit=null"], folder / "disk-full.txt"
+    )
+    wait_for(lambda: find_checkpoints(run), processes)
     first = find_checkpoints(run)[0]
 
     def limit_files(size: int) -> None:
         # as for a full disk, writing fails in the middle of a file
-        for process in ranks.processes:
+        for process in processes:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def failures() -> list[str]:
@@ -246,15 +238,15 @@ def disk_full(arguments: Sequence[str], folder: Path) -> str:
         return [line for line in lines if "checkpoint_failed" in line and line.endswith("}")]
 
     limit_files(1 << 16)
-    assert wait_for(failures, ranks), "no checkpoint failed"
+    assert wait_for(failures, processes), "no checkpoint failed"
     assert damage(first) is None, f"{first.name}: {damage(first)}"
     limit_files(resource.RLIM_INFINITY)
     failed_at = json.loads(failures()[0])
-    wait_for(lambda: step_of(find_checkpoints(run)[-1]) > failed_at["step"], ranks)
+    wait_for(lambda: step_of(find_checkpoints(run)[-1]) > failed_at["step"], processes)
     later = find_checkpoints(run)[-1]
-    for process in ranks.processes:
+    for process in processes:
         process.terminate()
-    assert ranks.wait(timeout=120) == [0, 0], "the run did not go on"
+    assert wait(processes, timeout=120) == [0, 0], "the run did not go on"
     assert step_of(later) > failed_at["step"] and damage(later) is None, later.name
     said = failed_at["checkpoint_failed"]
     return f'no room to write at step {failed_at["step"]}: "{said}" Training went on, and {later.name} is whole'
@@ -274,25 +266,22 @@ def main() -> None:
     endless = [*DEMO, "loop.max_steps=1000000"]
     further = [asked_to_stop(endless, folder, number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     further.append(disk_full(endless, folder))
-    rows = {name.replace("_", " "): value for name, value in vars(result).items() if name != "problems"}
-    report = [
-        "# Two processes, killed at random",
-        "",
-        f"Written by `python checks/soak.py --kills {arguments.kills} --steps {arguments.steps} --seed "
-        f"{arguments.seed}`: the demo's model and text (`training/configs/demo.yaml`), two gloo processes with one "
-        f"thread each on {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}; "
-        f"{(time.monotonic() - began) / 60:.0f} minutes.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-        "",
-        "A step differs if any of " + ", ".join(f"`{name}`" for name in COMPARED) + " is not the same number, bit for "
-        "bit, as in the run without a stop. Steps done again are those behind a kill's last checkpoint.",
-        "",
-        *(f"* {line}" for line in further),
-    ]
-    text = "\n".join(report) + "\n"
+    rows = [[name.replace("_", " "), str(value)] for name, value in vars(result).items() if name != "problems"]
+    line_break = "\n"
+    differing = ", ".join(f"`{name}`" for name in COMPARED)
+    text = f"""# Two processes, killed at random
+
+Written by `python checks/soak.py --kills {arguments.kills} --steps {arguments.steps} --seed {arguments.seed}`: the
+demo's model and text (`training/configs/demo.yaml`), two gloo processes with one thread each on {os.cpu_count()}
+cores ({platform.machine()}), torch {torch.__version__}; {(time.monotonic() - began) / 60:.0f} minutes.
+
+{line_break.join(markdown_table(["", ""], rows))}
+
+A step differs if any of {differing} is not the same number, bit for bit, as in the run without a stop. Steps done
+again are those behind a kill's last checkpoint.
+
+{line_break.join(f"* {line}" for line in further)}
+"""
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     shutil.rmtree(folder)

@@ -18,7 +18,7 @@ def test_a_published_pipeline_loads_in_fresh_processes(tmp_path: Path):
     trip = RoundTrip(tmp_path)
     trip.publish()
     chains = [
-        [load("org/tiny", home="cache"), load("org/tiny", home="cache", offline=True, silent=True)],
+        [load("org/tiny"), load("org/tiny", offline=True, silent=True)],
         [Case(PLAIN, error=NO_TRUST, installed=False), load_trusting("org/tiny")],
     ]
     with ThreadPoolExecutor(2) as executor:
