@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ablations.definitions import Ablations, check_known, read_ablations, selected_rows
-from ablations.execution import CommandRunner, check_evaluation, evaluation_command, run_all, shown, training_command
+from ablations.execution import CommandRunner, check_evaluation, evaluation_command, run_all, training_command
 from ablations.runs import Plan, with_needs
 from ablations.tables import write_table
 from ldlm_hf.evaluation.folder_lock import lock_folder
@@ -52,10 +52,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         # what follows the names of rows is taken for further ones
         options.overrides += [text for text in options.rows if "=" in text]
         options.rows = [text for text in options.rows if "=" not in text]
-    for name in ("seeds", "jobs", "num_samples", "sampling_seeds", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value} must be at least 1")
+    if min(options.seeds, options.jobs) < 1:
+        parser.error("--seeds and --jobs must be at least 1")
     return options
 
 
@@ -106,7 +104,7 @@ def main(arguments: Sequence[str], runner: CommandRunner | None = None) -> int:
         problems = run_all(runs, scored, plan, options.jobs, runner)
         for table in [] if options.train_only else options.table:
             command = shlex.join(["python", "training/ablate.py", *arguments])
-            print(f"table {table}: {shown(write_table(table, plan, options.seeds, problems, command))}")
+            print(f"table {table}: {write_table(table, plan, options.seeds, problems, command)}")
     return int(any(problem is not None for problem in problems.values()))
 
 

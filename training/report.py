@@ -20,11 +20,6 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", metavar="LABEL", help="names of the runs, in their order")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the figures and report.md")
     parser.add_argument(
-        "--smoothing_steps",
-        type=int,
-        help="window of the moving mean of training curves, in optimiser steps; 2%% of the longest run by default",
-    )
-    parser.add_argument(
         "--last_evaluations",
         type=int,
         default=1,
@@ -34,7 +29,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     runs = read_logged_runs(options.runs, options.names)
-    print(write_report(runs, options.output_dir, options.smoothing_steps, options.last_evaluations))
+    print(write_report(runs, options.output_dir, options.last_evaluations))
     print(options.output_dir / "report.md")
 
 

@@ -29,7 +29,7 @@ from ablate import main
 from ablations.definitions import JOINT, TOKEN_DECODER, EvaluationPlan, read_ablations
 from ablations.execution import CommandRunner, execute, run_all, training_command
 from ablations.runs import AblationRun, Plan, check_finished, dotted_values, read_scores, times
-from ablations.tables import described, last_gate
+from ablations.tables import described
 from ldlm_hf.evaluation.folder_lock import lock_folder
 from ldlm_hf.loading.settings_reader import differences, load_settings, to_yaml
 from ldlm_hf.training.components import (
@@ -618,9 +618,6 @@ def test_a_run_does_not_outlive_what_it_started_from(row: str, part: str, tiny_p
     assert not check_finished(run)
     (run.pipeline / "README.md").write_text("card", encoding="utf-8")
     assert check_finished(run)
-    # the same weights, written by another version
-    save_file({"weight": torch.ones(2)}, theirs, metadata={"format": "pt"})
-    assert check_finished(run)
     save_file({"weight": torch.zeros(2)}, theirs)
     with pytest.raises(ValueError, match="started from other components than those of"):
         check_finished(run)
@@ -632,8 +629,6 @@ def test_tokens_of_another_encoder_have_real_text_of_their_own(ablate: Ablate, t
     assert ablate("--table", "6", "loop.max_steps=1") == 0
     text, values = table_of(tmp_path, "6")
     assert text.count("| Real text, in tokens of") == len(values["real_text"]) == 2
-    # two steps of warmup in a run of one
-    assert "the run ends before its warmup does; its last gate is 0." in text
     # here both tokenizers cut the held-out text alike; what differs between rows is said of each
     assert text.count("- Real text: held-out part of `corpus.txt`") == 1
     file = tmp_path / "ablations/tiny/other_token_encoder/seed-0/evaluation/results.json"
@@ -651,13 +646,6 @@ def test_tables_name_overrides_without_folders(tmp_path: Path) -> None:
     long = "model.transformer={" + 300 * "a" + ": 1}"
     overrides = [long, f"data.source={tmp_path}/corpus.txt", "data.cache_dir=cache", "loop.trackers=[]", "a=b=c"]
     assert described(overrides) == [long, "data.source=corpus.txt", "loop.trackers=[]", "a=b=c"]
-
-
-def test_the_last_gate_is_that_of_the_last_step() -> None:
-    """Steps count from 0, so a warmup that is as long as the run is not through with it."""
-    for steps, ends in ((2, False), (3, True)):
-        gate = last_gate(plan_of("demo", 1.0, "warmup.steps=2", f"loop.max_steps={steps}").run("default", 0))
-        assert (gate == 1) is ends
 
 
 class Sleeper(CommandRunner):
@@ -859,7 +847,7 @@ def test_bad_command_lines_name_what_is_known_and_start_nothing(
     [
         ("rows: {a: {override: {}}}", "override"),
         ("rows: {a: {needs: b}, b: {}}", "row 'a': needs 'b' is unknown"),
-        ("rows: {a: {script: train.py}}", "script='train.py' is unknown"),
+        ("rows: {a: {script: train.py}}", "script 'train.py' is unknown"),
         ("rows: {a: {script: train_token_decoder.py}}", "name it as `needs`"),
         ("rows: {a: {bases: {b: {}}}}", "row 'a': base 'b' is unknown"),
         ("tables: {'1': {groups: [{rows: {a: A}}]}}", "table 1: row 'a' is unknown"),

@@ -15,31 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from figures.logged_runs import (
-    NotLoggedError,
-    differing_settings,
-    distinguishing_names,
-    gate_error,
-    logged_gate,
-    read_logged_run,
-    read_logged_runs,
-)
-from figures.loss_over_time import (
-    compare_sampling,
-    largest_fall,
-    line_deviation,
-    loss_over_own_time,
-    loss_over_t,
-    timestep_cdf,
-)
-from figures.report import (
-    comparison_lines,
-    deviation_table,
-    gate_distance,
-    logging_steps,
-    remarks_on_loss,
-    write_report,
-)
+from figures.logged_runs import LoggedRun, differing_settings, read_logged_run, read_logged_runs
+from figures.loss_over_time import LossOverTime, loss_over_time
+from figures.report import compare_sampling, deviation_table, write_report
 from figures.runs import moving_mean, plot_training, plot_warmup
 from figures.style import COLOURS, LINES, run_style
 from ldlm_hf import warmup_gate
@@ -89,52 +67,50 @@ def write_run(
     return folder
 
 
+def read_curve(folder: Path, count: int = 1) -> LossOverTime:
+    curve = loss_over_time(read_logged_run(folder, "run"), count)
+    assert curve is not None
+    return curve
+
+
+def curves_of(runs: list[LoggedRun]) -> dict[str, LossOverTime]:
+    curves = {run.name: loss_over_time(run, 1) for run in runs}
+    return {name: curve for name, curve in curves.items() if curve is not None}
+
+
 def edit_log(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(change(json.loads(line)))}\n" for line in lines))
 
 
+def curve_of(times: np.ndarray, losses: np.ndarray) -> LossOverTime:
+    return LossOverTime("t", times, losses, times, times, (1,))
+
+
 @pytest.mark.parametrize("slope", [-3.0, 0.0, 0.7])
 def test_straight_line_does_not_deviate(slope: float) -> None:
-    line = line_deviation(TIMES, 0.2 + slope * TIMES)
-    assert (line.slope, line.intercept) == (pytest.approx(slope, abs=1e-12), pytest.approx(0.2))
-    assert max(line.rms, line.maximum, line.scatter) < 1e-12
+    curve = curve_of(TIMES, 0.2 + slope * TIMES)
+    assert tuple(curve.line) == (pytest.approx(slope, abs=1e-12), pytest.approx(0.2))
+    assert curve.deviation < 1e-12
 
 
 @pytest.mark.parametrize("points", [5, 20, 1000])
 def test_parabola_deviates_as_the_orthogonal_polynomial_of_degree_two(points: int) -> None:
     """With x = -(n-1)/2 .. (n-1)/2 the residual of x² is x² - (n² - 1)/12, of mean square (n² - 1)(n² - 4)/180."""
     times = np.arange(1, points + 1) / points
-    line = line_deviation(times, times**2)
+    curve = curve_of(times, times**2)
     spread = 1 - 1 / points**2
     residual = math.sqrt((points**2 - 1) * (points**2 - 4) / 180) / points**2
-    assert line.rms == pytest.approx(residual / spread)
-    assert line.maximum == pytest.approx(((points - 1) ** 2 / 4 - (points**2 - 1) / 12) / points**2 / spread)
+    assert curve.deviation == pytest.approx(residual / spread)
     if points == 1000:
         # the integrals over [0, 1]: the line is u - 1/6
-        assert line.rms == pytest.approx(1 / math.sqrt(180), rel=0.01)
-        assert line.maximum == pytest.approx(1 / 6, rel=0.01)
-        assert (line.slope, line.intercept) == (pytest.approx(1, rel=0.01), pytest.approx(-1 / 6, rel=0.01))
+        assert curve.deviation == pytest.approx(1 / math.sqrt(180), rel=0.01)
+        assert tuple(curve.line) == (pytest.approx(1, rel=0.01), pytest.approx(-1 / 6, rel=0.01))
 
 
 def test_deviation_does_not_depend_on_the_unit_of_the_loss() -> None:
-    line, scaled = line_deviation(TIMES, np.sqrt(TIMES)), line_deviation(TIMES, 5 + 40 * np.sqrt(TIMES))
-    assert [scaled.rms, scaled.maximum, scaled.scatter] == pytest.approx([line.rms, line.maximum, line.scatter])
-    assert 0 < line.scatter < line.rms < line.maximum
-
-
-def test_scatter_is_the_noise_and_not_a_gentle_bend() -> None:
-    times = np.linspace(0, 1, 4001)
-    noise = 0.01 * np.random.default_rng(0).standard_normal(len(times))
-    losses = times + times**2 + noise
-    line = line_deviation(times, losses)
-    assert line.scatter * np.ptp(losses) == pytest.approx(0.01, rel=0.05)
-    assert line.rms > 5 * line.scatter
-
-
-def test_a_fall_is_measured_from_the_highest_loss_before_it() -> None:
-    assert largest_fall(np.sqrt(TIMES)) == 0 and largest_fall(np.ones(4)) == 0
-    assert largest_fall(np.array([0.0, 4.0, 3.0, 5.0, 2.0])) == pytest.approx(3 / 5)
+    curve, scaled = curve_of(TIMES, np.sqrt(TIMES)), curve_of(TIMES, 5 + 40 * np.sqrt(TIMES))
+    assert scaled.deviation == pytest.approx(curve.deviation)
 
 
 def test_moving_mean_is_over_steps_not_lines_and_keeps_a_line_inside() -> None:
@@ -146,52 +122,36 @@ def test_moving_mean_is_over_steps_not_lines_and_keeps_a_line_inside() -> None:
 
 def test_adaptive_run_is_read_over_warped_time(tmp_path: Path) -> None:
     """L = sqrt(t) with F = sqrt(t): over u a straight line, whose times are exact though the keys round them."""
-    run = read_logged_run(write_run(tmp_path / "run", cdf=np.sqrt, quantile=np.square), "adaptive")
-    curve = loss_over_own_time(run, 1)
-    assert curve.variable == "u" and not curve.is_interpolated and curve.steps == (40,)
+    curve = read_curve(write_run(tmp_path / "run", cdf=np.sqrt, quantile=np.square))
+    assert curve.variable == "u" and curve.steps == (40,)
     assert curve.times.tolist() == TIMES.tolist()
-    assert curve.deviation.rms < 1e-12
-    times, cdf = timestep_cdf(run, 1)
-    assert (times[0], cdf[0], times[-1], cdf[-1]) == (0, 0, 1, 1)
-    assert cdf.tolist() == np.sqrt(times).tolist()
-    assert loss_over_t(run, 1).losses.tolist() == np.sqrt(TIMES).tolist()
+    assert curve.deviation < 1e-12
+    assert curve.grid.tolist() == [0, *TIMES]
+    assert curve.cdf.tolist() == np.sqrt(curve.grid).tolist()
 
 
 def test_uniform_run_is_read_over_t(tmp_path: Path) -> None:
-    run = read_logged_run(write_run(tmp_path / "run"), "uniform")
-    curve = loss_over_own_time(run, 1)
+    curve = read_curve(write_run(tmp_path / "run"))
     assert curve.variable == "t" and curve.losses.tolist() == np.sqrt(TIMES).tolist()
-    times, cdf = timestep_cdf(run, 1)
-    assert times.tolist() == cdf.tolist()
+    assert curve.grid.tolist() == curve.cdf.tolist() == [0, *TIMES]
 
 
-def test_older_log_is_interpolated_or_said_to_lack_it(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", cdf=np.sqrt)
-    curve = loss_over_own_time(read_logged_run(folder, "older"), 1)
-    assert curve.variable == "u" and curve.is_interpolated
-    # F(1/16) = 1/4: below that no loss was measured
-    assert curve.times.tolist() == TIMES[3:].tolist()
-    assert curve.losses == pytest.approx(curve.times)
-    edit_log(folder, lambda line: {key: value for key, value in line.items() if "cdf" not in key})
-    oldest = read_logged_run(folder, "oldest")
-    with pytest.raises(NotLoggedError, match="oldest has neither the loss over u"):
-        loss_over_own_time(oldest, 1)
-    text = write_report([oldest], tmp_path / "report")
-    assert "Not drawn." in text and "neither the loss over u" in text
+def test_log_without_the_loss_over_warped_time_is_left_out(tmp_path: Path) -> None:
+    older = read_logged_run(write_run(tmp_path / "run", cdf=np.sqrt), "older")
+    assert loss_over_time(older, 1) is None
+    text = write_report([older], tmp_path / "report")
+    assert "Left out, since the log has no 3 losses over time, all of them finite: older." in text
     assert not (tmp_path / "report" / "figure_5_loss_over_time.png").exists()
 
 
 def test_adaptive_sampler_that_had_not_taken_over_is_neither_kind(tmp_path: Path) -> None:
-    write_run(tmp_path / "early", cdf=np.sqrt)
-    edit_log(
-        tmp_path / "early",
-        lambda line: {key: value for key, value in line.items() if "cdf" not in key} | {"adaptive_timesteps": 0.0},
-    )
+    write_run(tmp_path / "adaptive", cdf=np.sqrt, quantile=np.square)
+    write_run(tmp_path / "early", "timestep_sampler.adaptive=true")
     write_run(tmp_path / "uniform")
-    runs = read_logged_runs([tmp_path / "early", tmp_path / "uniform"])
-    curves = {run.name: loss_over_own_time(run, 1) for run in runs}
-    assert [len(remarks_on_loss(run, curves[run.name], None)) for run in runs] == [1, 0]
-    assert compare_sampling(runs, curves) == []
+    runs = read_logged_runs([tmp_path / name for name in ("adaptive", "early", "uniform")])
+    assert curves_of(runs)["early"].variable == "t"
+    assert [row[:2] for row in compare_sampling(runs, curves_of(runs))] == [["adaptive", "uniform"]]
+    assert compare_sampling(runs[1:], curves_of(runs)) == []
 
 
 def test_mean_of_the_last_evaluations(tmp_path: Path) -> None:
@@ -204,15 +164,16 @@ def test_mean_of_the_last_evaluations(tmp_path: Path) -> None:
             if line["step"] > 10 or "t=1.00" not in key
         },
     )
-    run = read_logged_run(folder, "run")
-    curve = loss_over_own_time(run, 2)
+    curve = read_curve(folder, 2)
     assert curve.steps == (30, 40)
     assert curve.losses == pytest.approx(35 * np.sqrt(TIMES))
-    assert curve.deviation.rms == pytest.approx(line_deviation(TIMES, np.sqrt(TIMES)).rms)
-    with pytest.raises(ValueError, match="run has 3 at its end that are over the same times.*ask for 3 at most"):
-        loss_over_own_time(run, 4)
+    assert curve.deviation == pytest.approx(curve_of(TIMES, np.sqrt(TIMES)).deviation)
+    assert read_curve(folder, 3).steps == (20, 30, 40)
+    for count in (4, 5):
+        with pytest.raises(ValueError, match=f"--last_evaluations {count}: run has not as many.*ask for fewer"):
+            read_curve(folder, count)
     with pytest.raises(ValueError, match="last_evaluations 0 must be at least 1"):
-        write_report([run], tmp_path / "report", last_evaluations=0)
+        write_report([read_logged_run(folder, "run")], tmp_path / "report", last_evaluations=0)
 
 
 def test_loss_that_is_not_finite_is_said_and_not_fitted(tmp_path: Path) -> None:
@@ -221,8 +182,7 @@ def test_loss_that_is_not_finite_is_said_and_not_fitted(tmp_path: Path) -> None:
         folder, lambda line: line | ({"eval/diffusion_loss/t=0.50": math.nan} if "eval/diffusion_loss" in line else {})
     )
     text = write_report([read_logged_run(folder, "run")], tmp_path / "report")
-    assert f"the diffusion loss of run over t has {GRID - 1} finite values at {GRID} times" in text
-    assert text.count("finite values") == 1
+    assert "all of them finite: run." in text
     assert "nan" not in text
 
 
@@ -234,17 +194,13 @@ def test_adaptive_runs_are_compared_with_the_uniform_runs_most_like_them(tmp_pat
     runs = read_logged_runs(
         [tmp_path / name for name in ("adaptive-0", "adaptive-1", "no-warmup", "uniform-0", "uniform-1")]
     )
-    curves = {run.name: loss_over_own_time(run, 1) for run in runs}
-    pairs = compare_sampling(runs, curves)
-    assert [(pair.adaptive, pair.uniform, pair.other_settings) for pair in pairs] == [
-        ("adaptive-0", "uniform-0", []),
-        ("adaptive-1", "uniform-1", []),
+    curves = curves_of(runs)
+    assert compare_sampling(runs, curves) == [
+        ["adaptive-0", "uniform-0", "0.000", "none"],
+        ["adaptive-1", "uniform-1", "0.000", "none"],
     ]
-    assert all(pair.rms < 1e-12 for pair in pairs)
-    assert "0.000 ± 0.000" in comparison_lines(pairs)[-1]
     only = [run for run in runs if run.name in ("adaptive-1", "no-warmup", "uniform-0")]
-    [pair] = compare_sampling(only, curves)
-    assert (pair.uniform, pair.other_settings) == ("uniform-0", ["loop.seed"])
+    assert compare_sampling(only, curves) == [["adaptive-1", "uniform-0", "0.000", "`loop.seed`"]]
     assert differing_settings(only[:2]) == [
         "loop.seed",
         "timestep_sampler.adaptive",
@@ -257,49 +213,30 @@ def test_ratios_in_the_report_are_those_of_the_deviations(tmp_path: Path) -> Non
     write_run(tmp_path / "uniform")
     write_run(tmp_path / "other", "warmup.steps=0")
     write_run(tmp_path / "adaptive", cdf=lambda t: t**0.25, quantile=lambda u: u**4)
+    over_u, over_t = curve_of(TIMES, TIMES**2).deviation, curve_of(TIMES, np.sqrt(TIMES)).deviation
     for name, others in (("uniform", "none"), ("other", "`warmup.steps`")):
         runs = read_logged_runs([tmp_path / "adaptive", tmp_path / name])
-        curves = {run.name: loss_over_own_time(run, 1) for run in runs}
-        over_u, over_t = line_deviation(TIMES, TIMES**2), line_deviation(TIMES, np.sqrt(TIMES))
-        ratios = f"{over_u.rms / over_t.rms:.3f} | {over_u.maximum / over_t.maximum:.3f}"
-        lines = comparison_lines(compare_sampling(runs, curves))
-        assert lines[2] == f"| adaptive | {name} | {ratios} | no | {others} |"
-        table = deviation_table(runs, curves, {run.name: loss_over_t(run, 1) for run in runs})
-        assert table[2].startswith(f"| adaptive | u | 40 | {GRID} | 3 at most | {over_u.rms:.2%} |")
-        assert table[3].startswith(f"| {name} | t | 40 | {GRID} | 3 at most | {over_t.rms:.2%} |")
-
-
-def test_the_window_is_counted_in_lines_of_training_text(tmp_path: Path) -> None:
-    assert logging_steps(read_logged_run(write_run(tmp_path / "run"), "run")) == 2
-
-
-def test_falling_loss_is_said(tmp_path: Path) -> None:
-    for name, loss, count in (("falls", lambda t: 1 - np.sqrt(t), 1), ("grows", np.sqrt, 0)):
-        run = read_logged_run(write_run(tmp_path / name, loss=loss), name)
-        assert len(remarks_on_loss(run, None, loss_over_t(run, 1))) == count
+        assert compare_sampling(runs, curves_of(runs)) == [["adaptive", name, f"{over_u / over_t:.3f}", others]]
+        table = deviation_table(curves_of(runs))
+        assert table[2] == f"| adaptive | u | 40 | {GRID} | {over_u:.2%} |"
+        assert table[3] == f"| {name} | t | 40 | {GRID} | {over_t:.2%} |"
 
 
 def test_warmup_curve_and_logged_points_are_the_formula(tmp_path: Path) -> None:
     run = read_logged_run(write_run(tmp_path / "run", "warmup.midpoint=0.5"), "run")
     other = read_logged_run(write_run(tmp_path / "other", "warmup.steps=0"), "other")
     same = read_logged_run(write_run(tmp_path / "same", "warmup.midpoint=0.5", steps=60), "same")
-    assert logged_gate(run)[0] == (1, warmup_gate(1, 20, 0.5, 10))
-    assert gate_error(run) == gate_error(other) == 0
     axes = plot_warmup([run, other, same]).axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata())]
     curves = [line for line in lines if line.get_linestyle() != "None"]
     points = [line for line in lines if line.get_linestyle() == "None"]
     # two runs have one warmup, and share its curve
     assert len(curves) == 2 and len(points) == 3
-    assert min(len(line.get_xdata()) for line in points) > 3
+    assert [list(line.get_xdata())[:2] for line in points] == [[1, 3]] * 3
     for line in lines:
         settings = (0, 0.8, 10.0) if line.get_color() == COLOURS[1] else (20, 0.5, 10.0)
         for step, gate in zip(line.get_xdata(), line.get_ydata(), strict=True):
             assert gate == warmup_gate(int(step), *settings)
-    edit_log(tmp_path / "run", lambda line: line | ({"gate": 0.5} if "gate" in line else {}))
-    changed = read_logged_run(tmp_path / "run", "changed")
-    assert gate_error(changed) == pytest.approx(0.5)
-    assert gate_distance(run) == "0.0e+00" and gate_distance(changed).startswith("5.0e-01: **")
 
 
 def test_training_curves_hold_what_was_logged(tmp_path: Path) -> None:
@@ -311,8 +248,7 @@ def test_training_curves_hold_what_was_logged(tmp_path: Path) -> None:
     for run, (raw, smooth) in zip(runs, (losses[:2], losses[2:4]), strict=True):
         logged = [line["diffusion_loss"] for line in run.log if "diffusion_loss" in line]
         assert list(raw.get_ydata()) == logged
-        # the last point is there however many are left out
-        assert list(smooth.get_ydata()) == pytest.approx([*logged, logged[-1]])
+        assert list(smooth.get_ydata()) == pytest.approx(logged)
     held_out = figure.axes[3].lines
     assert [list(line.get_xdata()) for line in held_out[:2]] == [[20, 40], [40, 80]]
     [legend] = figure.legends
@@ -348,7 +284,6 @@ def test_report_of_a_finished_run_has_its_machine_and_scores(tmp_path: Path) -> 
     text = write_report(read_logged_runs([tmp_path / "run"]), tmp_path / "report")
     assert "| run | 40 | 0 | a processor | 1.5 minutes | – |" in text
     assert "321.1 |" in text and "`org/judge`, over 30 samples" in text
-    assert f"| {GRID} | 2 to 3 |" in text, "40 sequences are dealt out to 16 times"
     assert "MAUVE" not in text
 
 
@@ -373,30 +308,28 @@ def test_same_logs_give_the_same_files_whatever_the_user_has_set(
     assert str(tmp_path) not in text
 
 
-def test_names_are_the_parts_of_the_paths_that_differ() -> None:
-    def names(*paths: str) -> list[str]:
-        return distinguishing_names([Path("/", path) for path in paths])
-
-    assert names("x/run") == ["run"]
-    assert names("x/a", "x/b") == ["a", "b"]
-    assert names("x/a/seed-0", "x/b/seed-0") == ["a", "b"]
-    assert names("x/a/seed-0", "x/a/seed-1", "x/b/seed-0") == ["a/seed-0", "a/seed-1", "b/seed-0"]
-    assert names("x/a", "x/a/a") == ["x", "a"]
+def test_names_are_the_paths_below_the_folder_of_all_runs(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "a/seed-0"), write_run(tmp_path / "a/seed-1")
+    third = write_run(tmp_path / "b/seed-0")
+    for folders, names in (
+        ([one], ["seed-0"]),
+        ([one, other], ["seed-0", "seed-1"]),
+        ([one, other, third], ["a/seed-0", "a/seed-1", "b/seed-0"]),
+    ):
+        assert [run.name for run in read_logged_runs(folders)] == names
 
 
 def test_bad_input(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
     with pytest.raises(OSError, match="holds no settings.yaml: it is not the folder of a run"):
         read_logged_runs([tmp_path])
-    with pytest.raises(ValueError, match="one' is given twice"):
+    with pytest.raises(ValueError, match="'one' is the name of two runs; leave one out"):
         read_logged_runs([one, tmp_path / "other" / ".." / "one"])
     with pytest.raises(ValueError, match="gives 1 names for 2 runs"):
         read_logged_runs([one, other], ["a"])
-    with pytest.raises(ValueError, match="'a' must be a name of one run only"):
+    with pytest.raises(ValueError, match="'a' is the name of two runs.*other --names"):
         read_logged_runs([one, other], ["a", "a"])
-    with pytest.raises(ValueError, match="smoothing_steps -1 must not be negative"):
-        write_report(read_logged_runs([one]), tmp_path / "report", smoothing_steps=-1)
-    with pytest.raises(OSError, match="metrics.jsonl' is a file; name a folder"):
+    with pytest.raises(OSError, match="File exists.*metrics.jsonl"):
         write_report(read_logged_runs([one]), one / "metrics.jsonl")
     edit_log(other, lambda line: {key: value for key, value in line.items() if not key.startswith("eval/")})
     with pytest.raises(
@@ -432,9 +365,8 @@ def test_from_a_real_run_to_the_page(
     for name in FIGURES:
         assert (output / f"{name}.png").stat().st_size > 5_000
     run = read_logged_run(tmp_path / "run", "A")
-    curve = loss_over_own_time(run, 1)
+    curve = read_curve(tmp_path / "run")
     assert curve.variable == "u" and curve.times.tolist() == [0.25, 0.5, 0.75, 1]
     assert curve.losses.tolist() == [run.evaluations[-1][f"eval/warped_diffusion_loss/u={u:.2f}"] for u in curve.times]
-    assert "| A | u | 4 | 4 | 4 |" in text and "| B | t | 4 | 4 | 4 |" in text
-    assert re.search(r"\| A \| B \| \d+\.\d{3} \| \d+\.\d{3} \| (yes|no) \| none \|", text)
-    assert text.count("| 0.0e+00 |") == 2, "the logged gate is the formula's"
+    assert "| A | u | 4 | 4 |" in text and "| B | t | 4 | 4 |" in text
+    assert re.search(r"\| A \| B \| \d+\.\d{3} \| none \|", text)

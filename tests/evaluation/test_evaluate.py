@@ -667,7 +667,7 @@ def test_pareto_frontier() -> None:
     assert figures.pareto_frontier(points) == [0, 2, 4]
     assert figures.pareto_frontier(points[::-1]) == [4, 2, 0]
     assert figures.pareto_frontier([]) == []
-    assert figures.pareto_frontier([(1.0, 2.0), (1.0, 2.0)]) == [1, 0]
+    assert figures.pareto_frontier([(1.0, 2.0), (1.0, 2.0)]) == [0, 1]
     drawn = np.random.default_rng(0).random((40, 2)).round(1)
     beaten = {
         index

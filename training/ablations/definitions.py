@@ -129,8 +129,7 @@ def check_names(ablations: Ablations, path: Path) -> None:
     earlier: list[str] = []
     for name, row in ablations.rows.items():
         where = f"{path}: row {name!r}:"
-        if row.script not in SETTINGS_CLASSES:
-            raise ValueError(f"{where} script={row.script!r} is unknown; it is one of {', '.join(SETTINGS_CLASSES)}.")
+        check_known(f"{where} script", row.script, SETTINGS_CLASSES)
         if row.needs is not None:
             # only rows above, so that no row needs itself by way of others
             check_known(f"{where} needs", row.needs, earlier)

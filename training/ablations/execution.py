@@ -8,8 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from graphlib import TopologicalSorter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
@@ -25,21 +24,15 @@ TRAINING = Path(__file__).resolve().parents[1]
 POLLING_INTERVAL = 0.2
 
 
-def shown(path: Path) -> str:
-    """A path as it is typed: relative to the working directory where it lies below it."""
-    path, here = Path(os.path.abspath(path)), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
 def launch_command(plan: Plan, script: str) -> list[str]:
     """The beginning of every command."""
-    accelerate = shown(plan.directory / plan.base.accelerate)
-    return ["accelerate", "launch", "--config_file", accelerate, shown(TRAINING / script)]
+    accelerate = os.path.relpath(plan.directory / plan.base.accelerate)
+    return ["accelerate", "launch", "--config_file", accelerate, os.path.relpath(TRAINING / script)]
 
 
 def training_command(run: AblationRun, plan: Plan) -> list[str]:
     """Trains a run, or goes on with it from its last checkpoint; one that was stopped before its first starts anew."""
-    config = [] if run.config is None else ["--config", shown(run.config)]
+    config = [] if run.config is None else ["--config", os.path.relpath(run.config)]
     flags = ["--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
     return [*launch_command(plan, run.script), *config, *flags, *run.overrides]
 
@@ -59,7 +52,7 @@ def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:
         "judge_batch_size": evaluation.judge_batch_size,
         # the same reference texts for all of them
         "cache_dir": plan.root / "reference-features",
-        "config": shown(plan.config),
+        "config": os.path.relpath(plan.config),
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     data = [override for override in run.overrides if override.startswith("data.")]
@@ -136,39 +129,33 @@ def signal_group(process: subprocess.Popen, number: int) -> bool:
 def run_all(
     runs: Sequence[AblationRun], scored: set[AblationRun], plan: Plan, jobs: int, runner: CommandRunner
 ) -> dict[AblationRun, str | None]:
-    """Works on runs, `jobs` at a time, each as soon as what it needs is there; what each has failed by, if anything.
+    """Works on runs, `jobs` at a time, each after what it needs; what each has failed by, if anything.
 
-    All that a run needs is among them; those of `scored` are evaluated, too.
+    Each run comes after all that it needs; those of `scored` are evaluated, too.
     """
-    order = TopologicalSorter({run: [] if run.needs is None else [run.needs] for run in runs})
-    order.prepare()
-    problems: dict[AblationRun, str | None] = {}
-    active: dict[Future[str | None], AblationRun] = {}
+    futures: dict[AblationRun, Future[str | None]] = {}
     with ThreadPoolExecutor(max_workers=jobs) as threads:
-        while order.is_active():
-            for run in order.get_ready():
-                is_blocked = run.needs is not None and problems[run.needs] is not None
-                active[threads.submit(work_on, run, is_blocked, run in scored, plan, runner)] = run
-            for ended in wait(active, return_when=FIRST_COMPLETED).done:
-                run = active.pop(ended)
-                problems[run] = ended.result()
-                order.done(run)
-    return problems
+        # those that need nothing first, so that few threads wait for others
+        for run in sorted(runs, key=lambda run: run.needs is not None):
+            needed = None if run.needs is None else futures[run.needs]
+            futures[run] = threads.submit(work_on, run, needed, run in scored, plan, runner)
+    return {run: future.result() for run, future in futures.items()}
 
 
-def work_on(run: AblationRun, is_blocked: bool, is_scored: bool, plan: Plan, runner: CommandRunner) -> str | None:
+def work_on(
+    run: AblationRun, needed: Future[str | None] | None, is_scored: bool, plan: Plan, runner: CommandRunner
+) -> str | None:
     """Works on one run, unless what it needs has failed; prints and returns what it has failed by, if anything."""
+    needed_problem = None if needed is None else needed.result()
     if runner.is_stopped:
         return "stopped before it began"
     problem = None
-    if is_blocked:
-        assert run.needs is not None
-        problem = f"needs {run.needs.name}, which failed"
-    else:
-        try:
-            train_and_evaluate(run, plan, is_scored, runner)
-        except (OSError, ValueError) as error:
-            problem = "stopped before its end; the same call goes on with it" if runner.is_stopped else str(error)
+    try:
+        if run.needs is not None and needed_problem is not None:
+            raise ValueError(f"needs {run.needs.name}, which failed")
+        train_and_evaluate(run, plan, is_scored, runner)
+    except (OSError, ValueError) as error:
+        problem = "stopped before its end; the same call goes on with it" if runner.is_stopped else str(error)
     print(f"{run.name}: {'done' if problem is None else 'FAILED: ' + problem}", flush=True)
     return problem
 
@@ -190,7 +177,7 @@ def train_and_evaluate(run: AblationRun, plan: Plan, is_scored: bool, runner: Co
 
 def execute(what: str, command: list[str], run: AblationRun, runner: CommandRunner) -> str:
     """Runs a command of a run; how it has ended, for people."""
-    print(f"{run.name}: {what}, log in {shown(run.log)}", flush=True)
+    print(f"{run.name}: {what}, log in {run.log}", flush=True)
     earlier = run.log.stat().st_size if run.log.is_file() else 0
     try:
         status = runner.run(command, run.log)
@@ -201,4 +188,4 @@ def execute(what: str, command: list[str], run: AblationRun, runner: CommandRunn
     # the launcher's own complaint about a process that has failed comes after what that process says
     errors = [line for line in lines if "Error" in line and "CalledProcessError" not in line]
     said = (errors or lines or ["no output"])[-1].strip()[:400]
-    return f"{what} ended with status {status}: {said} (log: {shown(run.log)})"
+    return f"{what} ended with status {status}: {said} (log: {run.log})"

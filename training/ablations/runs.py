@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 from collections.abc import Iterable
@@ -10,10 +11,6 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
-import yaml
-from safetensors.torch import load_file
 
 from ablations.definitions import SETTINGS_CLASSES, TOKEN_DECODER, Ablations, Base, EvaluationPlan, check_known
 from ldlm_hf.evaluation.provenance import source
@@ -120,15 +117,10 @@ def check_finished(run: AblationRun) -> bool:
     saved = run.folder / "settings.yaml"
     if not saved.is_file():
         return False
-    text = saved.read_text(encoding="utf-8")
-    changed = differences(run.settings, text)
+    changed = differences(run.settings, saved.read_text(encoding="utf-8"))
     changed = [key for key in changed if key in END_OF_RUN or not key.startswith(RESUMABLE_CHANGES)]
-    if "components" in changed:
-        # ROW/seed-K/pipeline, wherever the folder of all runs lies
-        mine, theirs = run.settings.components, yaml.safe_load(text).get("components", "")
-        if Path(mine).parts[-3:] == Path(theirs).parts[-3:]:
-            changed.remove("components")
-    if changed:
+    # the folder of all runs may have moved; the components themselves are compared below
+    if set(changed) - {"components"}:
         raise ValueError(
             f"{run.folder} holds a run whose settings differ in {', '.join(changed)}; delete that folder or name "
             "another --output_dir."
@@ -137,25 +129,14 @@ def check_finished(run: AblationRun) -> bool:
     last = "README.md" if run.has_pipeline else "tokenizer/tokenizer_config.json"
     if not (run.pipeline / last).is_file():
         return False
-    if run.needs is not None and not started_from(run, run.needs.pipeline):
-        raise ValueError(
-            f"{run.folder} holds a run that started from other components than those of {run.needs.pipeline}, "
-            "which were trained anew since; delete that folder."
-        )
-    return True
-
-
-def started_from(run: AblationRun, components: Path) -> bool:
-    """Whether the part of a pipeline that training leaves as it is has these components' weights, if still there."""
+    # a part that training leaves as it is
     part = "transformer" if run.script == TOKEN_DECODER else "token_decoder"
-    for file in (components / part).glob("*.safetensors"):
-        kept = run.pipeline / part / file.name
-        if not kept.is_file():
-            return False
-        # not the files: another version of the library may have written the same tensors in other words
-        mine, theirs = load_file(file), load_file(kept)
-        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
-            return False
+    for file in [] if run.needs is None else (run.needs.pipeline / part).glob("*.safetensors"):
+        if not filecmp.cmp(file, run.pipeline / part / file.name, shallow=False):
+            raise ValueError(
+                f"{run.folder} holds a run that started from other components than those of {file.parents[1]}, "
+                "which were trained anew since; delete that folder."
+            )
     return True
 
 

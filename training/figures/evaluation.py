@@ -35,14 +35,12 @@ def pareto_frontier(points: list[tuple[float, float]]) -> list[int]:
 
     A point beats another if its perplexity is not higher and its entropy not lower, and one of the two is better.
     """
-    frontier: list[int] = []
-    best_perplexity = float("inf")
-    # by falling entropy, then rising perplexity: a point is on the frontier if it is better than all before it
-    for index in sorted(range(len(points)), key=lambda index: (-points[index][1], points[index][0])):
-        if points[index][0] < best_perplexity or (frontier and points[index] == points[frontier[-1]]):
-            best_perplexity = points[index][0]
-            frontier.append(index)
-    return frontier[::-1]
+    frontier = [
+        index
+        for index, (perplexity, entropy) in enumerate(points)
+        if not any(p <= perplexity and e >= entropy and (p, e) != (perplexity, entropy) for p, e in points)
+    ]
+    return sorted(frontier, key=lambda index: points[index][1])
 
 
 def plot_pareto(results: list[dict[str, Any]]) -> Figure:
@@ -172,9 +170,7 @@ def plot_smoothness(results: list[dict[str, Any]]) -> Figure:
             label=f"{entry['name']} (roughness {roughness})",
             **run_style(place),
         )
-    pairs = sorted({entry["interpolation"]["num_pairs"] for entry in entries})
-    counts = ", ".join(f"{count:,}" for count in pairs)
-    finish_perplexity(axes, results, f"position between two real texts ({counts} pairs)")
+    finish_perplexity(axes, results, "position between two real texts")
     return figure
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldlm_hf.hub.run_files import RunResults, read_settings_and_log
-from ldlm_hf.hub.training_curves import HELD_OUT_PREFIX, series
+from ldlm_hf.hub.training_curves import HELD_OUT_PREFIX
 from ldlm_hf.loading.settings_reader import flatten, with_defaults
-from ldlm_hf.objective.warmup import warmup_gate
 from ldlm_hf.training.settings import MACHINE_SETTINGS, RunSettings
 
 
 # sections that only a run of joint training has
 JOINT_SECTIONS = {"model", "objective", "timestep_sampler", "warmup"}
-
-
-class NotLoggedError(ValueError):
-    """A log that has not what a figure needs; the others can still be drawn."""
 
 
 @dataclass(frozen=True)
@@ -46,46 +42,24 @@ class LoggedRun:
         """S_wu, c and k of Eq. 29–30."""
         return tuple(self.settings[f"warmup.{key}"] for key in ("steps", "midpoint", "steepness"))  # type: ignore
 
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether the run is set to sample t by Eq. 5; it begins with uniform t in any case."""
-        return self.settings["timestep_sampler.adaptive"]
-
-    def was_active(self, step: int) -> bool:
-        """Whether the adaptive sampler had taken over from the uniform draw by then."""
-        active = [value for at, value in zip(*series(self.log, "adaptive_timesteps"), strict=True) if at <= step]
-        return bool(active and active[-1])
-
 
 def read_logged_runs(folders: Sequence[str | Path], names: Sequence[str] | None = None) -> list[LoggedRun]:
-    """Reads the folders of runs; names are the parts of the paths that tell them apart by default.
+    """Reads the folders of runs; by default their names are the paths below the folder that all of them lie in.
 
-    OSError for a folder that is not that of a run; ValueError for folders or names that are given twice or do not
-    match, and for a run that is not one of joint training, or has not been evaluated yet.
+    OSError for a folder that is not that of a run; ValueError for names that do not match or are not all different,
+    and for a run that is not one of joint training, or has not been evaluated yet.
     """
-    paths = [Path(folder).resolve() for folder in folders]
-    for path, folder in zip(paths, folders, strict=True):
-        if paths.count(path) > 1:
-            raise ValueError(f"The run {str(folder)!r} is given twice; name it once.")
-    names = distinguishing_names(paths) if names is None else list(names)
-    if len(names) != len(paths):
-        raise ValueError(f"--names gives {len(names)} names for {len(paths)} runs; give one a run, in their order.")
+    if names is None:
+        paths = [Path(folder).resolve() for folder in folders]
+        common = os.path.commonpath([path.parent for path in paths])
+        names = [str(path.relative_to(common)) for path in paths]
+    names = list(names)
+    if len(names) != len(folders):
+        raise ValueError(f"--names gives {len(names)} names for {len(folders)} runs; give one a run, in their order.")
     for name in names:
-        if names.count(name) > 1 or not name.strip():
-            raise ValueError(f"--names: {name!r} must be a name of one run only, and not empty.")
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is the name of two runs; leave one out, or give other --names.")
     return [read_logged_run(folder, name) for folder, name in zip(folders, names, strict=True)]
-
-
-def distinguishing_names(paths: Sequence[Path]) -> list[str]:
-    """The ends of different paths, as long as it takes to tell them apart, without what all of them end with."""
-    parts = [path.parts for path in paths]
-    length = 1
-    while len({part[-length:] for part in parts}) < len(parts):
-        length += 1
-    ends = [part[-length:] for part in parts]
-    while len({end[-1] for end in ends}) == 1 and all(len(end) > 1 for end in ends):
-        ends = [end[:-1] for end in ends]
-    return ["/".join(end) for end in ends]
 
 
 def read_logged_run(folder: str | Path, name: str) -> LoggedRun:
@@ -109,13 +83,3 @@ def differing_settings(runs: Sequence[LoggedRun]) -> list[str]:
     """Keys whose values are not the same in all runs, without those that say where a machine keeps files."""
     keys = sorted({key for run in runs for key in run.settings} - set(MACHINE_SETTINGS))
     return [key for key in keys if any(run.settings.get(key) != runs[0].settings.get(key) for run in runs)]
-
-
-def logged_gate(run: LoggedRun) -> list[tuple[int, float]]:
-    """Steps and their logged gate; a line that is written after s steps holds the last one's, gamma(s - 1)."""
-    return [(steps - 1, gate) for steps, gate in zip(*series(run.log, "gate"), strict=True)]
-
-
-def gate_error(run: LoggedRun) -> float | None:
-    """Largest distance of the logged gate from Eq. 30 with the run's settings; None where no gate was logged."""
-    return max((abs(gate - warmup_gate(step, *run.warmup)) for step, gate in logged_gate(run)), default=None)

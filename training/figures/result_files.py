@@ -20,7 +20,7 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     without a judge, or with another judge or sequence length than the first file.
     """
     results: list[dict[str, Any]] = []
-    first: dict[str, Any] = {}
+    first: dict[str, Any] | None = None
     for file in files:
         if not file.is_file():
             raise OSError(f"{file} is not there: training/evaluate.py writes it at its end.")
@@ -32,12 +32,12 @@ def read_results(files: Sequence[Path]) -> list[dict[str, Any]]:
             raise ValueError(f"{file} does not hold the results of training/evaluate.py ({error!r}).") from error
         if conditions["judge"] is None:
             raise ValueError(f"{file} was made with --judge none: without a judge there is no generative perplexity.")
-        if results and conditions != first:
+        first = first or conditions
+        if conditions != first:
             raise ValueError(
                 f"{file} has {conditions} and {files[0]} has {first}: perplexities of different judges, and entropies "
                 "of texts of different lengths, do not compare. Draw them apart."
             )
-        first = first or conditions
         results.append(values)
     return results
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,17 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from figures.logged_runs import LoggedRun, logged_gate
+from figures.logged_runs import LoggedRun
 from figures.loss_over_time import LossOverTime
-from figures.style import run_style
+from figures.style import LEGEND_LINE, legend_below, run_style
 from ldlm_hf.hub.training_curves import HELD_OUT_PREFIX, MAX_POINTS, WIDTH, Panel, group_means, label, series
 from ldlm_hf.objective.warmup import warmup_gate
 
 
-# points of the logged gate that are drawn of each run
-MAX_GATE_POINTS = 24
-# characters of a legend to an inch of a figure's width
-LEGEND_DENSITY = 11
 STEPS_LABEL = "optimiser step"
 LOSS_LABEL = "diffusion loss (MSE of latents)"
 
@@ -44,19 +39,15 @@ def moving_mean(steps: Sequence[int], values: Sequence[float], window: int) -> l
     return ((total[behind] - total[first]) / (behind - first)).tolist()
 
 
-def training_panels(runs: Sequence[LoggedRun]) -> list[Panel]:
-    """The panels of Figure 3 that at least one log has a curve for."""
-    return [panel for panel in PANELS if any(series(run.log, key)[0] for run in runs for key in panel.curves)]
-
-
 def plot_training(runs: Sequence[LoggedRun], window: int) -> Figure:
     """Diffusion loss, decoder accuracy and scale of the latents over steps, one curve a run (Fig. 3 middle, right).
 
     Curves of training text are moving means over `window` steps, with what was logged as a faint line behind them.
+    What no run has logged has no panel.
     """
-    panels = training_panels(runs)
+    panels = [panel for panel in PANELS if any(series(run.log, key)[0] for run in runs for key in panel.curves)]
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(WIDTH, 2.7 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.7 * rows + 0.3 + LEGEND_LINE * len(runs)), layout="constrained")
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 2, number)
         [(key, title)] = panel.curves.items()
@@ -82,11 +73,8 @@ def draw_curve(axes: Axes, run: LoggedRun, key: str, style: dict[str, Any], wind
     if key.startswith(HELD_OUT_PREFIX):
         axes.plot(steps, values, **style, linewidth=1.4, markersize=4)
     elif steps:
-        every = max(1, len(steps) // MAX_POINTS)
-        smooth = moving_mean(steps, values, window)
-        style = style | {"marker": None}
         axes.plot(group_means(steps), group_means(values), color=style["color"], alpha=0.25, linewidth=0.8)
-        axes.plot([*steps[::every], steps[-1]], [*smooth[::every], smooth[-1]], **style, linewidth=1.4)
+        axes.plot(steps, moving_mean(steps, values, window), **style | {"marker": None}, linewidth=1.4)
 
 
 def count_steps(axes: Axes) -> None:
@@ -95,49 +83,28 @@ def count_steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def legend_below(figure: Figure, names: Mapping[int, str]) -> None:
-    """One legend for all axes: the place of a run's style → its name."""
-    axes = figure.axes[0]
-    handles = [axes.plot([], [], **run_style(place), linewidth=1.4, markersize=4)[0] for place in names]
-    width = round(LEGEND_DENSITY * figure.get_figwidth())
-    labels = [textwrap.fill(name, width) for name in names.values()]
-    columns = max(1, min(len(labels), width // (max(map(len, labels)) + 8)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
-
-
-def plot_loss_over_time(
-    runs: Sequence[LoggedRun],
-    curves: Mapping[str, LossOverTime],
-    cdfs: Mapping[str, tuple[np.ndarray, np.ndarray]],
-) -> Figure:
+def plot_loss_over_time(runs: Sequence[LoggedRun], curves: Mapping[str, LossOverTime]) -> Figure:
     """The held-out diffusion loss over t and over u = F(t), each with its straight line, and times and F (Fig. 5)."""
     titles = {"t": "Uniform sampling", "u": "Adaptive sampling"}
     x_labels = {"t": "time t (0: clean, 1: noise)", "u": "warped time u = F(t)"}
     variables = [name for name in titles if any(curve.variable == name for curve in curves.values())]
-    labels = {run.name: textwrap.fill(run.name, 40) for run in runs}
-    # the axes stay as high as they are however long the legends below them are
-    rows = sum(name.count("\n") + 2 for name in labels.values())
-    figure = Figure(figsize=(WIDTH, 3.8 + 0.17 * rows), layout="constrained")
-    *loss_axes, cdf_axes = figure.subplots(1, len(variables) + 1, squeeze=False)[0]
-    ends = np.array([0.0, 1.0])
+    figure = Figure(figsize=(WIDTH, 3.5 + LEGEND_LINE * len(curves)), layout="constrained")
+    *loss_axes, cdf_axes = figure.subplots(1, len(variables) + 1)
+    labels = {}
+    for place, run in enumerate(runs):
+        if run.name in curves:
+            curve, style = curves[run.name], run_style(place)
+            axes = loss_axes[variables.index(curve.variable)]
+            axes.plot([0, 1], np.polyval(curve.line, [0, 1]), **style | {"marker": None}, linewidth=1.2)
+            axes.plot(curve.times, curve.losses, **style | {"linestyle": ""}, markersize=4)
+            cdf_axes.plot(curve.grid, curve.cdf, **style, markersize=3, linewidth=1.2)
+            labels[place] = f"{run.name} ({curve.deviation:.1%})"
     for axes, variable in zip(loss_axes, variables, strict=True):
-        for place, run in enumerate(runs):
-            curve = curves.get(run.name)
-            if curve is not None and curve.variable == variable:
-                line, style = curve.deviation, run_style(place)
-                name = f"{labels[run.name]}\n(RMS {line.rms:.1%}, maximum {line.maximum:.1%})"
-                axes.plot(ends, line.intercept + line.slope * ends, **style | {"marker": None}, linewidth=1.2)
-                axes.plot(curve.times, curve.losses, **style | {"linestyle": ""}, markersize=4, label=name)
         axes.set_title(titles[variable], fontsize="medium")
         label(axes, x_labels[variable], f"held-out {LOSS_LABEL}")
-    for place, run in enumerate(runs):
-        if run.name in cdfs:
-            style = run_style(place)
-            cdf_axes.plot(*cdfs[run.name], **style, markersize=3, linewidth=1.2, label=labels[run.name])
     cdf_axes.set_title("Share of the draws below t", fontsize="medium")
     label(cdf_axes, x_labels["t"], "F(t)")
-    for axes in (*loss_axes, cdf_axes):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, fontsize="small")
+    legend_below(figure, labels)
     return figure
 
 
@@ -149,19 +116,20 @@ def plot_warmup(runs: Sequence[LoggedRun]) -> Figure:
     curve = sorted({round(step) for step in np.linspace(0, end, MAX_POINTS)})
     figure = Figure(figsize=(WIDTH * 0.7, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    # runs of the same warmup share a curve, which would hide one another
-    names: dict[int, str] = {}
-    places = {run.warmup: place for place, run in reversed(list(enumerate(runs)))}
-    for warmup, place in sorted(places.items(), key=lambda item: item[1]):
-        alike = [run for run in runs if run.warmup == warmup]
-        style = run_style(place)
+    # runs of the same warmup share a curve: they would hide one another
+    alike: dict[tuple[int, float, float], list[int]] = {}
+    for place, run in enumerate(runs):
+        alike.setdefault(run.warmup, []).append(place)
+    for warmup, places in alike.items():
+        style = run_style(places[0])
         axes.plot(curve, [warmup_gate(step, *warmup) for step in curve], **style | {"marker": None}, linewidth=1.4)
-        for run in alike:
-            points = [point for point in logged_gate(run) if point[0] <= end]
-            shown = np.reshape(points[:: max(1, len(points) // MAX_GATE_POINTS)], (-1, 2))
-            axes.plot(shown[:, 0], shown[:, 1], **style | {"linestyle": ""}, markersize=4)
-        names[place] = ", ".join(run.name for run in alike)
+        for place in places:
+            steps, gates = series(runs[place].log, "gate")
+            # a line that is written after s steps holds the last one's, gamma(s - 1)
+            before = [step - 1 for step in steps]
+            axes.plot(before, gates, **style | {"linestyle": ""}, markersize=4, markevery=0.05)
+    axes.set_xlim(0, end)
     count_steps(axes)
     label(axes, f"{STEPS_LABEL} s", "gate γ(s) (share of the gradient)")
-    legend_below(figure, names)
+    legend_below(figure, {places[0]: ", ".join(runs[place].name for place in places) for places in alike.values()})
     return figure

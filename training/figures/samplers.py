@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -11,14 +12,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from figures.evaluation import draw_curve
-from figures.style import run_style
+from figures.style import legend_below, run_style
 from ldlm_hf.evaluation.markdown import cell, markdown_table
 from ldlm_hf.hub.training_curves import WIDTH
 from ldlm_hf.metrics.registry import MAIN_COLUMNS
 from ldlm_hf.schedulers.scheduling_tangent import TIME_GRIDS
 
 
-PANELS_A_ROW = 4
 # what a curve is called whose sampler names no grid: its scheduler's own
 OWN_GRID = "own"
 ALL_GRIDS = (*TIME_GRIDS, OWN_GRID)
@@ -144,60 +144,35 @@ def report(
 def plot_samplers(
     real_text: dict[str, Any], samplers: Sequence[ScoredSampler], reference: ScoredSampler, scores: tuple[str, str]
 ) -> Figure:
-    """A score over evaluations, a panel a solver and a curve a time grid, the reference grey; another score below."""
+    """Two scores over evaluations, a row a solver and a curve a time grid, the reference in grey."""
     budgets = budgets_of(samplers)
-    # said once, in the heading
-    common = reference.label.split(", ")[0]
     families: dict[str, list[ScoredSampler]] = {}
     for sampler in samplers:
-        families.setdefault(without_grid(sampler.label)[0], []).append(sampler)
-    num_rows = math.ceil(len(families) / PANELS_A_ROW)
-    figure = Figure(figsize=(1.4 * WIDTH, 2 * 1.9 * num_rows), layout="constrained")
-    panels = figure.subplots(2 * num_rows, PANELS_A_ROW, squeeze=False, sharex=True, sharey="row")
-    for place, (family, members) in enumerate(families.items()):
-        row, column = divmod(place, PANELS_A_ROW)
-        above, below = panels[2 * row, column], panels[2 * row + 1, column]
-        for axes, score in zip((above, below), scores, strict=True):
+        families.setdefault(family_and_grid(sampler)[0], []).append(sampler)
+    figure = Figure(figsize=(WIDTH, 1 + 2.2 * len(families)), layout="constrained")
+    rows = figure.subplots(len(families), 2, squeeze=False, sharex=True, sharey="col")
+    for row, (family, members) in zip(rows, families.items(), strict=True):
+        row[0].set_title(family, fontsize="small", loc="left")
+        for axes, score in zip(row, scores, strict=True):
             draw_curve(axes, reference.sets.values(), score, color="0.7", linewidth=3)
             for sampler in members:
-                grid = without_grid(sampler.label)[1]
-                style = run_style(ALL_GRIDS.index(grid))
-                draw_curve(axes, sampler.sets.values(), score, label=grid, linewidth=1.2, markersize=4, **style)
+                style = run_style(ALL_GRIDS.index(family_and_grid(sampler)[1]))
+                draw_curve(axes, sampler.sets.values(), score, linewidth=1.2, markersize=4, **style)
             if real_text.get(score) is not None:
                 axes.axhline(real_text[score], color="black", linewidth=0.8, linestyle=":")
             axes.set(xscale="log", yscale="log" if MAIN_COLUMNS[score].is_logarithmic else "linear")
             axes.set_xticks(budgets, map(str, budgets), fontsize="x-small")
             axes.minorticks_off()
-            if column == 0:
-                axes.set_ylabel(MAIN_COLUMNS[score].heading, fontsize="small")
-        above.set_title(family.removeprefix(f"{common}, ").replace(":", "\n"), fontsize="x-small")
-        # the lowest panel of a column may stand above an empty place
-        below.tick_params(labelbottom=place + PANELS_A_ROW >= len(families))
-    for axes in panels.flatten():
-        axes.set_visible(axes.has_data())
-    drawn = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    grids = [grid for grid in ALL_GRIDS if grid in drawn]
-    figure.legend(
-        [drawn[grid] for grid in grids],
-        grids,
-        loc="outside lower center",
-        ncols=len(ALL_GRIDS),
-        fontsize="small",
-        title="time grid",
-    )
+            axes.set_ylabel(MAIN_COLUMNS[score].heading, fontsize="small")
+    legend_below(figure, {place: f"time grid: {grid}" for place, grid in enumerate(ALL_GRIDS)})
     figure.suptitle(f"Over NFE. Dotted: real text. Grey: {reference.label}.", fontsize="small", x=0.01, ha="left")
     return figure
 
 
-def without_grid(label: str) -> tuple[str, str]:
+def family_and_grid(sampler: ScoredSampler) -> tuple[str, str]:
     """`DDIM:eta=1.0,time_grid=learned` → `DDIM:eta=1.0` and `learned`; `own` where none is named."""
-    name, _, pairs = label.partition(":")
-    settings = pairs.split(",") if pairs else []
-    grids = [pair.removeprefix("time_grid=") for pair in settings if pair.startswith("time_grid=")]
-    others = [pair for pair in settings if not pair.startswith("time_grid=")]
-    return name + (":" + ",".join(others) if others else ""), grids[0] if grids else OWN_GRID
+    grid = re.search(r"[:,]time_grid=(\w+)", sampler.label)
+    return (sampler.label, OWN_GRID) if grid is None else (sampler.label.replace(grid[0], ""), grid[1])
 
 
 def find_reference(samplers: Sequence[ScoredSampler], name: str | None, nfe: int) -> ScoredSampler:

@@ -20,7 +20,6 @@ from ldlm_hf import (
 )
 from ldlm_hf.evaluation.markdown import markdown_table
 from ldlm_hf.hub.training_curves import WIDTH
-from ldlm_hf.schedulers.discrete import model_times
 
 
 NAME = "solver_convergence"
@@ -87,9 +86,8 @@ def flow_error(scheduler: TangentScheduler, mixture: GaussianMixture, num_steps:
     """
     scheduler.set_timesteps(num_steps)
     quantiles = torch.arange(1, NUM_PATHS + 1, dtype=torch.float64) / (NUM_PATHS + 1)
-    times = model_times(scheduler)
-    x = mixture.flow(quantiles, *scheduler.marginal(times[0].double()))
-    for t in times:
+    x = mixture.flow(quantiles, *scheduler.marginal(scheduler.timesteps[0].double()))
+    for t in scheduler.timesteps:
         clean = mixture.denoise(x, *scheduler.marginal(t.double()))
         x = scheduler.step(clean, t, x, return_dict=False)[0]
     end = mixture.flow(quantiles, *scheduler.marginal(torch.tensor(scheduler.config.t_min, dtype=torch.float64)))
