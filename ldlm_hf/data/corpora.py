@@ -63,10 +63,10 @@ def load_corpora(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank}, world_size={world_size}: a rank is at least 0 and below world_size.")
     cutter = _ChunkCutter(settings, tokenizer, sequence_length)
-    rows, names = load_split(settings, settings.train_split, rank)
+    rows, names = load_split(settings, settings.train_split)
     validation: TokenChunks | None = None  # chunked first: it is the smaller part, so its errors come early
     if settings.validation_split is not None:
-        validation = cutter.cut_validation(load_split(settings, settings.validation_split, rank)[0])
+        validation = cutter.cut_validation(load_split(settings, settings.validation_split)[0])
     elif settings.holds_out:
         rows, held_out = hold_out(rows, settings)
         validation = cutter.cut_validation(held_out)
@@ -83,9 +83,7 @@ def load_corpora(
     return TextCorpora(train, validation)
 
 
-def load_held_out(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int, rank: int = 0
-) -> TokenChunks:
+def load_held_out(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> TokenChunks:
     """The validation part of `load_corpora` alone: the training part is neither tokenised nor, where it can be told
     apart by its name, read.
 
@@ -95,9 +93,9 @@ def load_held_out(
     settings.check_source()
     cutter = _ChunkCutter(settings, tokenizer, sequence_length)
     if settings.validation_split is not None:
-        held_out, _ = load_split(settings, settings.validation_split, rank)
+        held_out, _ = load_split(settings, settings.validation_split)
     elif settings.holds_out:
-        _, held_out = hold_out(load_split(settings, settings.train_split, rank)[0], settings)
+        _, held_out = hold_out(load_split(settings, settings.train_split)[0], settings)
     else:
         raise ValueError(
             f"source={settings.source!r}: no text is held out. Set validation_split, holdout_documents or "

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, dropwhile, islice
 from pathlib import Path
@@ -74,24 +75,34 @@ def require_text(text_column: str, value: Any, row: str) -> None:
         )
 
 
-def read_tables(file: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
+def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
     """A file's rows as tables of one column of strings, some of which may be missing (null).
 
     Raises:
-        CorpusError: the column is not there, or holds something else than text.
+        CorpusError: the column is not there, or holds something else than text; a text file is not UTF-8.
         OSError, ValueError, pyarrow.ArrowException: the file cannot be read, or is not what its ending says.
     """
-    path = Path(file)
+    path = Path(name)
     kind = kind_of(path)
     if kind in ("parquet", "arrow"):
         yield from _read_columns(path, kind, text_column)
         return
     # a line ends with any of \n, \r\n and \r; what a quoted field of CSV holds stays as it is
     newline = "" if kind == "csv" else None
-    with open_unpacked(path) as unpacked, io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline=newline) as lines:
-        values = _read_values(lines, kind, path.name, text_column)
-        while batch := list(islice(values, ROWS_AT_ONCE)):
-            yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})
+    try:
+        with open_unpacked(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as lines:
+            values = _read_values(lines, kind, path.name, text_column)
+            while batch := list(islice(values, ROWS_AT_ONCE)):
+                yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"source: {path} is not UTF-8: it holds the byte 0x{error.object[error.start]:02x} ({error.reason}). "
+            "Convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`."
+        ) from error
+    except (EOFError, zlib.error, OSError) as error:
+        if not is_compressed(path):
+            raise
+        raise OSError(f"source: {path} cannot be unpacked ({error}): the file is damaged, fetch it again.") from error
 
 
 def _read_values(lines: io.TextIOWrapper, kind: str | None, name: str, text_column: str) -> Iterator[str | None]:
