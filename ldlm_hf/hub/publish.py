@@ -195,12 +195,7 @@ def add_variant(folder: Path, variant: str, max_shard_size: int | str | None) ->
         for key, tensor in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name}: {key} overflows as {variant}; publish without a variant, or with bf16.")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as saved:
-        # the configurations name the type of the weights, and have to stay those of the full ones
-        pipeline.save_pretrained(saved, variant=variant, max_shard_size=max_shard_size)
-        for name, component in pipeline.components.items():
-            if isinstance(component, SafeLoadingMixin):
-                replace_weights(Path(saved, name), folder / name, component.weights_name(), variant)
+    pipeline.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
 
 
 def space_files(repo_id: str, revision: str | None = None) -> dict[str, str]:
