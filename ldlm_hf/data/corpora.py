@@ -104,24 +104,6 @@ def load_held_out(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, se
     return cutter.cut_validation(held_out)
 
 
-def chunk_corpus(
-    documents: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    settings: DataSettings | None = None,
-    batch_size: int = 1000,
-) -> TokenChunks:
-    """Tokenises documents that are already loaded and cuts them into chunks.
-
-    Args:
-        documents: rows with the text.
-        tokenizer, sequence_length: as for `load_corpora`, whose errors are raised.
-        settings: its text column, detokenizer, markers, processes and cache apply; `source` and the splits do not.
-        batch_size: documents a call of the tokenizer; the chunks do not depend on it.
-    """
-    return _ChunkCutter(settings or DataSettings(), tokenizer, sequence_length).cut(documents, "corpus", batch_size)
-
-
 def hold_out(documents: Rows, settings: DataSettings) -> tuple[Rows, Rows]:
     """Splits documents into (training, validation), both in the corpus' order. The training part of a stream still has
     the held-out texts, which its reader leaves out.
@@ -165,7 +147,7 @@ class _ChunkCutter:
             tokenizer, settings.text_column, settings.detokenizer, end_id, settings.skip_missing_texts
         )
 
-    def cut(self, documents: datasets.Dataset, part: str, batch_size: int = 1000) -> TokenChunks:
+    def cut(self, documents: datasets.Dataset, part: str) -> TokenChunks:
         """The chunks of a part; ValueError, which calls it `part`, where there is not one."""
         settings = self.settings
         if len(documents) == 0:
@@ -176,7 +158,7 @@ class _ChunkCutter:
         if settings.skip_missing_texts and (missing := _count_missing_texts(documents, settings.text_column)):
             counts = f"{missing:,} of the {len(documents):,} rows"
             logger.warning("source=%r: %s of the %s have no text and are skipped", settings.source, counts, part)
-        tokens = tokenize_documents(documents, self.encoder, settings.num_proc, settings.cache_dir, batch_size)
+        tokens = tokenize_documents(documents, self.encoder, settings.num_proc, settings.cache_dir)
         chunks = TokenChunks(tokens, self.layout)
         self.require_one_chunk(chunks.num_tokens, part)
         return chunks

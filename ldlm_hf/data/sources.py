@@ -14,6 +14,7 @@ import datasets
 import huggingface_hub
 import pyarrow
 import yaml
+from datasets.data_files import SPLIT_KEYWORDS
 
 from .settings import DataSettings
 from .text_builder import build_text_files
@@ -27,11 +28,7 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 # what datasets and the Hub write beside a corpus
 METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 # names of files and folders that name a split, with or without the numbers of a shard: train.txt, test-00000-of-00002
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+SPLIT_NAMES = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 
 

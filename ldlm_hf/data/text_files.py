@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, dropwhile, islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import pyarrow
 import pyarrow.ipc
@@ -24,7 +22,7 @@ MAX_FIELD_SIZE = 2**31 - 1
 ARROW_FILE = b"ARROW1"
 TEXT_KINDS = ("txt", "jsonl", "json", "csv")
 KINDS = (*TEXT_KINDS, "parquet", "arrow")
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_TYPES = (
     pyarrow.types.is_string,
     pyarrow.types.is_large_string,
@@ -41,23 +39,9 @@ class CorpusError(ValueError):
 def kind_of(path: Path) -> str | None:
     """The kind of a file by its ending in any case, of a compressed one by the ending before; None if unknown."""
     *_, inner, last = ["", *path.name.lower().split(".")]
-    if is_compressed(path):
+    if path.suffix.lower() in COMPRESSIONS:
         return inner if inner in TEXT_KINDS else None
     return last if last in KINDS else None
-
-
-def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in COMPRESSIONS
-
-
-def open_unpacked(path: Path) -> IO[bytes]:
-    """Opens a file to read its bytes, unpacked if its ending says that it is compressed."""
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if ending == ".zst":
-        return cast("IO[bytes]", pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
 
 
 def require_text_column(text_column: str, columns: Iterable[str]) -> None:
@@ -89,8 +73,10 @@ def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
         return
     # a line ends with any of \n, \r\n and \r; what a quoted field of CSV holds stays as it is
     newline = "" if kind == "csv" else None
+    compression = COMPRESSIONS.get(path.suffix.lower())
     try:
-        with open_unpacked(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as lines:
+        file = pyarrow.input_stream(str(path), compression)
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as lines:
             values = _read_values(lines, kind, path.name, text_column)
             while batch := list(islice(values, ROWS_AT_ONCE)):
                 yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})
@@ -99,8 +85,8 @@ def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
             f"source: {path} is not UTF-8: it holds the byte 0x{error.object[error.start]:02x} ({error.reason}). "
             "Convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`."
         ) from error
-    except (EOFError, zlib.error, OSError) as error:
-        if not is_compressed(path):
+    except OSError as error:
+        if compression is None:
             raise
         raise OSError(f"source: {path} cannot be unpacked ({error}): the file is damaged, fetch it again.") from error
 
