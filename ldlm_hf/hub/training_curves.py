@@ -168,10 +168,8 @@ def plot_over_steps(log: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> F
 
 def plot_diffusion_loss(evaluations: Sequence[dict[str, Any]]) -> Figure:
     """The held-out diffusion loss over t, for evaluations spread over the run, its first and last among them."""
-    if len(evaluations) > MAX_GRID_CURVES:
-        spread = len(evaluations) - 1
-        places = [round(place * spread / (MAX_GRID_CURVES - 1)) for place in range(MAX_GRID_CURVES)]
-        evaluations = [evaluations[place] for place in places]
+    places = np.linspace(0, len(evaluations) - 1, min(len(evaluations), MAX_GRID_CURVES)).round().astype(int)
+    evaluations = [evaluations[place] for place in places]
     figure = Figure(figsize=(WIDTH * 0.7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["viridis"]
