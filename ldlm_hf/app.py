@@ -158,8 +158,9 @@ def interpolate_texts(pipeline: LDLMPipeline, first: str, second: str, num_point
             ends.append(pipeline.encode(text))  # (1, N, d_z)
         except ValueError as error:
             raise ValueError(f"The {name} text cannot be encoded: {error}") from error
-    weights = torch.linspace(0, 1, number, device=ends[0].device)[:, None, None]
-    return pipeline.decode_to_sequences(torch.lerp(*ends, weights)).cpu()
+    start, end = ends
+    weights = torch.linspace(0, 1, number, device=start.device)[:, None, None]
+    return pipeline.decode_to_sequences(torch.lerp(start, end, weights)).cpu()
 
 
 def highlight_changes(
