@@ -66,123 +66,101 @@ class Frame:
     seconds: float | None = None
 
 
-class SharedPipeline:
-    """A pipeline that several visitors use, one at a time: each has the whole machine, and its speed is shown.
+def generate_frames(
+    pipeline: LDLMPipeline,
+    batch_size: int,
+    num_inference_steps: int,
+    seed: int,
+    decode_every: int,
+    stop: threading.Event,
+) -> Iterator[Frame]:
+    """Yields a frame every `decode_every` steps, and one at the end.
 
-    Args:
-        pipeline: where it lies, there it is used.
+    The last frame's sequences are those of `pipeline(batch_size, num_inference_steps, generator=
+    torch.Generator().manual_seed(seed))`. Setting `stop`, or closing the iterator, interrupts the pipeline after the
+    step that it is at; the last frame is then that step's.
+
+    Raises:
+        ValueError: values that the pipeline cannot work with, or a `seed` or `decode_every` that is no integer or out
+            of range.
     """
+    for name, value, minimum in (("seed", seed, 0), ("decode_every", decode_every, 1)):
+        number = whole_number(value)
+        if number is None or not minimum <= number < 2**63:
+            raise ValueError(f"`{name}` must be an integer from {minimum} to 2**63 - 1, got {value!r}.")
+    frames: queue.SimpleQueue[Frame | Exception] = queue.SimpleQueue()
+    step, display_seconds = 0, 0.0
 
-    def __init__(self, pipeline: LDLMPipeline):
-        self.pipeline = pipeline
-        self._lock = threading.Lock()
+    def on_step_end(
+        pipeline: LDLMPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        nonlocal step, display_seconds
+        step = index + 1
+        is_server_ending = not threading.main_thread().is_alive()
+        if stop.is_set() or is_server_ending:
+            pipeline._interrupt = True
+        elif step % decode_every == 0 and step < pipeline.num_timesteps:
+            tensors["clean_latents"].cpu()  # an accelerator's step may not have ended yet, and it is no decoding
+            start = time.perf_counter()
+            sequences = pipeline.decode_to_sequences(tensors["clean_latents"]).cpu()
+            frames.put(Frame(step, pipeline.num_timesteps, sequences))
+            display_seconds += time.perf_counter() - start
+        return {}
 
-    def generate(
-        self, batch_size: int, num_inference_steps: int, seed: int, decode_every: int, stop: threading.Event
-    ) -> Iterator[Frame]:
-        """Yields a frame every `decode_every` steps, and one at the end.
-
-        The last frame's sequences are those of `pipeline(batch_size, num_inference_steps, generator=
-        torch.Generator().manual_seed(seed))`. Setting `stop`, or closing the iterator, interrupts the pipeline after
-        the step that it is at; the last frame is then that step's.
-
-        Raises:
-            ValueError: values that the pipeline cannot work with, or a `seed` or `decode_every` that is no integer or
-                out of range.
-        """
-        for name, value, minimum in (("seed", seed, 0), ("decode_every", decode_every, 1)):
-            number = whole_number(value)
-            if number is None or not minimum <= number < 2**63:
-                raise ValueError(f"`{name}` must be an integer from {minimum} to 2**63 - 1, got {value!r}.")
-        seed, decode_every = int(seed), int(decode_every)
-        frames: queue.SimpleQueue[Frame | Exception] = queue.SimpleQueue()
-
-        def sample() -> None:
-            try:
-                with self._lock:
-                    frames.put(self._sample(batch_size, num_inference_steps, seed, decode_every, stop, frames))
-            except Exception as error:
-                frames.put(error)
-
-        # a thread, since the pipeline calls back and frames are to be yielded; the end of the server waits for it
-        thread = threading.Thread(target=sample, daemon=False)
-        thread.start()
+    def sample() -> None:
         try:
-            is_last = False
-            while not is_last:
-                frame = frames.get()
-                if isinstance(frame, Exception):
-                    raise frame
-                yield frame
-                is_last = frame.seconds is not None
-        finally:
-            stop.set()
-            thread.join()
+            start = time.perf_counter()
+            output = pipeline(
+                batch_size=batch_size,
+                num_inference_steps=num_inference_steps,
+                generator=torch.Generator().manual_seed(int(seed)),
+                output_type="seq",
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=["clean_latents"],
+            )
+            sequences = output.sequences.cpu()
+            seconds = time.perf_counter() - start - display_seconds
+            frames.put(Frame(step, int(num_inference_steps), sequences, seconds))
+        except Exception as error:
+            frames.put(error)
 
-    def _sample(
-        self,
-        batch_size: int,
-        num_inference_steps: int,
-        seed: int,
-        decode_every: int,
-        stop: threading.Event,
-        frames: queue.SimpleQueue[Frame | Exception],
-    ) -> Frame:
-        """Runs the pipeline, puts what it reaches into `frames`, and returns the last frame."""
-        step, display_seconds = 0, 0.0
+    # a thread, since the pipeline calls back and frames are to be yielded; the end of the server waits for it
+    thread = threading.Thread(target=sample, daemon=False)
+    thread.start()
+    try:
+        is_last = False
+        while not is_last:
+            frame = frames.get()
+            if isinstance(frame, Exception):
+                raise frame
+            yield frame
+            is_last = frame.seconds is not None
+    finally:
+        stop.set()
+        thread.join()
 
-        def on_step_end(
-            pipeline: LDLMPipeline, index: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
-        ) -> dict[str, torch.Tensor]:
-            nonlocal step, display_seconds
-            step = index + 1
-            is_server_ending = not threading.main_thread().is_alive()
-            if stop.is_set() or is_server_ending:
-                pipeline._interrupt = True
-            elif step % decode_every == 0 and step < pipeline.num_timesteps:
-                tensors["clean_latents"].cpu()  # an accelerator's step may not have ended yet, and it is no decoding
-                start = time.perf_counter()
-                sequences = pipeline.decode_to_sequences(tensors["clean_latents"]).cpu()
-                frames.put(Frame(step, pipeline.num_timesteps, sequences))
-                display_seconds += time.perf_counter() - start
-            return {}
 
-        start = time.perf_counter()
-        output = self.pipeline(
-            batch_size=batch_size,
-            num_inference_steps=num_inference_steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="seq",
-            callback_on_step_end=on_step_end,
-            callback_on_step_end_tensor_inputs=["clean_latents"],
-        )
-        sequences = output.sequences.cpu()
-        seconds = time.perf_counter() - start - display_seconds
-        return Frame(step, self.pipeline.num_timesteps, sequences, seconds)
+@torch.no_grad()
+def interpolate_texts(pipeline: LDLMPipeline, first: str, second: str, num_points: int) -> torch.Tensor:
+    """Token ids (num_points, L) of evenly spaced points on the line from the one text's latents to the other's.
 
-    @torch.no_grad()
-    def interpolate(self, first: str, second: str, num_points: int) -> torch.Tensor:
-        """Token ids (num_points, L) of evenly spaced points on the line from the one text's latents to the other's.
-
-        Raises:
-            ValueError: a pipeline without encoders, an empty or over-long text, or fewer than two points.
-        """
-        number = whole_number(num_points)
-        if number is None or number < 2:
-            raise ValueError(f"`num_points` must be an integer of at least 2, got {num_points!r}.")
-        with self._lock:
-            start, end = self._encode("first", first), self._encode("second", second)
-            weights = torch.linspace(0, 1, number, device=start.device)[:, None, None]
-            return self.pipeline.decode_to_sequences(torch.lerp(start, end, weights)).cpu()
-
-    def _encode(self, name: str, text: str) -> torch.Tensor:
-        """Latents (1, N, d_z) of a text; the errors say which of the two it is."""
+    Raises:
+        ValueError: a pipeline without encoders, an empty or over-long text, or fewer than two points.
+    """
+    number = whole_number(num_points)
+    if number is None or number < 2:
+        raise ValueError(f"`num_points` must be an integer of at least 2, got {num_points!r}.")
+    ends = []
+    for name, text in (("first", first), ("second", second)):
         if not text or not text.strip():
             raise ValueError(f"The {name} text is empty; write one.")
         try:
-            return self.pipeline.encode(text)
+            ends.append(pipeline.encode(text))  # (1, N, d_z)
         except ValueError as error:
             raise ValueError(f"The {name} text cannot be encoded: {error}") from error
+    start, end = ends
+    weights = torch.linspace(0, 1, number, device=start.device)[:, None, None]
+    return pipeline.decode_to_sequences(torch.lerp(start, end, weights)).cpu()
 
 
 def highlight_changes(
@@ -236,24 +214,23 @@ def build_app(pipeline: LDLMPipeline) -> gr.Blocks:
     Two tabs: generation, and interpolation between two texts, which needs the pipeline's encoders and otherwise says
     that they are missing. Visitors wait for each other.
     """
-    shared = SharedPipeline(pipeline)
     with gr.Blocks(title="Latent Diffusion Language Model", analytics_enabled=False) as app:
         gr.Markdown("# Latent Diffusion Language Model")
         with gr.Tab("Generate"):
-            _generation_tab(shared)
+            _generation_tab(pipeline)
         with gr.Tab("Interpolate"):
-            missing = [name for name in ("token_encoder", "latent_encoder") if getattr(pipeline, name) is None]
-            if missing:
+            if pipeline.missing_encoders:
                 gr.Markdown(
                     "Interpolation is off: to map texts to latents it needs the pipeline's optional components "
-                    f"`token_encoder` and `latent_encoder`, and this pipeline has no `{'` and no `'.join(missing)}`."
+                    "`token_encoder` and `latent_encoder`, and this pipeline has no "
+                    f"`{'` and no `'.join(pipeline.missing_encoders)}`."
                 )
             else:
-                _interpolation_tab(shared)
+                _interpolation_tab(pipeline)
     return app
 
 
-def _generation_tab(shared: SharedPipeline) -> None:
+def _generation_tab(pipeline: LDLMPipeline) -> None:
     """Controls and texts of the generation; the Stop button reaches the generation of its own visitor only."""
     running: dict[str | None, threading.Event] = {}
 
@@ -263,12 +240,12 @@ def _generation_tab(shared: SharedPipeline) -> None:
         stop = running[request.session_hash] = threading.Event()
         previous = None
         try:
-            for frame in shared.generate(batch_size, num_inference_steps, seed, decode_every, stop):
+            for frame in generate_frames(pipeline, batch_size, num_inference_steps, seed, decode_every, stop):
                 labels = [f"Text {number}" for number in range(1, len(frame.sequences) + 1)]
                 before = itertools.repeat(None) if previous is None else previous
                 yield [
                     describe(frame, previous),
-                    *_fill_boxes(shared.pipeline, labels, frame.sequences, before, MAX_TEXTS),
+                    *_fill_boxes(pipeline, labels, frame.sequences, before, MAX_TEXTS),
                 ]
                 previous = frame.sequences
         except ValueError as error:
@@ -303,19 +280,19 @@ def _generation_tab(shared: SharedPipeline) -> None:
     stop_button.click(stop_generation, api_name="stop", queue=False)
 
 
-def _interpolation_tab(shared: SharedPipeline) -> None:
+def _interpolation_tab(pipeline: LDLMPipeline) -> None:
     """Two texts, and the texts on the line between them."""
 
     def interpolate(first: str, second: str, num_points: int) -> list[Any]:
         try:
-            sequences = shared.interpolate(first, second, num_points)
+            sequences = interpolate_texts(pipeline, first, second, num_points)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         labels = [f"{100 * point / (num_points - 1):.0f}% of the way" for point in range(len(sequences))]
-        return _fill_boxes(shared.pipeline, labels, sequences, torch.cat([sequences[:1], sequences[:-1]]), MAX_POINTS)
+        return _fill_boxes(pipeline, labels, sequences, torch.cat([sequences[:1], sequences[:-1]]), MAX_POINTS)
 
     gr.Markdown(ABOUT_INTERPOLATION)
-    length = shared.pipeline.latent_encoder.config.sequence_length
+    length = pipeline.latent_encoder.config.sequence_length
     with gr.Row():
         first = gr.Textbox(label=f"First text, at most {length} tokens", lines=2, elem_id="first")
         second = gr.Textbox(label=f"Second text, at most {length} tokens", lines=2, elem_id="second")

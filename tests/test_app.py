@@ -21,7 +21,7 @@ gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 app_module = pytest.importorskip("ldlm_hf.app")
 
-CHANGED, Frame, SharedPipeline = app_module.CHANGED, app_module.Frame, app_module.SharedPipeline
+CHANGED, Frame = app_module.CHANGED, app_module.Frame
 
 
 def plain_output(pipeline: LDLMPipeline, batch_size: int, num_inference_steps: int, seed: int):
@@ -34,7 +34,7 @@ def plain_output(pipeline: LDLMPipeline, batch_size: int, num_inference_steps: i
 
 def generate(pipeline: LDLMPipeline, *arguments: int) -> list[Frame]:
     """All frames of a generation: batch size, steps, seed, decode every."""
-    return list(SharedPipeline(pipeline).generate(*arguments, threading.Event()))
+    return list(app_module.generate_frames(pipeline, *arguments, threading.Event()))
 
 
 def joined(pieces: list[tuple[str, str | None]]) -> str:
@@ -159,7 +159,7 @@ def test_stopping_interrupts_the_pipeline(make_pipeline: Callable[..., LDLMPipel
     steps = queue.SimpleQueue()
     pipeline.transformer.register_forward_hook(lambda *_: steps.put(None))
     stop = threading.Event()
-    frames = SharedPipeline(pipeline).generate(1, 3000, 0, 2, stop)
+    frames = app_module.generate_frames(pipeline, 1, 3000, 0, 2, stop)
     next(frames)
     if stop_by_event:
         stop.set()
@@ -176,8 +176,7 @@ def test_stopping_interrupts_the_pipeline(make_pipeline: Callable[..., LDLMPipel
 def test_two_generations_at_once_do_not_mix(make_pipeline: Callable[..., LDLMPipeline]):
     pipeline = make_pipeline()
     expected = [plain_output(pipeline, 2, 20, seed).sequences for seed in (0, 1)]
-    shared = SharedPipeline(pipeline)
-    generations = [shared.generate(2, 20, seed, 3, threading.Event()) for seed in (0, 1)]
+    generations = [app_module.generate_frames(pipeline, 2, 20, seed, 3, threading.Event()) for seed in (0, 1)]
     for pair in itertools.zip_longest(*generations):
         last = pair
     assert [frame.step for frame in last] == [20, 20]
@@ -187,7 +186,7 @@ def test_two_generations_at_once_do_not_mix(make_pipeline: Callable[..., LDLMPip
 def test_interpolation_runs_from_one_reconstruction_to_the_other(make_pipeline: Callable[..., LDLMPipeline]):
     pipeline = make_pipeline()
     texts = ["w2 w3 w4 w5", "w30 w31 w32 w33 w34 w35 w36 w37"]
-    sequences = SharedPipeline(pipeline).interpolate(*texts, num_points=5)
+    sequences = app_module.interpolate_texts(pipeline, *texts, num_points=5)
     assert sequences.shape[0] == 5
     decoded = pipeline.tokenizer.batch_decode(sequences, skip_special_tokens=True)
     assert [decoded[0], decoded[-1]] == [pipeline.decode(pipeline.encode(text))[0] for text in texts]
@@ -215,7 +214,7 @@ def test_forms_may_give_whole_numbers_as_floats(make_pipeline: Callable[..., LDL
     pipeline = make_pipeline()
     expected = plain_output(pipeline, 2, 4, seed=3).sequences
     assert torch.equal(generate(pipeline, 2.0, 4.0, 3.0, 2.0)[-1].sequences, expected)
-    assert len(SharedPipeline(pipeline).interpolate("w2", "w3", 3.0)) == 3
+    assert len(app_module.interpolate_texts(pipeline, "w2", "w3", 3.0)) == 3
 
 
 @pytest.mark.parametrize(
@@ -231,7 +230,7 @@ def test_interpolation_refuses_bad_values(
     make_pipeline: Callable[..., LDLMPipeline], first: str, second: str, num_points: int, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        SharedPipeline(make_pipeline()).interpolate(first, second, num_points)
+        app_module.interpolate_texts(make_pipeline(), first, second, num_points)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ these was downloaded here.
 from __future__ import annotations
 
 from .chunks import TokenChunks
-from .corpora import TextCorpora, chunk_corpus, load_corpora, load_held_out
+from .corpora import TextCorpora, load_corpora, load_held_out
 from .detokenizers import DETOKENIZERS, detokenize_lm1b
 from .settings import DataSettings
 from .streaming import StreamedTokenChunks
@@ -37,7 +37,6 @@ __all__ = [
     "StreamedTokenChunks",
     "TextCorpora",
     "TokenChunks",
-    "chunk_corpus",
     "detokenize_lm1b",
     "load_corpora",
     "load_held_out",

@@ -63,10 +63,10 @@ def load_corpora(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank}, world_size={world_size}: a rank is at least 0 and below world_size.")
     cutter = _ChunkCutter(settings, tokenizer, sequence_length)
-    rows, names = load_split(settings, settings.train_split, rank)
+    rows, names = load_split(settings, settings.train_split)
     validation: TokenChunks | None = None  # chunked first: it is the smaller part, so its errors come early
     if settings.validation_split is not None:
-        validation = cutter.cut_validation(load_split(settings, settings.validation_split, rank)[0])
+        validation = cutter.cut_validation(load_split(settings, settings.validation_split)[0])
     elif settings.holds_out:
         rows, held_out = hold_out(rows, settings)
         validation = cutter.cut_validation(held_out)
@@ -83,9 +83,7 @@ def load_corpora(
     return TextCorpora(train, validation)
 
 
-def load_held_out(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int, rank: int = 0
-) -> TokenChunks:
+def load_held_out(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> TokenChunks:
     """The validation part of `load_corpora` alone: the training part is neither tokenised nor, where it can be told
     apart by its name, read.
 
@@ -95,33 +93,15 @@ def load_held_out(
     settings.check_source()
     cutter = _ChunkCutter(settings, tokenizer, sequence_length)
     if settings.validation_split is not None:
-        held_out, _ = load_split(settings, settings.validation_split, rank)
+        held_out, _ = load_split(settings, settings.validation_split)
     elif settings.holds_out:
-        _, held_out = hold_out(load_split(settings, settings.train_split, rank)[0], settings)
+        _, held_out = hold_out(load_split(settings, settings.train_split)[0], settings)
     else:
         raise ValueError(
             f"source={settings.source!r}: no text is held out. Set validation_split, holdout_documents or "
             "holdout_fraction, as in training."
         )
     return cutter.cut_validation(held_out)
-
-
-def chunk_corpus(
-    documents: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    settings: DataSettings | None = None,
-    batch_size: int = 1000,
-) -> TokenChunks:
-    """Tokenises documents that are already loaded and cuts them into chunks.
-
-    Args:
-        documents: rows with the text.
-        tokenizer, sequence_length: as for `load_corpora`, whose errors are raised.
-        settings: its text column, detokenizer, markers, processes and cache apply; `source` and the splits do not.
-        batch_size: documents a call of the tokenizer; the chunks do not depend on it.
-    """
-    return _ChunkCutter(settings or DataSettings(), tokenizer, sequence_length).cut(documents, "corpus", batch_size)
 
 
 def hold_out(documents: Rows, settings: DataSettings) -> tuple[Rows, Rows]:
@@ -167,7 +147,7 @@ class _ChunkCutter:
             tokenizer, settings.text_column, settings.detokenizer, end_id, settings.skip_missing_texts
         )
 
-    def cut(self, documents: datasets.Dataset, part: str, batch_size: int = 1000) -> TokenChunks:
+    def cut(self, documents: datasets.Dataset, part: str) -> TokenChunks:
         """The chunks of a part; ValueError, which calls it `part`, where there is not one."""
         settings = self.settings
         if len(documents) == 0:
@@ -178,7 +158,7 @@ class _ChunkCutter:
         if settings.skip_missing_texts and (missing := _count_missing_texts(documents, settings.text_column)):
             counts = f"{missing:,} of the {len(documents):,} rows"
             logger.warning("source=%r: %s of the %s have no text and are skipped", settings.source, counts, part)
-        tokens = tokenize_documents(documents, self.encoder, settings.num_proc, settings.cache_dir, batch_size)
+        tokens = tokenize_documents(documents, self.encoder, settings.num_proc, settings.cache_dir)
         chunks = TokenChunks(tokens, self.layout)
         self.require_one_chunk(chunks.num_tokens, part)
         return chunks

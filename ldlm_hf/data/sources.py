@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import glob
 import logging
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -16,34 +14,29 @@ import datasets
 import huggingface_hub
 import pyarrow
 import yaml
+from datasets.data_files import SPLIT_KEYWORDS
 
 from .settings import DataSettings
 from .text_builder import build_text_files
-from .text_files import ENDINGS, TEXT_KINDS, CorpusError, is_compressed, kind_of, open_unpacked
+from .text_files import ENDINGS, CorpusError, kind_of
 
 
 logger = logging.getLogger(__name__)
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-READ_BYTES = 1 << 20
 # what datasets and the Hub write beside a corpus
 METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 # names of files and folders that name a split, with or without the numbers of a shard: train.txt, test-00000-of-00002
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+SPLIT_NAMES = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 SHARD_NUMBERS = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 
 
-def load_split(settings: DataSettings, split: str, rank: int) -> tuple[Rows, tuple[str, ...]]:
+def load_split(settings: DataSettings, split: str) -> tuple[Rows, tuple[str, ...]]:
     """The documents of one split, and the names of the files of a stream.
 
-    Documents are memory-mapped; rank 0 reads every local text file once, up front, to find bytes that are not UTF-8.
-    With `streaming` they are a stream, of which nothing is read yet. It has no names where a file (an archive) is not
-    one of its shards.
+    Documents are memory-mapped; with `streaming` they are a stream, of which nothing is read yet. It has no names
+    where a file (an archive) is not one of its shards.
 
     Raises:
         OSError: nothing is there, the Hub cannot be reached, or a file cannot be read.
@@ -58,8 +51,6 @@ def load_split(settings: DataSettings, split: str, rank: int) -> tuple[Rows, tup
             rows = cast(datasets.IterableDataset, builder.as_streaming_dataset(split=split))
         names = tuple((builder.config.data_files or {}).get(split, ()))
         return rows, names if len(names) == rows.num_shards else ()
-    if is_local(settings.source) and rank == 0 and split == settings.train_split:  # once, not for each split
-        _check_text_files(settings, builder)
     with _explained_errors(settings, split):
         builder.download_and_prepare(num_proc=settings.num_proc)
         return cast(datasets.Dataset, builder.as_dataset(split)), ()
@@ -134,14 +125,6 @@ def _names(files: list[Path]) -> str:
     return ", ".join(file.name for file in files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
 
 
-def _check_text_files(settings: DataSettings, builder: datasets.DatasetBuilder) -> None:
-    files = [Path(file) for files in builder.config.data_files.values() for file in files]
-    if all(kind_of(file) in TEXT_KINDS for file in files):
-        with_text = [holds_utf8_text(file) for file in files]  # every file is decoded before any is judged
-        if not any(with_text):
-            raise CorpusError(f"source={settings.source!r}: the corpus is empty or blank. Name a file with text.")
-
-
 @contextlib.contextmanager
 def _explained_errors(settings: DataSettings, split: str) -> Iterator[None]:
     try:
@@ -154,7 +137,7 @@ def _explained_errors(settings: DataSettings, split: str) -> Iterator[None]:
             "connection; a gated dataset needs `hf auth login`."
         ) from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        if isinstance(error.__cause__, CorpusError):
+        if isinstance(error.__cause__, (CorpusError, OSError)):
             raise error.__cause__ from error
         raise ValueError(
             f"source={settings.source!r}, config_name={settings.config_name!r}, split {split!r}: "
@@ -236,33 +219,3 @@ def find_files(source: str) -> list[Path]:
             "pattern."
         )
     return sorted(files)
-
-
-def holds_utf8_text(path: Path) -> bool:
-    """Decodes a text file from end to end, a piece at a time; whether it holds more than white space.
-
-    Raises:
-        ValueError: it is not UTF-8; the message has the offset of the first wrong byte, in the unpacked text.
-        OSError: a compressed file that cannot be unpacked.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    found = False
-    try:
-        with open_unpacked(path) as file:
-            while piece := file.read(READ_BYTES):
-                position += len(piece)
-                found = bool(decoder.decode(piece).strip()) or found
-        decoder.decode(b"", final=True)
-        return found
-    except UnicodeDecodeError as error:
-        offset = position - len(error.object) + error.start  # the object begins with bytes that the last piece left
-        unpacked = " of the unpacked text" if is_compressed(path) else ""
-        raise CorpusError(
-            f"source: {path} is not UTF-8: byte {offset}{unpacked} is 0x{error.object[error.start]:02x} "
-            f"({error.reason}). Convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`."
-        ) from error
-    except (EOFError, zlib.error, OSError) as error:
-        if not is_compressed(path):
-            raise
-        raise OSError(f"source: {path} cannot be unpacked ({error}): the file is damaged, fetch it again.") from error

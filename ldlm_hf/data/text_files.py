@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain, dropwhile, islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import pyarrow
 import pyarrow.ipc
@@ -23,7 +22,7 @@ MAX_FIELD_SIZE = 2**31 - 1
 ARROW_FILE = b"ARROW1"
 TEXT_KINDS = ("txt", "jsonl", "json", "csv")
 KINDS = (*TEXT_KINDS, "parquet", "arrow")
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_TYPES = (
     pyarrow.types.is_string,
     pyarrow.types.is_large_string,
@@ -40,23 +39,9 @@ class CorpusError(ValueError):
 def kind_of(path: Path) -> str | None:
     """The kind of a file by its ending in any case, of a compressed one by the ending before; None if unknown."""
     *_, inner, last = ["", *path.name.lower().split(".")]
-    if is_compressed(path):
+    if path.suffix.lower() in COMPRESSIONS:
         return inner if inner in TEXT_KINDS else None
     return last if last in KINDS else None
-
-
-def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in COMPRESSIONS
-
-
-def open_unpacked(path: Path) -> IO[bytes]:
-    """Opens a file to read its bytes, unpacked if its ending says that it is compressed."""
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if ending == ".zst":
-        return cast("IO[bytes]", pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
 
 
 def require_text_column(text_column: str, columns: Iterable[str]) -> None:
@@ -74,24 +59,36 @@ def require_text(text_column: str, value: Any, row: str) -> None:
         )
 
 
-def read_tables(file: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
+def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
     """A file's rows as tables of one column of strings, some of which may be missing (null).
 
     Raises:
-        CorpusError: the column is not there, or holds something else than text.
+        CorpusError: the column is not there, or holds something else than text; a text file is not UTF-8.
         OSError, ValueError, pyarrow.ArrowException: the file cannot be read, or is not what its ending says.
     """
-    path = Path(file)
+    path = Path(name)
     kind = kind_of(path)
     if kind in ("parquet", "arrow"):
         yield from _read_columns(path, kind, text_column)
         return
     # a line ends with any of \n, \r\n and \r; what a quoted field of CSV holds stays as it is
     newline = "" if kind == "csv" else None
-    with open_unpacked(path) as unpacked, io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline=newline) as lines:
-        values = _read_values(lines, kind, path.name, text_column)
-        while batch := list(islice(values, ROWS_AT_ONCE)):
-            yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    try:
+        file = pyarrow.input_stream(str(path), compression)
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as lines:
+            values = _read_values(lines, kind, path.name, text_column)
+            while batch := list(islice(values, ROWS_AT_ONCE)):
+                yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"source: {path} is not UTF-8: it holds the byte 0x{error.object[error.start]:02x} ({error.reason}). "
+            "Convert the file to UTF-8, for example with `iconv -f latin1 -t utf-8`."
+        ) from error
+    except OSError as error:
+        if compression is None:
+            raise
+        raise OSError(f"source: {path} cannot be unpacked ({error}): the file is damaged, fetch it again.") from error
 
 
 def _read_values(lines: io.TextIOWrapper, kind: str | None, name: str, text_column: str) -> Iterator[str | None]:

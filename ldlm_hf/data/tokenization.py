@@ -84,7 +84,6 @@ def tokenize_documents(
     encoder: DocumentEncoder,
     num_proc: int | None,
     cache_dir: str | None,
-    batch_size: int,
 ) -> datasets.Dataset:
     """One row a document, column `input_ids`: lists of int32, in a file of the folder `ldlm_hf_tokens` of `cache_dir`
     (None: of the cache of `datasets`), which a second call with the same documents and tokenizer maps again.
@@ -110,7 +109,6 @@ def tokenize_documents(
     return documents.select_columns(encoder.text_column).map(
         encoder,
         batched=True,
-        batch_size=batch_size,
         num_proc=num_proc,
         remove_columns=[encoder.text_column],
         features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),

@@ -41,10 +41,9 @@ def load_real_text(
     sequence_length: int,
     count: int,
     with_references: bool,
-    rank: int = 0,
 ) -> RealText:
     """`count` held-out texts, and as many between them as references; both spread evenly over the held-out part."""
-    validation = load_held_out(settings, tokenizer, sequence_length, rank)
+    validation = load_held_out(settings, tokenizer, sequence_length)
     needed = 2 * count if with_references else count
     if len(validation) < needed:
         purpose = f"{count} for the row of real text" + (f" and {count} others for MAUVE" if with_references else "")

@@ -59,7 +59,6 @@ def evaluate_pipelines(options: EvaluationOptions, data: DataSettings, draw: Cal
             subjects[0].sequence_length,
             options.num_samples,
             with_references=options.with_mauve,
-            rank=accelerator.process_index,
         )
     all_versions = versions() | {name: version(name) for name in ("evaluate", "mauve-text")}
     parts = FinishedParts(options.output_dir / "parts", all_versions)

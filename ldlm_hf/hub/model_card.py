@@ -16,14 +16,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from ..metrics.registry import SCORES, Score
-from .run_files import Run, RunResults, Sample, TextScores, read_run
+from .run_files import Run, Sample, TextScores, read_run
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
@@ -38,19 +37,6 @@ LINE_WIDTH = 110
 # score → its title and its type on the Hub, where they are not its title elsewhere and its name
 TITLES = {"diversity": "n-gram diversity", "generative_perplexity": "generative perplexity"}
 HUB_TYPES = {"generative_perplexity": "perplexity"}
-# score → what it depends on, with places for what `metric_conditions` fills in
-MEANINGS = {
-    "entropy": "Entropy is that of the token frequencies within a text, averaged over texts; it falls where a text "
-    "repeats itself, and its highest value here is {highest_entropy:.3f}.",
-    "diversity": "Diversity is the share of unique n-grams of tokens in the pooled set, multiplied over n = 2, 3, 4; "
-    "it compares only between sets of one size.",
-    "generative_perplexity": "Generative perplexity is that of the judge `{judge}` over the whole set; a text is cut "
-    "to {judge_length} tokens, and its first token is {first_token}. Repetitive text scores low too: read it beside "
-    "the entropy.",
-    "mauve": "MAUVE (0 to 1, higher is closer) compares a set (of the samples {num_samples} texts of one seed, "
-    "{seed}) with {mauve_texts} other held-out texts in the features of the same judge ({mauve_buckets} clusters, "
-    "seed {mauve_seed}).",
-}
 # the scores that a card shows, under its titles and in its order
 METRICS = {
     name: replace(score, title=TITLES.get(name, score.title)) for name, score in SCORES.items() if score.is_main
@@ -74,25 +60,32 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
     if run.results.model_id is not None:
         validate_repo_id(run.results.model_id)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
+    pictures = {}
     if run.log:
         from .training_curves import plot_training_curves
 
         pictures = plot_training_curves(run.log, folder)
+    sets = {"samples": samples, "held-out real texts": real}
+    measured = measured_metrics(samples, real)
+    # the template says why a MAUVE that was measured is not shown
+    explained = {"mauve"} if run.results.mauve else set()
     card = ModelCard.from_template(
         card_data(run),
         template_path=str(TEMPLATE),
         run=run,
         model_id=run.results.model_id or "path/to/this/folder",
-        results_table=results_table(run.results),
-        notes=notes(run),
-        facts=facts(run),
+        sets={title: scores for title, scores in sets.items() if scores is not None},
+        measured=measured,
+        not_measured=[metric.title for name, metric in METRICS.items() if name not in {*measured, *explained}],
+        min_mauve_texts=MIN_MAUVE_TEXTS,
+        highest_entropy=math.log(run.results.sequence_length),
+        progress=progress(run),
         changed_settings=yaml.safe_dump(run.results.changed_settings, allow_unicode=True).strip(),
         pictures=pictures,
-        samples=[
-            {"scores": sample_scores(sample), "text": fenced(sample.text)}
-            for sample in run.results.samples[:NUM_SAMPLES]
-        ],
+        samples=run.results.samples[:NUM_SAMPLES],
+        duration=duration,
+        sample_scores=sample_scores,
+        fenced=fenced,
     )
     card.save(folder / "README.md")
     return card
@@ -162,107 +155,13 @@ def measured_metrics(*sets: TextScores | None) -> dict[str, Score]:
     return {name: metric for name, metric in METRICS.items() if name in measured}
 
 
-def results_table(results: RunResults) -> str:
-    """Markdown table of the samples' scores, with real text in a row of its own; empty if nothing was scored."""
-    rows = {"samples": results.sample_scores, "held-out real texts": results.real_scores}
-    columns = measured_metrics(*rows.values())
-    if not columns:
-        return ""
-    lines = ["| texts | number | " + " | ".join(metric.title for metric in columns.values()) + " |"]
-    lines.append("|---" * (len(columns) + 2) + "|")
-    for title, scores in rows.items():
-        if scores is not None:
-            values = [(scores.values.get(name), metric.digits) for name, metric in columns.items()]
-            cells = ["–" if value is None else f"{value:,.{digits}f}" for value, digits in values]
-            lines.append(f"| {title} | {scores.num_texts:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def notes(run: Run) -> list[str]:
-    """Lines below the table: what its numbers depend on, what is missing, and the held-out evaluation."""
-    results = run.results
-    samples, real = results.sample_scores, results.real_scores
-    measured = measured_metrics(samples, real)
-    conditions = metric_conditions(run)
-    lines = [MEANINGS[name].format(**conditions) for name in measured if name in MEANINGS]
-    missing = {name: metric.title for name, metric in METRICS.items() if name not in measured}
-    if results.mauve and missing.pop("mauve", None):
-        lines.append(
-            f"MAUVE is left out: it was measured on {conditions['num_samples']} texts of one seed, and cards give it "
-            f"from {MIN_MAUVE_TEXTS} texts on, below which their number decides more than the model."
-        )
-    if missing:
-        lines.append(f"Not measured: {', '.join(missing.values())}.")
-    if samples and real and samples.num_texts != real.num_texts:
-        lines.append("The two sets differ in size, so their diversity does not compare.")
-    if results.held_out:
-        values = "; ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in results.held_out.items())
-        lines.append(f"On {results.num_held_out:,} held-out sequences at the end of training: {values}.")
-    return lines
-
-
-def metric_conditions(run: Run) -> dict[str, Any]:
-    """What the meanings of the metrics name."""
-    results = run.results
-    judge, mauve = results.judge or {}, results.mauve or {}
-    return {
-        "highest_entropy": math.log(results.sequence_length),
-        "judge": judge.get("name"),
-        "judge_length": judge.get("max_length"),
-        "first_token": "scored after a BOS" if judge.get("add_bos") else "not scored, no BOS being added",
-        "mauve_texts": mauve.get("num_texts"),
-        "mauve_buckets": mauve.get("num_buckets"),
-        "mauve_seed": mauve.get("seed"),
-        "num_samples": results.sample_scores and results.sample_scores.num_texts,
-        "seed": run.settings["loop"]["seed"],
-    }
-
-
-def facts(run: Run) -> list[str]:
-    """How the model was trained, a line each."""
-    results, loop = run.results, run.settings["loop"]
+def progress(run: Run) -> dict[str, int]:
+    """Steps and tokens of a run by its log, or as planned, and how many of the steps were skipped."""
+    loop = run.settings["loop"]
     last = max((record for record in run.log if "tokens" in record), key=lambda record: record["step"], default={})
     steps = last.get("step", loop["max_steps"])
-    tokens = last.get("tokens", steps * loop["batch_size"] * results.sequence_length)
-    planned = "" if run.is_trained else "Planned: "
-    lines = [
-        f"{planned}{steps:,} steps of {loop['batch_size']} sequences of {results.sequence_length} tokens "
-        f"({tokens:,} tokens), seed {loop['seed']}."
-    ]
-    if last.get("skipped_steps"):
-        lines.append(
-            f"{last['skipped_steps']:,} of these steps were skipped, their loss or gradient not being finite."
-        )
-    if results.seconds is not None:
-        lines.append(
-            f"{duration(results.seconds)} on {results.hardware}; evaluations and checkpoints on the way count."
-        )
-    precision = {"no": "float32", "bf16": "bfloat16 autocast over float32 weights"}[loop["mixed_precision"]]
-    decay = run.settings["optimizer"]["ema_decay"]
-    lines.append(f"Precision: {precision}. Evaluated and saved is a moving average of the weights, decay {decay}.")
-    lines += origins(run)
-    if results.versions:
-        versions = ", ".join(f"{package} {version}" for package, version in results.versions.items())
-        lines.append(f"With {versions}.")
-    return lines
-
-
-def origins(run: Run) -> list[str]:
-    """Where the training text and the frozen models came from, a line each."""
-    use_of_components = "Components that the token decoder was trained for, all of them frozen"
-    if run.distillation:
-        method = run.distillation.replace("_", " ")
-        use_of_components = f"Teacher of the denoiser ({method}), whose other parts are kept as they are"
-    sources = {
-        "Training text": run.results.corpus,
-        "Frozen token encoder": run.results.token_encoder,
-        use_of_components: run.results.components,
-    }
-    return [
-        f"{role}: `{source.name}` " + ("on the Hub." if source.is_hub_id else "(not on the Hub).")
-        for role, source in sources.items()
-        if source is not None
-    ]
+    tokens = steps * loop["batch_size"] * run.results.sequence_length
+    return {"steps": steps, "tokens": last.get("tokens", tokens), "skipped": last.get("skipped_steps", 0)}
 
 
 def duration(seconds: float) -> str:

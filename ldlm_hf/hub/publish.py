@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, save_torch_state_dict
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
 from ..loading.remote_code import PACKAGE
@@ -39,7 +39,7 @@ WEIGHTS_PATTERNS = ["*.safetensors", "*.safetensors.index*.json"]
 # what sampling imports of this package
 SPACE_ROOMS = ("loading", "models", "pipelines", "schedulers")
 # and of its requirements
-SPACE_REQUIREMENTS = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub"}
+SPACE_REQUIREMENTS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
 SPACE_APP = Template('''"""Runs the page of ldlm_hf, whose sources lie beside this file, on $repo_id."""
 
 import torch
@@ -195,12 +195,7 @@ def add_variant(folder: Path, variant: str, max_shard_size: int | str | None) ->
         for key, tensor in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name}: {key} overflows as {variant}; publish without a variant, or with bf16.")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as saved:
-        # the configurations name the type of the weights, and have to stay those of the full ones
-        pipeline.save_pretrained(saved, variant=variant, max_shard_size=max_shard_size)
-        for name, component in pipeline.components.items():
-            if isinstance(component, SafeLoadingMixin):
-                replace_weights(Path(saved, name), folder / name, component.weights_name(), variant)
+    pipeline.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
 
 
 def space_files(repo_id: str, revision: str | None = None) -> dict[str, str]:
@@ -223,8 +218,8 @@ def space_files(repo_id: str, revision: str | None = None) -> dict[str, str]:
         "app_file": "app.py",
         "models": [repo_id],
     }
-    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or ()]
-    needed = [str(one) for one in requirements if one.marker is None and one.name in SPACE_REQUIREMENTS]
+    requirements = importlib.metadata.requires(PACKAGE) or ()
+    needed = [line for line in requirements if re.fullmatch(rf"({'|'.join(SPACE_REQUIREMENTS)})\W[^;]*", line)]
     files = {
         "README.md": SPACE_CARD.substitute(
             metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),

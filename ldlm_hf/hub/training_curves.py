@@ -36,19 +36,6 @@ DPI = 100
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture beside a card.
-
-    Attributes:
-        file: name of the PNG file.
-        caption: what it shows, for a reader who may not see it.
-    """
-
-    file: str
-    caption: str
-
-
-@dataclass(frozen=True)
 class Panel:
     """One pair of axes over the optimiser's steps.
 
@@ -97,7 +84,7 @@ PANELS = (
 )
 
 
-def plot_training_curves(log: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
+def plot_training_curves(log: Sequence[dict[str, Any]], folder: Path) -> dict[str, str]:
     """Writes the pictures that a log has the numbers for, as PNG files of less than 100 KB.
 
     Args:
@@ -105,25 +92,24 @@ def plot_training_curves(log: Sequence[dict[str, Any]], folder: Path) -> list[Pi
         folder: where to write them; it exists.
 
     Returns:
-        Which pictures were written: losses, token accuracy, gate, scale of the latents and a student's distance to its
-        teacher over steps; and the held-out diffusion loss over t, one curve an evaluation. The same log gives the
-        same files.
+        File → caption of the pictures that were written: losses, token accuracy, gate, scale of the latents and a
+        student's distance to its teacher over steps; and the held-out diffusion loss over t, one curve an evaluation.
+        The same log gives the same files.
     """
-    pictures = []
+    pictures = {}
     # a figure of its own, not pyplot's: no display, and no settings of the user's
     with matplotlib.style.context("default", after_reset=True):
         panels = panels_of(log)
         if panels:
             save_png(plot_over_steps(log, panels), folder / "training_curves.png")
-            caption = "Over the steps of training: " + ", ".join(panel.label.partition(" (")[0] for panel in panels)
-            group = max(group_size(len(series(log, key)[0])) for panel in panels for key in panel.curves)
-            caption += f" (each point the mean of {group} lines of the log)." if group > 1 else "."
-            pictures.append(Picture("training_curves.png", caption))
+            labels = ", ".join(panel.label.partition(" (")[0] for panel in panels)
+            pictures["training_curves.png"] = f"Over the steps of training: {labels}."
         evaluations = [record for record in log if any(key.startswith(GRID_PREFIX) for key in record)]
         if evaluations:
             save_png(plot_diffusion_loss(evaluations), folder / "diffusion_loss.png")
-            caption = "Held-out diffusion loss over the time t, after several numbers of training steps."
-            pictures.append(Picture("diffusion_loss.png", caption))
+            pictures["diffusion_loss.png"] = (
+                "Held-out diffusion loss over the time t, after several numbers of training steps."
+            )
     return pictures
 
 
@@ -152,14 +138,9 @@ def grid_points(record: dict[str, Any], prefix: str) -> list[tuple[float, float]
     return sorted((float(key[len(prefix) :]), value) for key, value in record.items() if key.startswith(prefix))
 
 
-def group_size(num_points: int) -> int:
-    """How many neighbouring points of a curve are drawn as one."""
-    return max(1, math.ceil(num_points / MAX_POINTS))
-
-
 def group_means(values: Sequence[float]) -> list[float]:
     """Means of neighbouring values, at most `MAX_POINTS` of them."""
-    size = group_size(len(values))
+    size = max(1, math.ceil(len(values) / MAX_POINTS))
     return [statistics.fmean(values[first : first + size]) for first in range(0, len(values), size)]
 
 
@@ -187,10 +168,8 @@ def plot_over_steps(log: Sequence[dict[str, Any]], panels: Sequence[Panel]) -> F
 
 def plot_diffusion_loss(evaluations: Sequence[dict[str, Any]]) -> Figure:
     """The held-out diffusion loss over t, for evaluations spread over the run, its first and last among them."""
-    if len(evaluations) > MAX_GRID_CURVES:
-        spread = len(evaluations) - 1
-        places = [round(place * spread / (MAX_GRID_CURVES - 1)) for place in range(MAX_GRID_CURVES)]
-        evaluations = [evaluations[place] for place in places]
+    places = np.linspace(0, len(evaluations) - 1, min(len(evaluations), MAX_GRID_CURVES)).round().astype(int)
+    evaluations = [evaluations[place] for place in places]
     figure = Figure(figsize=(WIDTH * 0.7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["viridis"]

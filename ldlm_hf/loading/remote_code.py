@@ -29,7 +29,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
@@ -38,10 +37,6 @@ from . import recorded_code
 
 
 PACKAGE = __name__.partition(".")[0]
-LINE_LENGTH = 119
-
-# ("import torch", "") or ("from torch", "nn")
-Import: TypeAlias = tuple[str, str]
 
 
 def class_source(cls: type) -> str | None:
@@ -75,12 +70,10 @@ class Definition:
     Attributes:
         source: its text, from the comment above it on.
         names: the names in it.
-        runtime_names: those of them that are not in annotations only.
     """
 
     source: str
     names: set[str]
-    runtime_names: set[str]
 
 
 @dataclass
@@ -90,13 +83,13 @@ class ModuleSource:
     Attributes:
         docstring: the module's.
         definitions: by name, in their order.
-        imports: name → imports from elsewhere that bind it.
+        imports: name → statements that import it from elsewhere.
         package_imports: name → module of this package that it comes from.
     """
 
     docstring: str
     definitions: dict[str, Definition] = field(default_factory=dict)
-    imports: dict[str, set[Import]] = field(default_factory=dict)
+    imports: dict[str, set[str]] = field(default_factory=dict)
     package_imports: dict[str, str] = field(default_factory=dict)
 
 
@@ -115,25 +108,10 @@ def read_module(name: str) -> ModuleSource:
             # comments belong to what follows them
             comments = [line for line in range(end_of_last + 1, first_line) if lines[line - 1].startswith("#")]
             text = "\n".join(lines[min([first_line, *comments]) - 1 : statement.end_lineno])
-            definition = read_definition(statement, text, name)
-            module.definitions[bound_name(statement, name)] = definition
+            names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+            module.definitions[bound_name(statement, name)] = Definition(text, names)
         end_of_last = statement.end_lineno or statement.lineno
     return module
-
-
-def read_definition(statement: ast.stmt, source: str, module_name: str) -> Definition:
-    """What a statement refers to."""
-    annotations = []
-    for node in ast.walk(statement):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and package_module(node, module_name):
-            raise ValueError(
-                f"{module_name}, line {node.lineno}: a self-contained file cannot import {PACKAGE} when it runs; "
-                "import at the top of the module."
-            )
-        annotations += [getattr(node, attribute, None) for attribute in ("annotation", "returns")]
-    annotated = {id(node) for tree in annotations if tree is not None for node in ast.walk(tree)}
-    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-    return Definition(source, {node.id for node in names}, {node.id for node in names if id(node) not in annotated})
 
 
 def bound_name(statement: ast.stmt, module_name: str) -> str:
@@ -149,34 +127,19 @@ def bound_name(statement: ast.stmt, module_name: str) -> str:
     )
 
 
-def package_module(statement: ast.Import | ast.ImportFrom, module_name: str) -> str | None:
-    """The module of this package that a statement imports or imports from; None if it does not."""
-    if isinstance(statement, ast.Import):
-        names = [alias.name for alias in statement.names]
-    else:
-        relative = "." * statement.level + (statement.module or "")
-        names = [importlib.util.resolve_name(relative, importlib.import_module(module_name).__package__)]
-    return next((name for name in names if name.partition(".")[0] == PACKAGE), None)
-
-
 def read_import(statement: ast.Import | ast.ImportFrom, module_name: str, module: ModuleSource) -> None:
-    """Notes what an import at the top of a module binds."""
-    origin = package_module(statement, module_name)
+    """Notes what an import at the top of a module binds; those of this package are relative."""
     for alias in statement.names:
         renamed = f" as {alias.asname}" if alias.asname else ""
         bound = alias.asname or alias.name.partition(".")[0]
-        if origin is not None:
-            names = vars(importlib.import_module(origin))
-            if isinstance(statement, ast.Import) or alias.asname or inspect.ismodule(names[alias.name]):
-                raise ValueError(
-                    f"{module_name}, line {statement.lineno}: names of {PACKAGE} keep their names in a self-contained "
-                    "file, and modules have none there; write `from module import name`."
-                )
-            module.package_imports[bound] = origin
-        elif isinstance(statement, ast.Import):
-            module.imports.setdefault(bound, set()).add((f"import {alias.name}{renamed}", ""))
+        if isinstance(statement, ast.Import):
+            module.imports.setdefault(bound, set()).add(f"import {alias.name}{renamed}")
+        elif statement.level == 0:
+            module.imports.setdefault(bound, set()).add(f"from {statement.module} import {alias.name}{renamed}")
         else:
-            module.imports.setdefault(bound, set()).add((f"from {statement.module}", alias.name + renamed))
+            origin = "." * statement.level + (statement.module or "")
+            package = importlib.import_module(module_name).__package__
+            module.package_imports[bound] = importlib.util.resolve_name(origin, package)
 
 
 class SelfContainedFile:
@@ -188,7 +151,7 @@ class SelfContainedFile:
     def __init__(self, cls: type):
         self.cls = cls
         self.definitions: dict[str, set[str]] = {}  # module → names
-        self.imports: set[Import] = {("from pathlib", "Path")}
+        self.imports = {"from pathlib import Path"}
         self.components: set[str] = set()
         self.meanings: dict[str, tuple[object, str]] = {"Path": (Path, "pathlib")}
 
@@ -212,8 +175,7 @@ class SelfContainedFile:
         self.claim(name, module_name)
         self.definitions[module_name].add(name)
         module = read_module(module_name)
-        definition = module.definitions[name]
-        for used in sorted(definition.names):
+        for used in sorted(module.definitions[name].names):
             if used in module.definitions:
                 self.require(module_name, used)
             elif used in module.imports:
@@ -223,11 +185,6 @@ class SelfContainedFile:
             elif used in module.package_imports and not self.is_component(module_name, used):
                 self.require(module.package_imports[used], used)
             elif used in module.package_imports:
-                if used in definition.runtime_names:
-                    raise ValueError(
-                        f"{self.cls.__name__} refers to {used} outside of annotations; the file of a pipeline does "
-                        "not know the classes of its components."
-                    )
                 self.claim(used, module_name)
                 self.components.add(used)
 
@@ -259,7 +216,7 @@ class SelfContainedFile:
             f"# Generated by {PACKAGE} {version} from {module_path(self.cls.__module__)}, where it is to be edited.\n"
             "# SPDX-License-Identifier: Apache-2.0\n"
             f'"""{read_module(self.cls.__module__).docstring}"""\n\n'
-            f"from __future__ import annotations\n\n{render_imports(self.imports)}\n"
+            "from __future__ import annotations\n\n" + "\n".join(sorted(self.imports)) + "\n"
         )
         blocks = []
         if self.components:
@@ -291,18 +248,3 @@ def module_path(name: str) -> str:
     """Path of a module's file from the top of the repository."""
     is_package = hasattr(importlib.import_module(name), "__path__")
     return name.replace(".", "/") + ("/__init__.py" if is_package else ".py")
-
-
-def render_imports(imports: set[Import]) -> str:
-    """Import statements, one a module, the standard library's first."""
-    names: dict[str, list[str]] = {}
-    for statement, name in sorted(imports):
-        names.setdefault(statement, []).append(name)
-    groups: dict[bool, list[str]] = {False: [], True: []}
-    for statement in sorted(names, key=lambda statement: (statement.startswith("from"), statement)):
-        line = statement if names[statement] == [""] else f"{statement} import {', '.join(names[statement])}"
-        if len(line) > LINE_LENGTH:
-            line = f"{statement} import (\n    " + ",\n    ".join(names[statement]) + ",\n)"
-        is_third_party = statement.split()[1].partition(".")[0] not in sys.stdlib_module_names
-        groups[is_third_party].append(line)
-    return "\n\n".join("\n".join(lines) for lines in groups.values() if lines)

@@ -30,7 +30,7 @@ from .safe_loading import (
 )
 
 
-# see ldlm_hf.loading.remote_code.py for why this name and that of a component's module are a format
+# see ldlm_hf/loading/remote_code.py for why this name and that of a component's module are a format
 PIPELINE_MODULE = "pipeline_ldlm"
 CARD = "README.md"
 IGNORED_FILES = ["__pycache__/*", "*/__pycache__/*"]

@@ -42,11 +42,11 @@ def parse(text: str, origin: str) -> yaml.Node:
 
 
 def parse_value(text: str, hint: Any, origin: str) -> yaml.Node:
-    """A value of the command line: as it was typed where its type is text, and else YAML. `null` is None, and so is
-    nothing at all where a text may be None."""
+    """A value of the command line: as it was typed where its type is text, and else YAML with its texts as they were
+    typed. `null` is None, and so is nothing at all where a text may be None."""
     if is_text(hint) and text != "null" and (text or hint is str):
         return as_typed(yaml.ScalarNode(TEXT, text))
-    return parse(text, origin)
+    return keep_texts(parse(text, origin), hint)
 
 
 def as_typed(node: yaml.ScalarNode) -> yaml.ScalarNode:
@@ -104,10 +104,7 @@ def override_node(override: str, settings_class: type) -> yaml.Node:
     name, separator, value = override.partition("=")
     if not separator:
         raise ValueError(f"{override!r} is no override; write section.key=value.")
-    hint = type_of(settings_class, name)
-    node = parse_value(value, hint, override)
-    if not is_text(hint):
-        node = keep_texts(node, hint)
+    node = parse_value(value, type_of(settings_class, name), override)
     for key in reversed(name.split(".")):
         node = under(key, node)
     return node

@@ -4,7 +4,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from diffusers.callbacks import MultiPipelineCallbacks
+from diffusers.callbacks import PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.hub_utils import load_or_create_model_card
+from diffusers.utils.hub_utils import populate_model_card
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo
+from huggingface_hub import create_branch
+from huggingface_hub import create_repo
+from huggingface_hub import upload_folder
+from pathlib import Path
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
+from types import ModuleType
+from typing import Any
 import copy
+import diffusers
 import inspect
 import json
 import math
@@ -16,26 +44,8 @@ import reprlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-import diffusers
 import torch
 import transformers
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput, SAFETENSORS_WEIGHTS_NAME, replace_example_docstring
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 
 # the classes themselves lie in the components' folders
@@ -179,7 +189,7 @@ def weights_patterns(weights_name: str, variant: str | None) -> tuple[str, str, 
 # The repository of a pipeline: its code files beside its weights, its card, and its way to the Hub.
 
 
-# see ldlm_hf.loading.remote_code.py for why this name and that of a component's module are a format
+# see ldlm_hf/loading/remote_code.py for why this name and that of a component's module are a format
 PIPELINE_MODULE = "pipeline_ldlm"
 
 

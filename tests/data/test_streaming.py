@@ -319,8 +319,8 @@ GOOD_ROWS = b'{"number": 0, "text": "w1"}\n' * 2
     [
         (".jsonl", GOOD_ROWS + b'{"number": 0, "text": null}\n', ValueError, "row 2 of .*part-1.jsonl holds None"),
         (".jsonl", GOOD_ROWS + b'{"number": 0, "text": \n', OSError, "part-1.jsonl cannot be read beyond its row 0"),
-        (".txt", b"w1\nw2 \xff\n", OSError, r"part-1.txt cannot be read beyond its row 0 \(UnicodeDecodeError"),
-        (".txt.gz", CUT_OFF, OSError, r"part-1.txt.gz cannot be .* row 0 \(EOFError"),
+        (".txt", b"w1\nw2 \xff\n", ValueError, "part-1.txt is not UTF-8: it holds the byte 0xff"),
+        (".txt.gz", CUT_OFF, OSError, r"part-1.txt.gz cannot be .* row 0 \(OSError: Truncated compressed stream"),
         (".parquet", b"PAR1 no table PAR1", OSError, "part-1.parquet cannot be read beyond its row 0"),
     ],
 )

@@ -4,6 +4,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from huggingface_hub import snapshot_download
+from pathlib import Path
+from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers.utils import SAFE_WEIGHTS_NAME
+from typing import Any
+from typing import get_args
+from typing import get_origin
+from typing import get_type_hints
 import functools
 import json
 import math
@@ -12,29 +40,8 @@ import re
 import reprlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
-
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, SAFETENSORS_WEIGHTS_NAME
-from diffusers.utils.accelerate_utils import apply_forward_hook
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 
 # from ldlm_hf/loading/checks.py:

@@ -4,6 +4,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from diffusers import ModelMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from functools import partial
+from huggingface_hub import snapshot_download
+from pathlib import Path
+from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedModel
+from transformers import PretrainedConfig
+from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import can_return_tuple
+from typing import Any
+from typing import get_args
+from typing import get_origin
+from typing import get_type_hints
 import functools
 import json
 import math
@@ -12,28 +39,8 @@ import re
 import reprlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
-
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from torch.nn.modules.module import (
-    register_module_buffer_registration_hook,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from transformers import PreTrainedModel, PretrainedConfig
-from transformers.utils import ModelOutput, SAFE_WEIGHTS_NAME, can_return_tuple
 
 
 # from ldlm_hf/loading/checks.py:
