@@ -86,11 +86,15 @@ if TYPE_CHECKING:
     from .schedulers.scheduling_tangent import TangentScheduler, TangentSchedulerOutput
 
     # a solver that is not named here is Any to a type checker
-    from .schedulers.scheduling_tangent_churn import TangentChurnScheduler
-    from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
-    from .schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
-    from .schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
-    from .schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
+    from .schedulers.scheduling_tangent_churn import TangentChurnScheduler as TangentChurnScheduler
+    from .schedulers.scheduling_tangent_ddim import TangentDDIMScheduler as TangentDDIMScheduler
+    from .schedulers.scheduling_tangent_dpmsolver_multistep import (
+        TangentDPMSolverMultistepScheduler as TangentDPMSolverMultistepScheduler,
+    )
+    from .schedulers.scheduling_tangent_euler_maruyama import (
+        TangentEulerMaruyamaScheduler as TangentEulerMaruyamaScheduler,
+    )
+    from .schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler as TangentFlowMapScheduler
 
 
 def __getattr__(name: str) -> Any:
@@ -106,6 +110,44 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULE_OF_NAME])
 
 
-__all__ = ["ModelMixin", "PreTrainedModel", "SchedulerMixin", *sorted(_MODULE_OF_NAME)]
+__all__ = [
+    "AdaptiveTimestepSampler",
+    "DataSettings",
+    "DistillationLosses",
+    "DistillationObjective",
+    "GenerativePerplexity",
+    "JointLosses",
+    "JointObjective",
+    "JointObjectiveSettings",
+    "LDLMLatentDecoder",
+    "LDLMLatentDecoderConfig",
+    "LDLMLatentEncoder",
+    "LDLMLatentEncoderConfig",
+    "LDLMPipeline",
+    "LDLMPipelineOutput",
+    "LDLMTokenDecoder",
+    "LDLMTokenDecoderConfig",
+    "LDLMTokenEncoder",
+    "LDLMTokenEncoderConfig",
+    "LDLMTransformer1DModel",
+    "LikelihoodBound",
+    "LikelihoodSettings",
+    "Mauve",
+    "ModelMixin",
+    "NGramDiversity",
+    "PreTrainedModel",
+    "SchedulerMixin",
+    "TangentScheduler",
+    "TangentSchedulerOutput",
+    "TimestepSamplerSettings",
+    "TokenEntropy",
+    "UniformTimestepSampler",
+    "diffusers_config",
+    "load_corpora",
+    "resolve_pretrained_source",
+    "scale_gradient",
+    "warmup_gate",
+]
+__all__ += SCHEDULERS
 
 register(sys.modules[__name__])
