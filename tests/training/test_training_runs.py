@@ -232,7 +232,7 @@ def test_latest_starts_a_run_and_refuses_one_that_lost_its_checkpoints(
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.sequence_length=64", "sequence_length=64 is longer than the 16"),
+        ("model.sequence_length=64", "sequence_length=64 is longer than .*max_position_embeddings=16"),
         ("model.latent_encoder.num_latents=4", "set model.sequence_length, model.num_latents"),
         ("model.layer=9", "layer=9 does not exist"),
         ("model.representation=scratch", "collapses"),
