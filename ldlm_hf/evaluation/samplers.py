@@ -64,11 +64,6 @@ class Sampler:
             (settings if key in own_settings else arguments).append((key, read[key]))
         return cls(text, name, tuple(settings), tuple(arguments))
 
-    @property
-    def needs_cdf(self) -> bool:
-        """Whether its time grid is the learned one."""
-        return ("time_grid", "learned") in self.settings
-
     def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The scheduler in the place of a pipeline's own; ValueError for settings that it refuses."""
         if self.scheduler == OWN:

@@ -92,16 +92,13 @@ class DistillationObjective(Objective):
     Args:
         token_encoder: frozen.
         latent_encoder: frozen.
-        transformer: the student; with `next_timestep_conditioning` it becomes a flow map, else a denoiser of
-            one grid by progressive distillation.
+        transformer: the student, with latents as the teacher's; with `next_timestep_conditioning` it becomes a flow
+            map, else a denoiser of one grid by progressive distillation.
         teacher: the trained denoiser; frozen.
         scheduler: the noise process.
         self_condition_scale: weight w of the teacher's self-condition, x^ = x^_0 + w (x^_sc - x^_0), where x^_0 is its
             first estimate and x^_sc what it predicts from that: the student learns w at no cost of its own. 0 leaves
             the second out, as for a teacher that was trained without a self-condition.
-
-    Raises:
-        ValueError: a student and a teacher of different latents.
     """
 
     def __init__(
@@ -114,10 +111,6 @@ class DistillationObjective(Objective):
         self_condition_scale: float = 1.0,
     ):
         super().__init__()
-        for name in ("in_channels", "sample_size"):
-            sizes = [getattr(model.config, name) for model in (transformer, teacher)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(f"The student's {name}={sizes[0]} differs from the teacher's, {sizes[1]}.")
         self.token_encoder = token_encoder.requires_grad_(False)
         self.latent_encoder = latent_encoder.requires_grad_(False)
         self.transformer = transformer

@@ -68,13 +68,10 @@ class JointObjectiveSettings:
     latent_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.reconstruction not in RECONSTRUCTION_LOSSES:
-            raise ValueError(
-                f"reconstruction={self.reconstruction!r} is unknown; it is one of {', '.join(RECONSTRUCTION_LOSSES)}."
-            )
         check_settings(
             type(self).__init__,
             vars(self),
+            reconstruction=RECONSTRUCTION_LOSSES,
             decoder_noise="[0, inf)",
             self_conditioning_probability="[0, 1]",
             diffusion_weight="[0, inf)",
@@ -121,7 +118,7 @@ class JointObjective(Objective):
     diffusion loss, and `stage="diffusion"` trains a denoiser alone, on the latents of a frozen autoencoder.
 
     Args:
-        token_encoder: frozen and fitted (or trained from scratch).
+        token_encoder: frozen (or trained from scratch); fitted before the first batch.
         latent_encoder: E.
         latent_decoder: D.
         token_decoder: trained behind a stop-gradient; `None` leaves it out of joint training (Section 4.1).
@@ -181,10 +178,6 @@ class JointObjective(Objective):
 
     def _check_components(self) -> None:
         reconstruction = self.settings.reconstruction
-        if not self.token_encoder.is_fitted:
-            raise ValueError(
-                "The token encoder has no statistics yet; call its fit_statistics(batches) before joint training."
-            )
         if self.token_encoder.config.representation == "scratch" and "hidden" in reconstruction:
             raise ValueError(
                 f"reconstruction={reconstruction!r} with representation='scratch' collapses: embeddings that are "

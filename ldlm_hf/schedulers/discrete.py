@@ -39,7 +39,7 @@ def diffusers_config(scheduler: TangentScheduler, num_train_timesteps: int = 100
         changes: further settings of the new scheduler, such as `solver_order=3`.
 
     Raises:
-        ValueError: a scheduler of another schedule, or fewer than two levels.
+        ValueError: a scheduler of another schedule.
     """
     config = scheduler.config
     if "tangent_d" not in config or is_discrete(scheduler):
@@ -47,8 +47,6 @@ def diffusers_config(scheduler: TangentScheduler, num_train_timesteps: int = 100
             f"{type(scheduler).__name__} is no scheduler of the tangent schedule; give one of ldlm_hf, such as "
             "TangentDDIMScheduler."
         )
-    if num_train_timesteps < 2:
-        raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 2.")
     own_settings = inspect.signature(type(scheduler).__init__).parameters.keys() - {"self"}
     return {
         # diffusers leaves out, without a warning, what only this class knows
@@ -85,16 +83,14 @@ def check_schedule(scheduler: SchedulerMixin) -> None:
         raise ValueError(f"{name} belongs to another noise schedule than the model: it has no tangent_d. {remedy}")
     if not is_discrete(scheduler):
         return
-    if config.prediction_type != "sample":
-        raise ValueError(
-            f"{name} has prediction_type={config.prediction_type!r}, but the model predicts the clean latents: "
-            f"'sample'. {remedy}"
-        )
     levels = len(scheduler.alphas_cumprod)
     alpha, _ = alpha_sigma(level_times(torch.arange(levels), levels), config.tangent_d)
     found = scheduler.alphas_cumprod.double().cpu().sqrt()
-    if not torch.allclose(found, alpha, rtol=1e-2, atol=1e-5):
-        raise ValueError(f"{name} has other noise levels than the tangent schedule with its tangent_d. {remedy}")
+    if config.prediction_type != "sample" or not torch.allclose(found, alpha, rtol=1e-2, atol=1e-5):
+        raise ValueError(
+            f"{name} has other noise levels than the tangent schedule with its tangent_d, or its prediction_type="
+            f"{config.prediction_type!r} is not 'sample'. {remedy}"
+        )
 
 
 def is_discrete(scheduler: SchedulerMixin) -> bool:

@@ -6,7 +6,6 @@ for the whole grid, so a solver is a function from a grid to weights and nothing
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import reprlib
@@ -20,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..loading.checks import whole_number
+from ..loading.checks import check_settings, whole_number
 from ..loading.safe_loading import read_json
 from . import DIFFUSERS_SCHEDULERS, SCHEDULERS
 from .tangent import alpha_sigma, learned_time_grid, log_snr_time_grid, uniform_time_grid
@@ -62,17 +61,9 @@ class StepWeights:
     previous_noise: float = 0.0
 
 
-def check_cdf(timestep_cdf: Sequence[float]) -> None:
-    """Raises ValueError unless a list holds a distribution of times: two or more numbers that rise from 0 to 1."""
-    values = list(timestep_cdf)
-    rises = all(isinstance(value, (int, float)) for value in values) and all(
-        left <= right for left, right in itertools.pairwise(values)
-    )
-    if len(values) < 2 or not rises or values[0] != 0 or values[-1] != 1:
-        raise ValueError(
-            f"timestep_cdf={reprlib.repr(values)} must hold two or more numbers that rise from 0 to 1: F at evenly "
-            "spaced times."
-        )
+def step_weights(*columns: torch.Tensor) -> list[StepWeights]:
+    """Weights of each step from columns (num_steps,) in the order of [`StepWeights`]."""
+    return [StepWeights(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 class TangentScheduler(SchedulerMixin, ConfigMixin):
@@ -86,7 +77,7 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
     that only one of them knows survive the way there and back. A step costs one evaluation of the model in each of
     them.
 
-    Args:
+    Every solver has these settings:
         tangent_d: d of the schedule; larger means more noise at every time.
         t_min: where the time grid ends.
         t_max: where a grid that is even in log-SNR begins; it cannot begin at 1, where the log-SNR is -inf.
@@ -94,6 +85,9 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
             time F(t) of the adaptive timestep sampler (Section 5.3), so that between two times the loss that the
             model was trained with differs by the same amount.
         timestep_cdf: F at evenly spaced times from 0 to 1, as training saves it.
+
+    Args:
+        ranges: of the settings that a solver adds to these, as for `check_settings`.
 
     Raises:
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
@@ -104,25 +98,32 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, tangent_d: float, t_min: float, t_max: float, time_grid: str, timestep_cdf: list[float] | None):
-        if not tangent_d > 0:
-            raise ValueError(f"tangent_d={tangent_d} must be positive.")
-        if not 0 <= t_min < 1:
-            raise ValueError(f"t_min={t_min} must lie in [0, 1).")
-        if not t_min < t_max < 1:
-            raise ValueError(f"t_max={t_max} must lie between t_min={t_min} and 1.")
-        if time_grid not in TIME_GRIDS:
-            raise ValueError(f"time_grid={time_grid!r} must be one of {', '.join(TIME_GRIDS)}.")
-        if time_grid == "log_snr" and t_min == 0:
+    def __init__(self, **ranges: str | tuple[Any, ...]):
+        config = self.config
+        check_settings(
+            type(self).__init__,
+            config,
+            tangent_d="(0, inf)",
+            t_min="[0, 1)",
+            t_max=f"({config.t_min}, 1)",
+            time_grid=TIME_GRIDS,
+            **ranges,
+        )
+        if config.time_grid == "log_snr" and config.t_min == 0:
             raise ValueError("time_grid='log_snr' with t_min=0: the log-SNR is infinite there; set a positive t_min.")
-        if timestep_cdf is not None:
-            check_cdf(timestep_cdf)
-        elif time_grid == "learned":
+        if config.time_grid == "learned" and config.timestep_cdf is None:
             raise ValueError(
-                "time_grid='learned' needs timestep_cdf, the distribution of times of an adaptive timestep sampler, "
-                "which training saves into the scheduler's configuration; this one has none. Use 'uniform' or "
+                "time_grid='learned' needs timestep_cdf, the distribution of times that a run with "
+                "timestep_sampler.adaptive=true learns every timestep_sampler.update_every steps. Use 'uniform' or "
                 "'log_snr', or pass timestep_cdf."
             )
+        if config.timestep_cdf is not None:
+            cdf = torch.tensor(config.timestep_cdf, dtype=torch.float64)
+            if len(cdf) < 2 or cdf[0] != 0 or cdf[-1] != 1 or not torch.all(cdf[:-1] <= cdf[1:]):
+                raise ValueError(
+                    f"timestep_cdf={reprlib.repr(config.timestep_cdf)} must hold two or more numbers that rise from 0 "
+                    "to 1: F at evenly spaced times."
+                )
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
         self.step_weights: list[StepWeights] = []
@@ -135,19 +136,6 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         # diffusers before 0.42 adds an argument, for archives
         return read_json(json_file)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        # diffusers would ignore the keys of another noise schedule with a warning, and sample nonsense
-        given = {**config_dict, **kwargs}
-        foreign = [key for key in ("beta_schedule", "num_train_timesteps", "shift") if key in given]
-        if foreign and "tangent_d" not in given:
-            raise ValueError(
-                f"This configuration, of {given.get('_class_name', 'another scheduler')} ({', '.join(foreign)}), "
-                f"belongs to another noise schedule: {cls.__name__} needs that of a model trained on the tangent "
-                "schedule, with its tangent_d."
-            )
-        return super().extract_init_dict(config_dict, **kwargs)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -225,10 +213,8 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Give exactly one of num_inference_steps and timesteps.")
         if timesteps is None:
             num_steps = whole_number(num_inference_steps)
-            if num_steps is None:
-                raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer.")
-            if num_steps < 1:
-                raise ValueError(f"num_inference_steps={num_steps} must be at least 1.")
+            if num_steps is None or num_steps < 1:
+                raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer of at least 1.")
             grid = self.make_time_grid(num_steps)
         else:
             t_min = torch.tensor([self.config.t_min], dtype=torch.float64)

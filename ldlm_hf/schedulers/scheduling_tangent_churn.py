@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 
-from ..loading.checks import check_settings
-from .scheduling_tangent import StepWeights, TangentScheduler
-from .scheduling_tangent_ddim import ddim_weights
+from .scheduling_tangent import StepWeights, TangentScheduler, step_weights
+from .scheduling_tangent_ddim import ddim_coefficients
 from .tangent import alpha_sigma, log_snr, timesteps_from_log_snr
 
 
@@ -29,7 +29,6 @@ class TangentChurnScheduler(TangentScheduler):
     evaluations, after the noise was added.
 
     Args:
-        tangent_d (`float`, defaults to 3.0): d of the schedule; larger means more noise at every time.
         churn (`float`, defaults to 10.0): how much noise is added, over all steps together; 0 is DDIM.
         churn_t_min (`float`, defaults to 0.05): no noise is added below this time.
         churn_t_max (`float`, defaults to 0.95): no noise is added above this time.
@@ -39,10 +38,7 @@ class TangentChurnScheduler(TangentScheduler):
             What the prediction then updates: `"original"`, the sample as it was before the noise, so that the noise
             perturbs the prediction only, or `"noised"`, the noised one (Karras et al., 2022). Either has the marginals
             of the process in the limit of many steps.
-        t_min (`float`, defaults to 0.05): where the time grid ends.
-        t_max (`float`, defaults to 0.99): where a grid with `time_grid="log_snr"` begins.
-        time_grid (`str`, defaults to `"uniform"`): `"uniform"`, `"log_snr"` or `"learned"`.
-        timestep_cdf (`list[float]`, *optional*): F at evenly spaced times from 0 to 1, for `time_grid="learned"`.
+        tangent_d, t_min, t_max, time_grid, timestep_cdf: as for every solver, see [`TangentScheduler`].
 
     Raises:
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
@@ -62,18 +58,13 @@ class TangentChurnScheduler(TangentScheduler):
         time_grid: str = "uniform",
         timestep_cdf: list[float] | None = None,
     ):
-        check_settings(TangentChurnScheduler.__init__, locals())
-        super().__init__(tangent_d, t_min, t_max, time_grid, timestep_cdf)
-        for name, value in (("churn", churn), ("noise_scale", noise_scale)):
-            if value < 0:
-                raise ValueError(f"{name}={value} must not be negative.")
-        if not 0 <= churn_t_min <= churn_t_max < 1:
-            raise ValueError(
-                f"churn_t_min={churn_t_min} and churn_t_max={churn_t_max} must be a window of times in [0, 1); pure "
-                "noise takes no more."
-            )
-        if update not in UPDATES:
-            raise ValueError(f"update={update!r} must be one of {', '.join(UPDATES)}.")
+        super().__init__(
+            churn="[0, inf)",
+            churn_t_min="[0, 1)",
+            churn_t_max=f"[{churn_t_min}, 1)",
+            noise_scale="[0, inf)",
+            update=UPDATES,
+        )
 
     def raised_times(self, times: torch.Tensor) -> torch.Tensor:
         """Times of the noise levels that churn goes back to, from those of a grid but its last; the same outside of
@@ -104,16 +95,11 @@ class TangentChurnScheduler(TangentScheduler):
         noises = torch.sqrt((raised_sigma.square() - (ratios * sigma).square()).clamp(min=0)) * is_raised
         noises = noises * self.config.noise_scale
         # after the last step nothing is added
-        next_ratios, next_noises = [*ratios[1:].tolist(), 1.0], [*noises[1:].tolist(), 0.0]
-        taken_back = list(zip(ratios.tolist(), noises.tolist(), strict=True))
+        next_ratios, next_noises = F.pad(ratios[1:], (0, 1), value=1.0), F.pad(noises[1:], (0, 1))
         updates_original = self.config.update == "original"
-        weights = []
-        for i, (r, n) in enumerate(zip(next_ratios, next_noises, strict=True)):
-            start = times[i] if updates_original else evaluation_times[i]
-            (ddim,) = ddim_weights(torch.stack([start, grid[i + 1]]), d)
-            sample, previous_noise = r * ddim.sample, 0.0
-            if updates_original:
-                sample /= taken_back[i][0]
-                previous_noise = -sample * taken_back[i][1]
-            weights.append(StepWeights(sample, r * ddim.clean, n, previous_noise=previous_noise))
-        return evaluation_times, weights
+        sample, clean, zeros = ddim_coefficients(times if updates_original else evaluation_times, grid[1:], d)
+        sample, previous_noise = next_ratios * sample, zeros
+        if updates_original:
+            sample = sample / ratios
+            previous_noise = -sample * noises
+        return evaluation_times, step_weights(sample, next_ratios * clean, next_noises, zeros, previous_noise)

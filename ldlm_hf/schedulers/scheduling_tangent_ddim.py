@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ..loading.checks import check_settings
-from .scheduling_tangent import StepWeights, TangentScheduler
+from .scheduling_tangent import StepWeights, TangentScheduler, step_weights
 from .tangent import alpha_sigma
 
 
@@ -36,12 +35,6 @@ def ddim_coefficients(
     return sample, next_alpha - alpha * sample, noise
 
 
-def ddim_weights(grid: torch.Tensor, d: float, eta: float = 0.0) -> list[StepWeights]:
-    """[`ddim_coefficients`] between the neighbours of a grid of times (num_steps + 1,)."""
-    columns = [column.tolist() for column in ddim_coefficients(grid[:-1], grid[1:], d, eta)]
-    return [StepWeights(*row) for row in zip(*columns, strict=True)]
-
-
 class TangentDDIMScheduler(TangentScheduler):
     r"""
     DDIM (`eta=0`, the probability-flow ODE), ancestral sampling (`eta=1`, the reverse SDE), and what lies between, on
@@ -49,12 +42,8 @@ class TangentDDIMScheduler(TangentScheduler):
     for any grid where the model's prediction does not change (Song et al., 2021).
 
     Args:
-        tangent_d (`float`, defaults to 3.0): d of the schedule; larger means more noise at every time.
         eta (`float`, defaults to 0.0): share of the ancestral step's noise that a step adds, in [0, 1].
-        t_min (`float`, defaults to 0.05): where the time grid ends.
-        t_max (`float`, defaults to 0.99): where a grid with `time_grid="log_snr"` begins.
-        time_grid (`str`, defaults to `"uniform"`): `"uniform"`, `"log_snr"` or `"learned"`.
-        timestep_cdf (`list[float]`, *optional*): F at evenly spaced times from 0 to 1, for `time_grid="learned"`.
+        tangent_d, t_min, t_max, time_grid, timestep_cdf: as for every solver, see [`TangentScheduler`].
 
     Raises:
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
@@ -70,11 +59,9 @@ class TangentDDIMScheduler(TangentScheduler):
         time_grid: str = "uniform",
         timestep_cdf: list[float] | None = None,
     ):
-        check_settings(TangentDDIMScheduler.__init__, locals())
-        super().__init__(tangent_d, t_min, t_max, time_grid, timestep_cdf)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta} must lie in [0, 1]: 0 for DDIM, 1 for ancestral sampling.")
+        super().__init__(eta="[0, 1]")
 
     def solver_weights(self, grid: torch.Tensor) -> tuple[torch.Tensor, list[StepWeights]]:
-        """[`ddim_weights`]; arguments as of [`TangentScheduler.solver_weights`]."""
-        return grid[:-1], ddim_weights(grid, self.config.tangent_d, self.config.eta)
+        """[`ddim_coefficients`]; arguments as of [`TangentScheduler.solver_weights`]."""
+        begins, ends = grid[:-1], grid[1:]
+        return begins, step_weights(*ddim_coefficients(begins, ends, self.config.tangent_d, self.config.eta))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ..loading.checks import check_settings
 from .scheduling_tangent import StepWeights, TangentScheduler
 from .tangent import alpha_sigma, log_snr
 
@@ -23,16 +22,12 @@ class TangentDPMSolverMultistepScheduler(TangentScheduler):
     where lambda is -inf; with `lower_order_final` the last one, too.
 
     Args:
-        tangent_d (`float`, defaults to 3.0): d of the schedule; larger means more noise at every time.
         algorithm_type (`str`, defaults to `"dpmsolver++"`):
             `"dpmsolver++"`, the probability-flow ODE, or `"sde-dpmsolver++"`, the reverse SDE.
         solver_order (`int`, defaults to 2): 2, or 1, which is DDIM or ancestral sampling.
         lower_order_final (`bool`, defaults to `True`): take the last step at first order, which is steadier for few
             steps.
-        t_min (`float`, defaults to 0.05): where the time grid ends.
-        t_max (`float`, defaults to 0.99): where a grid with `time_grid="log_snr"` begins.
-        time_grid (`str`, defaults to `"uniform"`): `"uniform"`, `"log_snr"` or `"learned"`.
-        timestep_cdf (`list[float]`, *optional*): F at evenly spaced times from 0 to 1, for `time_grid="learned"`.
+        tangent_d, t_min, t_max, time_grid, timestep_cdf: as for every solver, see [`TangentScheduler`].
 
     Raises:
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
@@ -50,12 +45,7 @@ class TangentDPMSolverMultistepScheduler(TangentScheduler):
         time_grid: str = "uniform",
         timestep_cdf: list[float] | None = None,
     ):
-        check_settings(TangentDPMSolverMultistepScheduler.__init__, locals())
-        super().__init__(tangent_d, t_min, t_max, time_grid, timestep_cdf)
-        if algorithm_type not in ALGORITHM_TYPES:
-            raise ValueError(f"algorithm_type={algorithm_type!r} must be one of {', '.join(ALGORITHM_TYPES)}.")
-        if solver_order not in (1, 2):
-            raise ValueError(f"solver_order={solver_order} must be 1 or 2.")
+        super().__init__(algorithm_type=ALGORITHM_TYPES, solver_order=(1, 2))
 
     def solver_weights(self, grid: torch.Tensor) -> tuple[torch.Tensor, list[StepWeights]]:
         """With h = lambda' - lambda, h_ = that of the step before, and D = x0 + h / (2 h_) (x0 - x0_):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from ..loading.checks import check_settings
-from .scheduling_tangent import StepWeights, TangentScheduler
+from .scheduling_tangent import StepWeights, TangentScheduler, step_weights
 from .scheduling_tangent_ddim import ddim_coefficients
 from .tangent import alpha_sigma, log_snr, timesteps_from_log_snr
 
@@ -27,12 +26,8 @@ class TangentFlowMapScheduler(TangentScheduler):
     both.
 
     Args:
-        tangent_d (`float`, defaults to 3.0): d of the schedule; larger means more noise at every time.
         gamma (`float`, defaults to 0.0): share of a step's noise, as a standard deviation, that is fresh, in [0, 1].
-        t_min (`float`, defaults to 0.0): where the time grid ends: at the clean latents themselves.
-        t_max (`float`, defaults to 0.99): where a grid with `time_grid="log_snr"` begins.
-        time_grid (`str`, defaults to `"uniform"`): `"uniform"`, `"log_snr"` or `"learned"`.
-        timestep_cdf (`list[float]`, *optional*): F at evenly spaced times from 0 to 1, for `time_grid="learned"`.
+        tangent_d, t_min, t_max, time_grid, timestep_cdf: as for every solver, see [`TangentScheduler`].
 
     Raises:
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
@@ -48,10 +43,7 @@ class TangentFlowMapScheduler(TangentScheduler):
         time_grid: str = "uniform",
         timestep_cdf: list[float] | None = None,
     ):
-        check_settings(TangentFlowMapScheduler.__init__, locals())
-        super().__init__(tangent_d, t_min, t_max, time_grid, timestep_cdf)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma={gamma} must lie in [0, 1]: 0 for the ODE, 1 for fresh noise alone.")
+        super().__init__(gamma="[0, 1]")
         self.landing_times = torch.empty(0)
 
     @property
@@ -75,5 +67,4 @@ class TangentFlowMapScheduler(TangentScheduler):
         ratio = alpha / alpha_sigma(self.landing_times, d)[0]
         noise = gamma * sigma
         noise[-1] = 0
-        columns = [column.tolist() for column in (ratio * sample, ratio * clean, noise)]
-        return begins, [StepWeights(*row) for row in zip(*columns, strict=True)]
+        return begins, step_weights(ratio * sample, ratio * clean, noise)

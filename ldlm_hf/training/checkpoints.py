@@ -27,11 +27,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def temporary_path(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written before it gets its name."""
-    return output_dir / f"{TEMPORARY_PREFIX}checkpoint-{step}"
-
-
 def write_checkpoint(
     output_dir: Path,
     step: int,
@@ -46,7 +41,8 @@ def write_checkpoint(
     Every process calls `save`, the main one renames and removes, and `agree` waits for all processes and turns what
     went wrong in one of them into what every one of them knows: an OSError, the checkpoints before untouched.
     """
-    temporary, final = temporary_path(output_dir, step), output_dir / f"checkpoint-{step}"
+    final = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f"{TEMPORARY_PREFIX}{final.name}"
 
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,11 +65,7 @@ def write_checkpoint(
     if problem is not None:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        earlier = [path.name for path in find_checkpoints(output_dir)]
-        raise OSError(
-            f"The checkpoint of step {step} could not be written: {problem}. "
-            + (f"{earlier[-1]} is untouched." if earlier else "There is none before it.")
-        )
+        raise OSError(f"The checkpoint of step {step} could not be written: {problem}. Earlier ones are untouched.")
     if is_main and total_limit is not None:
         written = [path for path in find_checkpoints(output_dir) if step_of(path) <= step]
         for outdated in written[: max(0, len(written) - total_limit)]:

@@ -55,7 +55,7 @@ def build_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
 
 
 def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> LDLMTokenEncoder:
-    """The frozen token encoder, not fitted yet; ValueError where tokenizer or length do not fit the backbone."""
+    """The frozen token encoder, not fitted yet; ValueError where the tokenizer does not fit the backbone."""
     token_encoder = LDLMTokenEncoder.from_backbone(
         settings.backbone,
         layer=settings.layer,
@@ -67,11 +67,6 @@ def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerB
         raise ValueError(
             f"model.tokenizer={settings.tokenizer or settings.backbone!r} has {len(tokenizer)} tokens, but "
             f"model.backbone={settings.backbone!r} knows {config.vocab_size}; use the backbone's own tokenizer."
-        )
-    if config.max_position_embeddings is not None and settings.sequence_length > config.max_position_embeddings:
-        raise ValueError(
-            f"model.sequence_length={settings.sequence_length} is longer than the {config.max_position_embeddings} "
-            f"tokens that model.backbone={settings.backbone!r} takes; shorten it or choose another backbone."
         )
     return token_encoder
 
@@ -142,7 +137,7 @@ def build_token_decoder(arguments: dict[str, Any], head_from: str | None = None)
 def build_objective(
     settings: RunSettings, token_encoder: LDLMTokenEncoder, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> JointObjective:
-    """The joint objective over new models and a fitted token encoder; the tokenizer says which token is the mask."""
+    """The joint objective over new models and a token encoder; the tokenizer says which token is the mask."""
     variant = settings.objective
     if variant.token_masking and variant.mask_token_id is None and tokenizer is not None:
         mask_token_id = tokenizer.eos_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id

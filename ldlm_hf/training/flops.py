@@ -3,7 +3,7 @@
 **Model FLOPs** are the multiplications and additions of the matrix products of one forward and backward pass: those of
 linear layers (without their biases) and of attention, QK^T and PV and the four products of their gradients; a causal
 product counts half. What a kernel or gradient checkpointing computes a second time does not count, nor do embeddings,
-norms, activations, softmax, losses, optimiser and averaged weights: they are few beside the products, and the less
+norms, activations, softmax, losses, optimiser and EMA weights: they are few beside the products, and the less
 time they take, the higher the utilisation. The self-conditioning pass counts with its probability.
 
 They are counted while the objective runs on the meta device, which takes a few seconds and no memory at any size.
@@ -68,7 +68,7 @@ FACTORS: dict[Callable, tuple[int, int]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class PartFlops:
     """FLOPs of one component in a forward and backward pass over a batch.
 
@@ -77,8 +77,8 @@ class PartFlops:
     """
 
     name: str
-    forward: float
-    backward: float
+    forward: float = 0.0
+    backward: float = 0.0
     recomputed: float = 0.0
 
 
@@ -115,8 +115,7 @@ def count_flops(objective: nn.Module, sequence_length: int) -> PassFlops:
         losses = copied(**inputs)
         counter.is_backward = True
         losses.total.backward()
-    parts = tuple(PartFlops(name, *flops) for name, flops in counter.flops.items())
-    return PassFlops(parts, NUM_EXAMPLES * sequence_length)
+    return PassFlops(tuple(counter.parts.values()), NUM_EXAMPLES * sequence_length)
 
 
 def meta_copy(module: nn.Module) -> Any:
@@ -133,13 +132,12 @@ class ProductCounter(TorchFunctionMode):
     """Counts, while it is active, the FLOPs of matrix products by the component whose layers compute them.
 
     A product's backward pass is known in its forward pass: as many FLOPs again for each factor that needs a gradient.
-    Python code calls no product in the backward pass but those that gradient checkpointing computes again. `flops` is,
-    by part, those of the forward pass, of the backward pass and those computed again.
+    Python code calls no product in the backward pass but those that gradient checkpointing computes again.
     """
 
     def __init__(self, objective: nn.Module):
         super().__init__()
-        self.flops: dict[str, tuple[float, float, float]] = {}
+        self.parts: dict[str, PartFlops] = {}
         self.is_backward = False
         self.component, self.is_trained = "objective", False
         for name, component in objective.named_children():
@@ -176,13 +174,13 @@ class ProductCounter(TorchFunctionMode):
     def add(self, flops: float, gradients: int) -> None:
         """Adds a product, whose backward pass costs `gradients` times as much."""
         without_gradients = self.is_trained and not torch.is_grad_enabled()
-        part = f"{self.component}, no gradients" if without_gradients else self.component
-        forward, backward, recomputed = self.flops.get(part, (0.0, 0.0, 0.0))
+        name = f"{self.component}, no gradients" if without_gradients else self.component
+        part = self.parts.setdefault(name, PartFlops(name))
         if self.is_backward:
-            recomputed += flops
+            part.recomputed += flops
         else:
-            forward, backward = forward + flops, backward + gradients * flops
-        self.flops[part] = (forward, backward, recomputed)
+            part.forward += flops
+            part.backward += gradients * flops
 
 
 def attention_flops(
@@ -211,14 +209,8 @@ class DevicePeak:
 
 
 def device_peak(device: torch.device, mixed_precision: str, peak_tflops: float | None = None) -> DevicePeak:
-    """The peak of a device: the one that the settings give (in TFLOP/s), its data sheet's, or else a measured one.
-
-    Raises:
-        ValueError: `peak_tflops` is not positive.
-    """
+    """The peak of a device: the one that the settings give (in TFLOP/s), its data sheet's, or else a measured one."""
     if peak_tflops is not None:
-        if not peak_tflops > 0:
-            raise ValueError(f"loop.peak_tflops={peak_tflops} must be positive, or null for the device's own peak.")
         return DevicePeak(peak_tflops * 1e12, "loop.peak_tflops")
     if mixed_precision == "bf16":
         precision = "bf16"

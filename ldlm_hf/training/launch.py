@@ -43,7 +43,7 @@ def run(recipe_class: type[PipelineRecipe], description: str) -> None:
     recipe = recipe_class(settings, accelerator)
     recipe.load()
     if arguments.dry_run:
-        print_overview(settings, recipe.trained_parts(), recipe.sequence_length, accelerator)
+        print_overview(settings, recipe.module, recipe.sequence_length, accelerator)
         return
 
     checkpoint, uploads = prepare_run(arguments, settings, accelerator, recipe.expected_scheduler())

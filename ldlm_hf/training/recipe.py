@@ -92,9 +92,9 @@ class PipelineRecipe(Recipe):
 
     Attributes:
         settings_class: what the script's file and command line are read as.
-        tokenizer: of the text; set by `load`, as the next one.
+        tokenizer: of the text; set by `load`, as `module` and the next one.
         sequence_length: tokens L of the text's chunks.
-        held_out: held-out sequences that are evaluated on, (n, L); set by `build`, as `module` at the latest.
+        held_out: held-out sequences that are evaluated on, (n, L); set by `build`.
     """
 
     settings_class: ClassVar[type]
@@ -109,7 +109,7 @@ class PipelineRecipe(Recipe):
 
     @abstractmethod
     def load(self) -> None:
-        """Loads tokenizer and frozen components.
+        """Loads tokenizer and frozen components, and builds the module.
 
         Raises:
             ValueError, OSError: they are not there, or do not fit the settings.
@@ -118,10 +118,6 @@ class PipelineRecipe(Recipe):
     def build(self, train: Dataset[dict[str, torch.Tensor]], held_out: Dataset[dict[str, torch.Tensor]]) -> None:
         """Completes the module, with what is measured on the training text, and chooses the held-out sequences."""
         self.held_out = held_out_sequences(held_out, self.settings.evaluation.num_sequences)
-
-    def trained_parts(self) -> nn.Module:
-        """A module whose children are the trained components, before any text was read."""
-        return self.module
 
     @abstractmethod
     def expected_scheduler(self) -> SchedulerMixin | None:

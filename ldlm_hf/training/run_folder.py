@@ -61,27 +61,20 @@ def check_output_dir(settings: TrainingSettings, resume_from_checkpoint: str | N
     saved = output_dir / "settings.yaml"
     if not saved.is_file() or (overwrite and checkpoint is None):
         return checkpoint
+    if resume_from_checkpoint is None:
+        raise ValueError(
+            f"loop.output_dir={str(output_dir)!r} holds another run. Name another folder, go on with "
+            "--resume_from_checkpoint latest, or delete that run with --overwrite_output_dir."
+        )
     changed = differences(settings, saved.read_text(encoding="utf-8"))
     changed = [key for key in changed if not key.startswith(RESUMABLE_CHANGES)]
     if checkpoint is not None and not settings.data.streaming and MOVABLE in changed:
         changed.remove(MOVABLE)
-    if resume_from_checkpoint is None:
-        raise ValueError(
-            f"loop.output_dir={str(output_dir)!r} holds another run"
-            + (f", whose settings differ in {', '.join(changed)}" if changed else "")
-            + ". Name another folder, go on with --resume_from_checkpoint latest, or delete that run with "
-            "--overwrite_output_dir."
-        )
     if changed:
         raise ValueError(
             f"loop.output_dir={str(output_dir)!r} holds a run whose settings differ in {', '.join(changed)}; resume "
-            "with the settings that are saved there as settings.yaml"
-            + (
-                f", or take other ones from its state on as a new run: --resume_from_checkpoint {checkpoint} "
-                "loop.output_dir=ANOTHER."
-                if checkpoint is not None
-                else "."
-            )
+            "with the settings that are saved there as settings.yaml, or take other ones from its state on as a new "
+            f"run: --resume_from_checkpoint {checkpoint or 'CHECKPOINT'} loop.output_dir=ANOTHER."
         )
     return checkpoint
 

@@ -113,11 +113,6 @@ class RunState:
         self.seconds = state["seconds"]
         self.nonfinite_steps = state["nonfinite_steps"]
         self.accelerator.print(f"resumed from {checkpoint} at step {self.step}")
-        if state["world_size"] != self.accelerator.num_processes:
-            self.accelerator.print(
-                f"it was written by {state['world_size']} processes, and {self.accelerator.num_processes} go on: the "
-                "same batches and the same noise, summed in another order"
-            )
 
     def check_layout(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Raises ValueError for sharded weights of another number of processes."""

@@ -18,7 +18,6 @@ from ..models.latent_encoder import LDLMLatentEncoderConfig
 from ..models.token_decoder import LDLMTokenDecoderConfig
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..objective import JointObjectiveSettings, TimestepSamplerSettings
-from ..objective.joint import STAGES
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 
 
@@ -262,27 +261,10 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_decay(self.optimizer, self.loop)
-        if self.stage not in STAGES:
-            raise ValueError(f"stage={self.stage!r} is unknown; it is one of {', '.join(STAGES)}.")
         if (self.stage == "diffusion") != bool(self.components):
             raise ValueError(
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
                 "frozen components that components=RUN/pipeline names, and no other stage does."
-            )
-        if self.stage != "autoencoder" and Sampler.parse(self.evaluation.sampler).needs_cdf:
-            self.check_learned_times()
-
-    def check_learned_times(self) -> None:
-        """Raises ValueError where `evaluation.sampler` needs times that the run does not learn."""
-        learns, needs = self.timestep_sampler, f"evaluation.sampler={self.evaluation.sampler!r} needs the times that "
-        if not learns.adaptive:
-            raise ValueError(
-                f"{needs}timestep_sampler.adaptive=true learns; take another time grid, or let it learn them."
-            )
-        if self.loop.max_steps < learns.update_every:
-            raise ValueError(
-                f"{needs}are learned every timestep_sampler.update_every={learns.update_every} steps, and "
-                f"loop.max_steps={self.loop.max_steps}; take another time grid, or learn them more often."
             )
 
 

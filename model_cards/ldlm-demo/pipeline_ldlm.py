@@ -493,16 +493,14 @@ def check_schedule(scheduler: SchedulerMixin) -> None:
         raise ValueError(f"{name} belongs to another noise schedule than the model: it has no tangent_d. {remedy}")
     if not is_discrete(scheduler):
         return
-    if config.prediction_type != "sample":
-        raise ValueError(
-            f"{name} has prediction_type={config.prediction_type!r}, but the model predicts the clean latents: "
-            f"'sample'. {remedy}"
-        )
     levels = len(scheduler.alphas_cumprod)
     alpha, _ = alpha_sigma(level_times(torch.arange(levels), levels), config.tangent_d)
     found = scheduler.alphas_cumprod.double().cpu().sqrt()
-    if not torch.allclose(found, alpha, rtol=1e-2, atol=1e-5):
-        raise ValueError(f"{name} has other noise levels than the tangent schedule with its tangent_d. {remedy}")
+    if config.prediction_type != "sample" or not torch.allclose(found, alpha, rtol=1e-2, atol=1e-5):
+        raise ValueError(
+            f"{name} has other noise levels than the tangent schedule with its tangent_d, or its prediction_type="
+            f"{config.prediction_type!r} is not 'sample'. {remedy}"
+        )
 
 
 def is_discrete(scheduler: SchedulerMixin) -> bool:

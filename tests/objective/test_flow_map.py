@@ -214,12 +214,3 @@ def test_losses_are_their_definition(
     received = {name for name, module in objective.named_children() for p in module.parameters() if p.grad is not None}
     assert received == {"transformer"}
     assert all(p.grad is not None for p in objective.transformer.parameters())
-
-
-def test_student_and_teacher_of_different_latents(make_objective: Callable):
-    objective = make_objective()
-    small = LDLMTransformer1DModel.from_config(objective.teacher.config, sample_size=5)
-    with pytest.raises(ValueError, match="student's sample_size=5 differs from the teacher's, 6"):
-        DistillationObjective(
-            objective.token_encoder, objective.latent_encoder, small, objective.teacher, objective.scheduler
-        )

@@ -439,8 +439,9 @@ def test_a_token_loss_needs_a_token_decoder(make_objective, reconstruction: str)
 
 def test_unfitted_token_encoder_is_refused(make_components, backbone_folders):
     unfitted = LDLMTokenEncoder.from_backbone(str(backbone_folders["gpt2"]))
+    objective = JointObjective(**(make_components() | {"token_encoder": unfitted}))
     with pytest.raises(ValueError, match="fit_statistics"):
-        JointObjective(**(make_components() | {"token_encoder": unfitted}))
+        objective(torch.zeros(2, 8, dtype=torch.long), torch.rand(2))
 
 
 LATENT_SIZES = {

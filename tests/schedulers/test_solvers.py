@@ -350,14 +350,14 @@ def test_a_setting_of_one_solver_survives_another():
         (TangentDDIMScheduler, {"timestep_cdf": [0.0, 0.7, 0.3, 1.0]}, "rise from 0 to 1"),
         (TangentDDIMScheduler, {"timestep_cdf": [0.0, 0.5]}, "rise from 0 to 1"),
         (TangentDDIMScheduler, {"timestep_cdf": [0.1, 1.0]}, "rise from 0 to 1"),
-        (TangentDDIMScheduler, {"timestep_cdf": ["0", 1.0]}, "rise from 0 to 1"),
+        (TangentDDIMScheduler, {"timestep_cdf": [1.0]}, "rise from 0 to 1"),
         (TangentDDIMScheduler, {"timestep_cdf": [0.0, math.nan, 1.0]}, "rise from 0 to 1"),
         (TangentDPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
         (TangentDPMSolverMultistepScheduler, {"solver_order": 3}, "solver_order=3"),
         (TangentChurnScheduler, {"churn": -1.0}, "churn=-1.0"),
         (TangentChurnScheduler, {"noise_scale": -1.0}, "noise_scale=-1.0"),
         (TangentChurnScheduler, {"churn_t_max": 1.0}, "churn_t_max=1.0"),
-        (TangentChurnScheduler, {"churn_t_min": 0.9, "churn_t_max": 0.5}, "churn_t_min=0.9"),
+        (TangentChurnScheduler, {"churn_t_min": 0.9, "churn_t_max": 0.5}, r"churn_t_max=0.5 must lie in \[0.9, 1\)"),
         (TangentChurnScheduler, {"update": "both"}, "update='both' must be one of original, noised"),
     ],
 )
@@ -372,12 +372,6 @@ def test_fewer_evaluations_than_the_order():
     TangentDPMSolverMultistepScheduler(solver_order=1).set_timesteps(1)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_configuration_of_another_schedule(solver: type):
-    with pytest.raises(ValueError, match="belongs to another noise schedule"):
-        solver.from_config(DDIMScheduler().config)
-
-
 def test_schedulers_of_another_schedule():
     with pytest.raises(ValueError, match="DDIMScheduler belongs to another noise schedule"):
         check_schedule(DDIMScheduler())
@@ -388,5 +382,3 @@ def test_schedulers_of_another_schedule():
         check_schedule(DDIMScheduler.from_config(config, tangent_d=3.0, trained_betas=None))
     with pytest.raises(ValueError, match="DDIMScheduler is no scheduler of the tangent schedule"):
         diffusers_config(DDIMScheduler.from_config(config))
-    with pytest.raises(ValueError, match="num_train_timesteps=1"):
-        diffusers_config(TangentDDIMScheduler(), 1)

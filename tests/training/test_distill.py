@@ -176,12 +176,12 @@ def test_the_shipped_configuration_loads(repository: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=shortcut"], "method='shortcut' is unknown; it is one of flow_map, progressive"),
+        (["method=shortcut"], "method='shortcut' must be one of flow_map, progressive"),
         (["self_condition_scale=-1"], r"self_condition_scale=-1.0 must lie in \[0, inf\)"),
         (["num_steps=0"], r"num_steps=0 must lie in \[1, inf\)"),
         (["diagonal_share=1.0"], "diagonal_share=1.0"),
         (["components="], "components='' names no teacher"),
-        (["time_grid=learned"], "has learned no times"),
+        (["time_grid=learned"], "time_grid='learned' needs timestep_cdf"),
     ],
 )
 def test_bad_settings(

@@ -120,7 +120,7 @@ def test_a_kill_loses_no_step(tiny_overrides: list[str], tmp_path: Path) -> None
 def test_signals_and_full_disks(tiny_overrides: list[str], tmp_path: Path) -> None:
     settings = [*tiny_overrides, "loop.max_steps=1000000", "loop.checkpointing_steps=4"]
     assert "exit status 0" in asked_to_stop(settings, tmp_path, signal.SIGUSR1)
-    assert "is untouched" in disk_full(settings, tmp_path)
+    assert "are untouched" in disk_full(settings, tmp_path)
 
 
 def test_one_process_stops_at_once_and_goes_on_from_there(

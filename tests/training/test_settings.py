@@ -207,16 +207,6 @@ def test_settings_of_a_sampler_are_read_by_their_types() -> None:
         Sampler.parse("TangentDDIMScheduler:eta=[")
 
 
-def test_a_learned_time_grid_needs_a_sampler_that_learns() -> None:
-    sampler = "evaluation.sampler=TangentDDIMScheduler:eta=1.0,time_grid=learned"
-    assert load_settings(RunSettings, None, [sampler]).evaluation.sampler.startswith("TangentDDIM")
-    with pytest.raises(ValueError, match=r"needs the times that timestep_sampler.adaptive=true"):
-        load_settings(RunSettings, None, [sampler, "timestep_sampler.adaptive=false"])
-    with pytest.raises(ValueError, match=r"timestep_sampler.update_every=100 steps, and loop.max_steps=50"):
-        load_settings(RunSettings, None, [sampler, "timestep_sampler.update_every=100", "loop.max_steps=50"])
-    assert load_settings(RunSettings, None, [sampler, "timestep_sampler.adaptive=false", "stage=autoencoder"])
-
-
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no such file"):
         load_settings(RunSettings, str(tmp_path / "none.yaml"), [])

@@ -18,10 +18,8 @@ from ...objective import JointObjective, warmup_gate
 from ...objective.draws import systematic_sample
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ...schedulers.scheduling_tangent import TangentScheduler
-from ...schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 from ..components import (
     build_diffusion_objective,
-    build_models,
     build_objective,
     build_pipeline,
     build_token_encoder,
@@ -54,40 +52,30 @@ class JointRecipe(PipelineRecipe):
         if self.settings.stage == "diffusion":
             self.module = build_diffusion_objective(self.settings)
         else:
-            self.token_encoder = build_token_encoder(self.settings.model, self.tokenizer)
-
-    def trained_parts(self) -> nn.Module:
-        if self.settings.stage == "diffusion":
-            return self.module
-        models = build_models(self.settings, self.token_encoder)
-        return nn.ModuleDict({name: model for name, model in models.items() if isinstance(model, nn.Module)})
+            token_encoder = build_token_encoder(self.settings.model, self.tokenizer)
+            self.module = build_objective(self.settings, token_encoder, self.tokenizer)
 
     def expected_scheduler(self) -> TangentScheduler | None:
-        """With F(t) = t for what will have been learned of the times."""
+        """With F(t) = t for what will have been learned of the times, if the run is long enough for that."""
         if self.settings.stage == "autoencoder":
             return None
-        scheduler = TangentEulerMaruyamaScheduler(**self.settings.model.scheduler)
-        if not self.settings.timestep_sampler.adaptive:
+        scheduler, learned = self.module.scheduler, self.settings.timestep_sampler
+        if not learned.adaptive or learned.update_every > self.settings.loop.max_steps:
             return scheduler
-        return TangentEulerMaruyamaScheduler.from_config(scheduler.config, timestep_cdf=[0.0, 1.0])
+        return type(scheduler).from_config(scheduler.config, timestep_cdf=[0.0, 1.0])
 
     def build(self, train: Dataset[dict[str, torch.Tensor]], held_out: Dataset[dict[str, torch.Tensor]]) -> None:
         super().build(train, held_out)
-        settings = self.settings
-        has_statistics = (
-            self.module.latent_encoder.config.standardize_latents
-            if settings.stage == "diffusion"
-            else self.token_encoder.is_fitted
-        )
-        if not has_statistics:
-            sequences = training_sequences(train, settings.model.statistics_sequences)
-            batches = sequences.split(settings.evaluation.batch_size)
-            if settings.stage == "diffusion":
-                standardize_latents(self.module, batches, self.device)
-            else:
-                fit_token_encoder(self.token_encoder, batches, self.device)
-        if settings.stage != "diffusion":
-            self.module = build_objective(settings, self.token_encoder, self.tokenizer)
+        if self.settings.stage == "diffusion":
+            if not self.module.latent_encoder.config.standardize_latents:
+                standardize_latents(self.module, self.statistics_batches(train), self.device)
+        elif not self.module.token_encoder.is_fitted:
+            fit_token_encoder(self.module.token_encoder, self.statistics_batches(train), self.device)
+
+    def statistics_batches(self, train: Dataset[dict[str, torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """Token ids (B, L) of the training text that statistics are computed over."""
+        sequences = training_sequences(train, self.settings.model.statistics_sequences)
+        return sequences.split(self.settings.evaluation.batch_size)
 
     def pipeline(self, snapshot: JointObjective) -> LDLMPipeline | None:
         if snapshot.transformer is not None:

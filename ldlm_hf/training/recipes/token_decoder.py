@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -19,6 +18,7 @@ from ...models.latent_encoder import LDLMLatentEncoder
 from ...models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
 from ...models.token_encoder import LDLMTokenEncoder
 from ...objective.base import Objective
+from ...objective.draws import Generators, normal_like
 from ...objective.reconstruction import token_cross_entropy
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ..components import build_pipeline, build_token_decoder, load_part
@@ -58,9 +58,7 @@ class TokenDecoderSettings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
-        if self.reads not in READS:
-            raise ValueError(f"reads={self.reads!r} is unknown; it is one of {', '.join(READS)}.")
-        check_settings(type(self).__init__, vars(self), decoder_noise="[0, inf)")
+        check_settings(type(self).__init__, vars(self), reads=READS, decoder_noise="[0, inf)")
         check_decay(self.optimizer, self.loop)
 
 
@@ -97,7 +95,7 @@ class TokenDecoderObjective(Objective):
         self,
         input_ids: torch.Tensor,
         decoder_noise: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> TokenDecoderLosses:
         """Loss and accuracy on token ids (B, L), at the noise of training or another."""
         noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
@@ -105,8 +103,7 @@ class TokenDecoderObjective(Objective):
             hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
             latents = self.latent_encoder(hidden_states, return_dict=True).latents.float()
             if noise_level:
-                noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-                latents = latents + noise_level * noise
+                latents = latents + noise_level * normal_like(latents, generator)
             decoded = latents
             if self.latent_decoder is not None:
                 decoded = self.latent_decoder(latents, return_dict=True).hidden_states

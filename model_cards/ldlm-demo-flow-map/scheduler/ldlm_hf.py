@@ -19,7 +19,6 @@ from typing import Any
 from typing import get_args
 from typing import get_origin
 from typing import get_type_hints
-import itertools
 import json
 import math
 import numbers
@@ -34,14 +33,16 @@ import torch
 # Checks of the arguments that constructors and functions are called with; each error names argument and value.
 
 
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
+def check_settings(
+    constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str | tuple[Any, ...]
+) -> None:
     """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
     outside of its range.
 
     Args:
         constructor: an `__init__` with annotated parameters.
         settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
-        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`, or all values that there are; None lies in every one.
     """
     if "num_labels" in settings.get("kwargs", {}):
         raise ValueError("num_labels: no model of this package has labels; leave it out.")
@@ -49,9 +50,13 @@ def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]
         if name in settings and not has_type(settings[name], hint):
             expected = getattr(hint, "__name__", str(hint))
             raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
-    for name, interval in ranges.items():
-        if settings[name] is not None and not lies_in(settings[name], interval):
-            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
+    for name, allowed in ranges.items():
+        value = settings[name]
+        if isinstance(allowed, tuple):
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}.")
+        elif value is not None and not lies_in(value, allowed):
+            raise ValueError(f"{name}={value} must lie in {allowed}.")
 
 
 def lies_in(value: float, interval: str) -> bool:
@@ -286,17 +291,9 @@ class StepWeights:
     previous_noise: float = 0.0
 
 
-def check_cdf(timestep_cdf: Sequence[float]) -> None:
-    """Raises ValueError unless a list holds a distribution of times: two or more numbers that rise from 0 to 1."""
-    values = list(timestep_cdf)
-    rises = all(isinstance(value, (int, float)) for value in values) and all(
-        left <= right for left, right in itertools.pairwise(values)
-    )
-    if len(values) < 2 or not rises or values[0] != 0 or values[-1] != 1:
-        raise ValueError(
-            f"timestep_cdf={reprlib.repr(values)} must hold two or more numbers that rise from 0 to 1: F at evenly "
-            "spaced times."
-        )
+def step_weights(*columns: torch.Tensor) -> list[StepWeights]:
+    """Weights of each step from columns (num_steps,) in the order of [`StepWeights`]."""
+    return [StepWeights(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 class TangentScheduler(SchedulerMixin, ConfigMixin):
@@ -310,7 +307,7 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
     that only one of them knows survive the way there and back. A step costs one evaluation of the model in each of
     them.
 
-    Args:
+    Every solver has these settings:
         tangent_d: d of the schedule; larger means more noise at every time.
         t_min: where the time grid ends.
         t_max: where a grid that is even in log-SNR begins; it cannot begin at 1, where the log-SNR is -inf.
@@ -318,6 +315,9 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
             time F(t) of the adaptive timestep sampler (Section 5.3), so that between two times the loss that the
             model was trained with differs by the same amount.
         timestep_cdf: F at evenly spaced times from 0 to 1, as training saves it.
+
+    Args:
+        ranges: of the settings that a solver adds to these, as for `check_settings`.
 
     Raises:
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
@@ -328,25 +328,32 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, tangent_d: float, t_min: float, t_max: float, time_grid: str, timestep_cdf: list[float] | None):
-        if not tangent_d > 0:
-            raise ValueError(f"tangent_d={tangent_d} must be positive.")
-        if not 0 <= t_min < 1:
-            raise ValueError(f"t_min={t_min} must lie in [0, 1).")
-        if not t_min < t_max < 1:
-            raise ValueError(f"t_max={t_max} must lie between t_min={t_min} and 1.")
-        if time_grid not in TIME_GRIDS:
-            raise ValueError(f"time_grid={time_grid!r} must be one of {', '.join(TIME_GRIDS)}.")
-        if time_grid == "log_snr" and t_min == 0:
+    def __init__(self, **ranges: str | tuple[Any, ...]):
+        config = self.config
+        check_settings(
+            type(self).__init__,
+            config,
+            tangent_d="(0, inf)",
+            t_min="[0, 1)",
+            t_max=f"({config.t_min}, 1)",
+            time_grid=TIME_GRIDS,
+            **ranges,
+        )
+        if config.time_grid == "log_snr" and config.t_min == 0:
             raise ValueError("time_grid='log_snr' with t_min=0: the log-SNR is infinite there; set a positive t_min.")
-        if timestep_cdf is not None:
-            check_cdf(timestep_cdf)
-        elif time_grid == "learned":
+        if config.time_grid == "learned" and config.timestep_cdf is None:
             raise ValueError(
-                "time_grid='learned' needs timestep_cdf, the distribution of times of an adaptive timestep sampler, "
-                "which training saves into the scheduler's configuration; this one has none. Use 'uniform' or "
+                "time_grid='learned' needs timestep_cdf, the distribution of times that a run with "
+                "timestep_sampler.adaptive=true learns every timestep_sampler.update_every steps. Use 'uniform' or "
                 "'log_snr', or pass timestep_cdf."
             )
+        if config.timestep_cdf is not None:
+            cdf = torch.tensor(config.timestep_cdf, dtype=torch.float64)
+            if len(cdf) < 2 or cdf[0] != 0 or cdf[-1] != 1 or not torch.all(cdf[:-1] <= cdf[1:]):
+                raise ValueError(
+                    f"timestep_cdf={reprlib.repr(config.timestep_cdf)} must hold two or more numbers that rise from 0 "
+                    "to 1: F at evenly spaced times."
+                )
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
         self.step_weights: list[StepWeights] = []
@@ -359,19 +366,6 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         # diffusers before 0.42 adds an argument, for archives
         return read_json(json_file)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        # diffusers would ignore the keys of another noise schedule with a warning, and sample nonsense
-        given = {**config_dict, **kwargs}
-        foreign = [key for key in ("beta_schedule", "num_train_timesteps", "shift") if key in given]
-        if foreign and "tangent_d" not in given:
-            raise ValueError(
-                f"This configuration, of {given.get('_class_name', 'another scheduler')} ({', '.join(foreign)}), "
-                f"belongs to another noise schedule: {cls.__name__} needs that of a model trained on the tangent "
-                "schedule, with its tangent_d."
-            )
-        return super().extract_init_dict(config_dict, **kwargs)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -449,10 +443,8 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Give exactly one of num_inference_steps and timesteps.")
         if timesteps is None:
             num_steps = whole_number(num_inference_steps)
-            if num_steps is None:
-                raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer.")
-            if num_steps < 1:
-                raise ValueError(f"num_inference_steps={num_steps} must be at least 1.")
+            if num_steps is None or num_steps < 1:
+                raise ValueError(f"num_inference_steps={num_inference_steps!r} must be an integer of at least 1.")
             grid = self.make_time_grid(num_steps)
         else:
             t_min = torch.tensor([self.config.t_min], dtype=torch.float64)
@@ -608,12 +600,8 @@ class TangentFlowMapScheduler(TangentScheduler):
     both.
 
     Args:
-        tangent_d (`float`, defaults to 3.0): d of the schedule; larger means more noise at every time.
         gamma (`float`, defaults to 0.0): share of a step's noise, as a standard deviation, that is fresh, in [0, 1].
-        t_min (`float`, defaults to 0.0): where the time grid ends: at the clean latents themselves.
-        t_max (`float`, defaults to 0.99): where a grid with `time_grid="log_snr"` begins.
-        time_grid (`str`, defaults to `"uniform"`): `"uniform"`, `"log_snr"` or `"learned"`.
-        timestep_cdf (`list[float]`, *optional*): F at evenly spaced times from 0 to 1, for `time_grid="learned"`.
+        tangent_d, t_min, t_max, time_grid, timestep_cdf: as for every solver, see [`TangentScheduler`].
 
     Raises:
         ValueError: values outside of their ranges, or a learned grid without `timestep_cdf`.
@@ -629,10 +617,7 @@ class TangentFlowMapScheduler(TangentScheduler):
         time_grid: str = "uniform",
         timestep_cdf: list[float] | None = None,
     ):
-        check_settings(TangentFlowMapScheduler.__init__, locals())
-        super().__init__(tangent_d, t_min, t_max, time_grid, timestep_cdf)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma={gamma} must lie in [0, 1]: 0 for the ODE, 1 for fresh noise alone.")
+        super().__init__(gamma="[0, 1]")
         self.landing_times = torch.empty(0)
 
     @property
@@ -656,8 +641,7 @@ class TangentFlowMapScheduler(TangentScheduler):
         ratio = alpha / alpha_sigma(self.landing_times, d)[0]
         noise = gamma * sigma
         noise[-1] = 0
-        columns = [column.tolist() for column in (ratio * sample, ratio * clean, noise)]
-        return begins, [StepWeights(*row) for row in zip(*columns, strict=True)]
+        return begins, step_weights(ratio * sample, ratio * clean, noise)
 
 
 # what saving a pipeline writes beside its weights

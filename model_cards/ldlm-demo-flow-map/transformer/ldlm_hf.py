@@ -49,14 +49,16 @@ import torch.nn.functional as F
 # Checks of the arguments that constructors and functions are called with; each error names argument and value.
 
 
-def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str) -> None:
+def check_settings(
+    constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str | tuple[Any, ...]
+) -> None:
     """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
     outside of its range.
 
     Args:
         constructor: an `__init__` with annotated parameters.
         settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
-        ranges: name → interval, such as `[0, 1)` or `(0, inf)`; None lies in every one.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`, or all values that there are; None lies in every one.
     """
     if "num_labels" in settings.get("kwargs", {}):
         raise ValueError("num_labels: no model of this package has labels; leave it out.")
@@ -64,9 +66,13 @@ def check_settings(constructor: Callable[..., None], settings: Mapping[str, Any]
         if name in settings and not has_type(settings[name], hint):
             expected = getattr(hint, "__name__", str(hint))
             raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
-    for name, interval in ranges.items():
-        if settings[name] is not None and not lies_in(settings[name], interval):
-            raise ValueError(f"{name}={settings[name]} must lie in {interval}.")
+    for name, allowed in ranges.items():
+        value = settings[name]
+        if isinstance(allowed, tuple):
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}.")
+        elif value is not None and not lies_in(value, allowed):
+            raise ValueError(f"{name}={value} must lie in {allowed}.")
 
 
 def lies_in(value: float, interval: str) -> bool:
