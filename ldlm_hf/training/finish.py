@@ -51,6 +51,7 @@ def finish_run(
     held_out = held_out_sequences(validation, max(1, 2 * evaluation.num_samples))
     run_results = replace(
         describe(settings, held_out.shape[1]),
+        pipeline=type(pipeline).__name__,
         license=license,
         language=language,
         model_id=model_id,
