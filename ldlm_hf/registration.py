@@ -29,7 +29,8 @@ BASE_CLASSES: dict[str, Any] = {
     "PreTrainedModel": transformers.PreTrainedModel,
 }
 SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
-PIPELINE = "LDLMPipeline"
+# names of the pipelines of this package; `register` adds them
+PIPELINES: set[str] = set()
 
 
 def require(owner: ModuleType | type, attribute: str) -> Any:
@@ -49,33 +50,38 @@ IDENTIFY_MODEL_VARIANTS = require(pipeline_utils, "_identify_model_variants")
 
 
 def read_index(cls: type[diffusers.DiffusionPipeline], path: str | Path, **archive: Any) -> dict[str, Any]:
-    """Reads a `model_index.json`: those of other pipelines as diffusers does, ours within bounds. Our pipeline is the
+    """Reads a `model_index.json`: those of other pipelines as diffusers does, ours within bounds. One of ours is the
     installed class, even if the repository carries its code.
     """
     read = super(diffusers.DiffusionPipeline, cls)._dict_from_json_file
     if any(archive.values()):  # diffusers before 0.42 also reads from DDUF archives
         return read(path, **archive)
     # what is as long as none of ours is not read whole to see that it names ours
-    if cls.__name__ != PIPELINE and not begins_with_name(path):
+    if cls.__name__ not in PIPELINES and not begins_with_name(path):
         index = read(path)
-        if not is_ours(index):
+        if our_pipeline(index) is None:
             return index
     index = read_json(path)
-    if is_ours(index):
-        index["_class_name"] = PIPELINE
+    name = our_pipeline(index)
+    if name is not None:
+        index["_class_name"] = name
+        # where `DiffusionPipeline.from_pretrained` looks for it
+        setattr(diffusers, name, getattr(diffusers.pipelines.ldlm_hf, name))
         check_tokenizer(Path(path).parent / "tokenizer")
     return index
 
 
 def begins_with_name(path: str | Path) -> bool:
-    """Whether the name of our pipeline stands in as much of a file as an index of ours may have."""
+    """Whether the name of a pipeline of ours stands in as much of a file as an index of ours may have."""
     with open(path, "rb") as file:
-        return f'"{PIPELINE}"'.encode() in file.read(MAX_JSON_BYTES)
+        beginning = file.read(MAX_JSON_BYTES)
+    return any(f'"{name}"'.encode() in beginning for name in PIPELINES)
 
 
-def is_ours(index: Any) -> bool:
-    """Whether an index is one of our pipeline."""
-    return isinstance(index, dict) and index.get("_class_name") in (PIPELINE, [PIPELINE_MODULE, PIPELINE])
+def our_pipeline(index: Any) -> str | None:
+    """The name of the pipeline of ours that an index is one of; None for those of others."""
+    found = index.get("_class_name") if isinstance(index, dict) else None
+    return next((name for name in PIPELINES if found in (name, [PIPELINE_MODULE, name])), None)
 
 
 def identify_model_variants(folder: str, variant: str | None, config: dict[str, Any]) -> dict[str, str]:
@@ -84,7 +90,7 @@ def identify_model_variants(folder: str, variant: str | None, config: dict[str, 
     diffusers would load the plain weights of those that lack it, without a word.
     """
     found = IDENTIFY_MODEL_VARIANTS(folder, variant, config)
-    if found and variant is not None and config["_class_name"] == PIPELINE:
+    if found and variant is not None and config["_class_name"] in PIPELINES:
         return {name: variant for name, entry in config.items() if isinstance(entry, (list, tuple))}
     return found
 
@@ -95,10 +101,10 @@ def register(package: ModuleType) -> None:
     1. `LOADABLE_CLASSES["ldlm_hf"]`: components are saved as `["ldlm_hf", class name]` and found there again. The
        base classes named there must be attributes of the package.
     2. `diffusers.pipelines.ldlm_hf`: the installed class wins over code in a repository, and `device_map` finds it.
-    3. Pipeline, schedulers and denoiser as attributes of `diffusers`: `DiffusionPipeline.from_pretrained` and
+    3. `LDLMPipeline`, schedulers and denoiser as attributes of `diffusers`: `DiffusionPipeline.from_pretrained` and
        `scheduler.compatibles` look their names up there.
     4. `DiffusionPipeline._dict_from_json_file`: the installed pipeline wins over code in a repository, as its
-       components do.
+       components do. Ours are the public names that end in `Pipeline`, each imported when an index names it.
     5. `pipeline_utils._identify_model_variants`: no mix of variants of one of our pipelines is loaded.
     6. The Auto classes of transformers.
     """
@@ -111,8 +117,9 @@ def register(package: ModuleType) -> None:
     loadable_classes[name] = dict.fromkeys(BASE_CLASSES, SAVE_AND_LOAD)
     setattr(diffusers.pipelines, name, package)
 
-    for native_class in (PIPELINE, "LDLMTransformer1DModel", *SCHEDULERS):
+    for native_class in ("LDLMPipeline", "LDLMTransformer1DModel", *SCHEDULERS):
         setattr(diffusers, native_class, getattr(package, native_class))
+    PIPELINES.update(public for public in dir(package) if public.endswith("Pipeline"))
     require(diffusers.DiffusionPipeline, "_dict_from_json_file")
     diffusers.DiffusionPipeline._dict_from_json_file = classmethod(read_index)
     pipeline_utils._identify_model_variants = identify_model_variants

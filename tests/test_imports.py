@@ -15,10 +15,11 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = (
     {"loading"},
     {"models", "schedulers", "metrics", "data"},
-    {"pipelines", "objective", "baselines"},
+    {"pipelines", "objective"},
     {"hub"},
     {"evaluation"},
     {"training"},
+    {"baselines"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIBRARY = sorted((REPOSITORY / "ldlm_hf").rglob("*.py"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ import transformers
 from diffusers.pipelines import pipeline_loading_utils
 
 import ldlm_hf
+from ldlm_hf import registration
 from ldlm_hf.registration import register, require
 from ldlm_hf.schedulers import SCHEDULERS
 
@@ -69,6 +71,26 @@ def test_a_variant_of_which_other_pipelines_have_a_part_is_loaded_by_diffusers(f
     pipe = diffusers.DiffusionPipeline.from_pretrained(foreign)
     (foreign / "scheduler" / "notes.fp16.txt").write_text("")
     assert type(diffusers.DiffusionPipeline.from_pretrained(foreign, variant="fp16")) is type(pipe)
+
+
+class OtherPipeline(diffusers.DiffusionPipeline):
+    """Another pipeline of the package: one of its public names."""
+
+    def __init__(self, scheduler: diffusers.SchedulerMixin):
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+
+
+@pytest.mark.parametrize("name", ["OtherPipeline", ["pipeline_ldlm", "OtherPipeline"]], ids=["alone", "with code"])
+def test_every_pipeline_of_the_package_loads_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name):
+    monkeypatch.setattr(ldlm_hf, "OtherPipeline", OtherPipeline, raising=False)
+    monkeypatch.setattr(diffusers, "OtherPipeline", None, raising=False)
+    monkeypatch.setattr(registration, "PIPELINES", {"LDLMPipeline"})
+    register(ldlm_hf)
+    OtherPipeline(ldlm_hf.TangentDDIMScheduler()).save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": name}))
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is OtherPipeline
 
 
 def test_registering_twice_changes_nothing():

@@ -38,11 +38,12 @@ def load_subjects(options: EvaluationOptions) -> tuple[list[Subject], PreTrained
     samplers = [Sampler.parse(text) for text in options.samplers]
     for name, path in zip(options.labels, options.pipeline, strict=True):
         pipeline = load_pipeline(path, options.dtype)
-        tokenizer, own_scheduler = pipeline.tokenizer, pipeline.scheduler
+        tokenizer, own_scheduler = pipeline.tokenizer, pipeline.components.get("scheduler")
         for sampler in samplers:
-            pipeline.scheduler = own_scheduler
+            if own_scheduler is not None:
+                pipeline.scheduler = own_scheduler
             sampler.apply(pipeline)
-            for steps in options.steps:
+            for steps in options.steps if own_scheduler is not None else ():
                 # fewer than the solver needs, for example
                 pipeline.scheduler.set_timesteps(steps)
             full_name = name if list(options.samplers) == [OWN] else f"{name}, {sampler.text}"

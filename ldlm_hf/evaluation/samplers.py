@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import diffusers
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..loading.settings_reader import parse_value, to_config, under
-from ..pipelines.pipeline_ldlm import LDLMPipeline
 from ..schedulers import DIFFUSERS_SCHEDULERS, SCHEDULERS
 from ..schedulers.discrete import diffusers_config
 from ..schedulers.scheduling_tangent import TangentScheduler
@@ -73,6 +72,10 @@ class Sampler:
             return scheduler_class.from_config(scheduler.config, **changes)
         return scheduler_class.from_config(diffusers_config(scheduler, **changes))
 
-    def apply(self, pipeline: LDLMPipeline) -> None:
-        """Gives a pipeline the scheduler; ValueError for settings that it refuses."""
+    def apply(self, pipeline: DiffusionPipeline) -> None:
+        """Gives a pipeline the scheduler; ValueError for settings that it refuses, or a pipeline without any."""
+        if self.scheduler == OWN:
+            return
+        if pipeline.components.get("scheduler") is None:
+            raise ValueError(f"sampler {self.text!r}: a {type(pipeline).__name__} has no scheduler; use {OWN!r}.")
         pipeline.scheduler = self.scheduler_for(pipeline.scheduler)

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 
-from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .part_cache import Rows, digest, module_digest, public_config
 from .samplers import Sampler
 
@@ -36,9 +37,8 @@ class Subject:
     missing_encoders: tuple[str, ...]
 
     @classmethod
-    def of(cls, pipeline: LDLMPipeline, name: str, source: str, dtype: str, sampler: Sampler) -> Subject:
+    def of(cls, pipeline: DiffusionPipeline, name: str, source: str, dtype: str, sampler: Sampler) -> Subject:
         """What is to be known of a pipeline, with its sampler's scheduler, before its turn comes."""
-        decoder = pipeline.latent_decoder
         parts: dict[str, Any] = {
             part: module_digest(component)
             if isinstance(component, torch.nn.Module)
@@ -52,16 +52,13 @@ class Subject:
             source=source,
             dtype=dtype,
             sampler=sampler,
-            # a token decoder that reads latents has a token for each
-            sequence_length=(
-                pipeline.transformer.config.sample_size if decoder is None else decoder.config.sequence_length
-            ),
+            sequence_length=pipeline.sequence_length,
             digest=digest([parts, vocabulary, sampler.arguments]),
             vocabulary=vocabulary,
-            missing_encoders=tuple(pipeline.missing_encoders),
+            missing_encoders=missing_encoders(pipeline),
         )
 
-    def load(self) -> LDLMPipeline:
+    def load(self) -> DiffusionPipeline:
         """The pipeline, on the CPU; OSError if it cannot be loaded, or is another one by now."""
         pipeline = load_pipeline(self.source, self.dtype)
         self.sampler.apply(pipeline)
@@ -73,11 +70,23 @@ class Subject:
         return pipeline
 
 
-def load_pipeline(source: str, dtype: str) -> LDLMPipeline:
-    """A pipeline in evaluation's precision, or an OSError."""
+def missing_encoders(pipeline: DiffusionPipeline) -> tuple[str, ...]:
+    """What a pipeline lacks to turn real texts into latents."""
+    return tuple(getattr(pipeline, "missing_encoders", ["encoders"]))
+
+
+def load_pipeline(source: str, dtype: str) -> DiffusionPipeline:
+    """A pipeline that generates texts in evaluation's precision, or an OSError.
+
+    Such a pipeline has a `tokenizer`, its `sequence_length` and, of its last call, `num_function_evaluations`. It is
+    called with `batch_size`, `num_inference_steps`, a `generator` for each text and `output_type="seq"`, and returns
+    token ids (B, L) as `sequences`; where it decodes `latents`, these too.
+    """
     try:
-        pipeline = LDLMPipeline.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
+        if not hasattr(pipeline, "sequence_length"):
+            raise ValueError(f"it is a {type(pipeline).__name__}, which generates no texts.")
+    except (OSError, ValueError, AttributeError) as error:
         raise OSError(
             f"--pipeline {source!r} cannot be loaded: {error} Name the folder of a pipeline (RUN/pipeline), or its "
             "Hub id."
@@ -109,16 +118,16 @@ class SampleSet:
         """Which samples are still to be made."""
         return self.rows.missing_batches(self.count, batch_size)
 
-    def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
+    def make(self, pipeline: DiffusionPipeline, indices: list[int], batch_size: int) -> None:
         """Samples some of the set, and keeps them; `batch_size` is what was asked for, the last batch is smaller."""
         start = time.perf_counter()
-        latents = sample_latents(pipeline, self.steps, self.seed, indices, **dict(self.subject.sampler.arguments))
+        output = sample_rows(pipeline, self.steps, self.seed, indices, **dict(self.subject.sampler.arguments))
         # a device may still be at work: copying waits for it
-        sequences = pipeline.decode_to_sequences(latents).cpu()
+        sequences = output.sequences.cpu()
         seconds = time.perf_counter() - start
         values = {
             "sequences": sequences.int(),
-            "is_finite": latents.isfinite().flatten(1).all(1),
+            "is_finite": output.get("latents", sequences).isfinite().flatten(1).all(1),
             "seconds": torch.full((len(indices),), seconds / len(indices), dtype=torch.float64),
             "batch_size": torch.full((len(indices),), batch_size),
             "nfe": torch.full((len(indices),), pipeline.num_function_evaluations),
@@ -126,17 +135,17 @@ class SampleSet:
         self.rows.save(indices, values)
 
 
-def sample_latents(
-    pipeline: LDLMPipeline, steps: int, seed: int, indices: list[int], **arguments: Any
-) -> torch.Tensor:
-    """Clean latents (n, N, d_z) of n samples of a seed, each of which is the same in any batch."""
+def sample_rows(
+    pipeline: DiffusionPipeline, steps: int, seed: int, indices: list[int], **arguments: Any
+) -> BaseOutput:
+    """The pipeline's output for n samples of a seed, each of which is the same in any batch."""
     return pipeline(
         batch_size=len(indices),
         num_inference_steps=steps,
         generator=[sample_generator(seed, index, pipeline.device) for index in indices],
-        output_type="latent",
+        output_type="seq",
         **arguments,
-    ).latents
+    )
 
 
 def sample_generator(seed: int, index: int, device: torch.device) -> torch.Generator:
@@ -163,7 +172,7 @@ class Lines:
         return self.rows.missing_batches(len(self.ends), max(1, batch_size // len(self.positions)))
 
     @torch.no_grad()
-    def make(self, pipeline: LDLMPipeline, indices: list[int], batch_size: int) -> None:
+    def make(self, pipeline: DiffusionPipeline, indices: list[int], batch_size: int) -> None:
         """Decodes some of the lines, at most `batch_size` points at a time, and keeps them."""
         first, second = (pipeline.encode_sequences(self.ends[indices, end]) for end in (0, 1))  # (B, N, d_z)
         weights = self.positions.to(first.device)[None, :, None, None]
@@ -179,10 +188,10 @@ def pairs_of(sequences: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def sample(
-    pipeline: LDLMPipeline, count: int, num_inference_steps: int, seed: int, batch_size: int
+    pipeline: DiffusionPipeline, count: int, num_inference_steps: int, seed: int, batch_size: int
 ) -> tuple[torch.Tensor, list[str]]:
     """`count` samples of a pipeline, those that `evaluate.py` makes of this seed: token ids (count, L) and texts."""
     batches = torch.arange(count).split(batch_size)
-    latents = (sample_latents(pipeline, num_inference_steps, seed, batch.tolist()) for batch in batches)
-    sequences = torch.cat([pipeline.decode_to_sequences(some).cpu() for some in latents])
+    outputs = (sample_rows(pipeline, num_inference_steps, seed, batch.tolist()) for batch in batches)
+    sequences = torch.cat([output.sequences.cpu() for output in outputs])
     return sequences, pipeline.tokenizer.batch_decode(sequences, skip_special_tokens=True)

@@ -110,7 +110,7 @@ def card_data(run: Run) -> ModelCardData:
         license=results.license,
         library_name="diffusers",
         pipeline_tag="text-generation",
-        tags=["ldlm", "text-diffusion"],
+        tags=["ldlm", "text-diffusion"] if run.is_latent_diffusion else None,
         base_model=base_models or None,
         datasets=[results.corpus.name] if results.corpus.is_hub_id else None,
         model_name=run.name if measured else None,

@@ -19,6 +19,7 @@ from string import Template
 
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, save_torch_state_dict
 from huggingface_hub.errors import HfHubHTTPError
@@ -28,7 +29,6 @@ from safetensors.torch import load_file
 from ..loading.remote_code import PACKAGE
 from ..loading.repository import CARD, IGNORED_FILES, upload_repository, write_repository_code
 from ..loading.safe_loading import SafeLoadingMixin, find_weights, replace_weights
-from ..pipelines.pipeline_ldlm import LDLMPipeline
 
 
 logger = logging.get_logger(__name__)
@@ -135,7 +135,7 @@ def prepare_repository(
     if not folder.is_dir():
         raise OSError(f"{folder}: there is no such folder.")
     check_card(folder)
-    pipeline = LDLMPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     check_sampling(pipeline)
     write_repository_code(pipeline, folder)
     if max_shard_size is not None:
@@ -167,15 +167,14 @@ def check_card(folder: Path) -> None:
         logger.warning(f"The Hub cannot be asked whether it accepts the metadata of {folder / CARD}: {error}")
 
 
-def check_sampling(pipeline: LDLMPipeline) -> None:
-    """Raises ValueError unless two steps of sampling give finite latents that can be decoded."""
+def check_sampling(pipeline: DiffusionPipeline) -> None:
+    """Raises ValueError unless two steps of sampling give a text, of latents that are finite if it has some."""
     pipeline.set_progress_bar_config(disable=True)
     # training may publish as it goes, and its own random numbers are not to change by that
     generator = torch.Generator().manual_seed(0)
-    latents = pipeline(num_inference_steps=2, generator=generator, output_type="latent").latents
-    if not latents.isfinite().all():
+    output = pipeline(num_inference_steps=2, generator=generator)
+    if not output.get("latents", output.sequences).isfinite().all():
         raise ValueError("The pipeline samples latents that are not finite; its weights are not worth publishing.")
-    pipeline.decode(latents)
 
 
 def shard_weights(folder: Path, weights_name: str, max_shard_size: int | str) -> None:
@@ -190,7 +189,7 @@ def shard_weights(folder: Path, weights_name: str, max_shard_size: int | str) ->
 
 def add_variant(folder: Path, variant: str, max_shard_size: int | str | None) -> None:
     """Saves the weights of a pipeline a second time, in half precision; ValueError if one overflows."""
-    pipeline = LDLMPipeline.from_pretrained(folder, dtype=VARIANTS[variant])
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=VARIANTS[variant])
     for name, component in pipeline.components.items():
         for key, tensor in component.state_dict().items() if isinstance(component, torch.nn.Module) else ():
             if not tensor.isfinite().all():

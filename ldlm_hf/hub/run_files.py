@@ -70,6 +70,7 @@ class RunResults:
     Attributes:
         changed_settings: dotted keys of the settings that differ from the defaults, without the machine's paths.
         sequence_length: tokens L of a text.
+        pipeline: name of the trained pipeline's class.
         corpus: the training text.
         license: identifier of the model's licence on the Hub; None is not stated.
         language: code of the language that the model writes; None is not known.
@@ -90,6 +91,7 @@ class RunResults:
     changed_settings: dict[str, Any]
     sequence_length: int
     corpus: Source
+    pipeline: str = "LDLMPipeline"
     license: str | None = None
     language: str | None = None
     model_id: str | None = None
@@ -157,6 +159,11 @@ class Run:
     def is_trained(self) -> bool:
         """Whether there is a model; without one, the card is a template."""
         return self.results.seconds is not None
+
+    @property
+    def is_latent_diffusion(self) -> bool:
+        """Whether it is an LDLM, and no method that one is compared with."""
+        return self.results.pipeline == "LDLMPipeline"
 
     @property
     def distillation(self) -> str | None:

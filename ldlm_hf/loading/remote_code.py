@@ -103,7 +103,7 @@ def read_module(name: str) -> ModuleSource:
     for statement in tree.body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             read_import(statement, name, module)
-        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+        elif not (is_docstring(statement) or is_command(statement)):
             first_line = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", []))])
             # comments belong to what follows them
             comments = [line for line in range(end_of_last + 1, first_line) if lines[line - 1].startswith("#")]
@@ -112,6 +112,16 @@ def read_module(name: str) -> ModuleSource:
             module.definitions[bound_name(statement, name)] = Definition(text, names)
         end_of_last = statement.end_lineno or statement.lineno
     return module
+
+
+def is_docstring(statement: ast.stmt) -> bool:
+    """Whether a statement is nothing but text."""
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def is_command(statement: ast.stmt) -> bool:
+    """Whether a statement is what a module does when it is run: `if __name__ == "__main__":`."""
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
 def bound_name(statement: ast.stmt, module_name: str) -> str:
@@ -176,15 +186,14 @@ class SelfContainedFile:
         self.definitions[module_name].add(name)
         module = read_module(module_name)
         for used in sorted(module.definitions[name].names):
-            if used in module.definitions:
-                self.require(module_name, used)
-            elif used in module.imports:
+            origin = module_name if used in module.definitions else module.package_imports.get(used)
+            if used in module.imports:
                 # the same thing may be imported from several places
                 if self.claim(used, module_name):
                     self.imports |= module.imports[used]
-            elif used in module.package_imports and not self.is_component(module_name, used):
-                self.require(module.package_imports[used], used)
-            elif used in module.package_imports:
+            elif origin is not None and not self.is_component(module_name, used):
+                self.require(origin, used)
+            elif origin is not None:
                 self.claim(used, module_name)
                 self.components.add(used)
 

@@ -174,6 +174,14 @@ class LDLMPipeline(RepositoryPipeline):
             )
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens L of a generated text."""
+        if self.latent_decoder is None:
+            # a token decoder that reads latents has a token for each
+            return self.transformer.config.sample_size
+        return self.latent_decoder.config.sequence_length
+
+    @property
     def decoded_shape(self) -> tuple[int | None, int]:
         """Number N and width d_z of the latents that are decoded; a token decoder that reads latents itself takes any
         number of them.
@@ -481,7 +489,7 @@ class LDLMPipeline(RepositoryPipeline):
         else:
             sequences = self.decode_to_sequences(clean_latents)
             texts = self._to_texts(sequences) if output_type == "text" else None
-            output = LDLMPipelineOutput(sequences=sequences, texts=texts)
+            output = LDLMPipelineOutput(sequences=sequences, texts=texts, latents=clean_latents.float())
         self.maybe_free_model_hooks()
 
         if not return_dict:

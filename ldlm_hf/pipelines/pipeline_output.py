@@ -15,8 +15,8 @@ class LDLMPipelineOutput(BaseOutput):
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Generated token ids; `None` with `output_type="latent"`.
         texts (`list[str]`, *optional*): decoded texts, with `output_type="text"` only.
-        latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`, *optional*):
-            Clean latents, with `output_type="latent"` only.
+        latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`):
+            Clean latents, as they were decoded.
     """
 
     sequences: torch.Tensor | None = None

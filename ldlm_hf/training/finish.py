@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 from ..evaluation.machine import hardware, versions
@@ -19,14 +20,13 @@ from ..hub.model_card import write_card
 from ..hub.run_files import RunResults, read_run
 from ..loading.settings_reader import differences, flatten, to_yaml
 from ..metrics import load_judge
-from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .components import count_parameters
 from .journal import samples_text
-from .settings import MACHINE_SETTINGS, RunSettings, TrainingSettings
+from .settings import MACHINE_SETTINGS, TrainingSettings
 
 
 def finish_run(
-    pipeline: LDLMPipeline,
+    pipeline: DiffusionPipeline,
     validation: Dataset[dict[str, torch.Tensor]],
     settings: TrainingSettings,
     results: dict[str, float],
@@ -51,6 +51,7 @@ def finish_run(
     held_out = held_out_sequences(validation, max(1, 2 * evaluation.num_samples))
     run_results = replace(
         describe(settings, held_out.shape[1]),
+        pipeline=type(pipeline).__name__,
         license=license,
         language=language,
         model_id=model_id,
@@ -85,13 +86,11 @@ def describe(settings: TrainingSettings, sequence_length: int) -> RunResults:
     """What settings alone say of a run. No path of the machine is left in it."""
     values = flatten(asdict(settings))
     keys = [key for key in differences(settings, to_yaml(type(settings)())) if key in values]
-    token_encoder = None
-    if isinstance(settings, RunSettings) and not settings.components:
-        token_encoder = source(settings.model.backbone)
+    components, backbone = values.get("components"), values.get("model.backbone")
     return RunResults(
         changed_settings={key: without_path(values[key]) for key in keys if key not in MACHINE_SETTINGS},
         sequence_length=sequence_length,
         corpus=source(settings.data.source),
-        token_encoder=token_encoder,
-        components=source(settings.components) if settings.components else None,
+        token_encoder=source(backbone) if backbone and not components else None,
+        components=source(components) if components else None,
     )

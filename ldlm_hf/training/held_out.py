@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ..evaluation.samples import sample
 from ..evaluation.scores import score_without_judge
 from ..objective import JointObjective
-from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .randomness import RowRandomness
 from .settings import EvaluationSettings
 
@@ -62,7 +62,7 @@ def diffusion_loss_at(
     return (totals / counts)[counts > 0].tolist()
 
 
-def preview(pipeline: LDLMPipeline, settings: EvaluationSettings) -> tuple[list[str], dict[str, float]]:
+def preview(pipeline: DiffusionPipeline, settings: EvaluationSettings) -> tuple[list[str], dict[str, float]]:
     """A few samples: their texts, and what can be said of them without a judge, for the log."""
     pipeline.set_progress_bar_config(disable=True)
     count = settings.num_preview_samples

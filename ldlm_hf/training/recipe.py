@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.real_text import held_out_sequences
-from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .randomness import RowRandomness
 from .settings import TrainingSettings
 
@@ -90,6 +89,9 @@ class PipelineRecipe(Recipe):
         settings: of `settings_class`.
         accelerator: of the run.
 
+    The `module` has `example_inputs` to count its FLOPs with ([`flops.count_flops`]). What [`samples.load_pipeline`]
+    says of a pipeline that generates texts, the finished one has.
+
     Attributes:
         settings_class: what the script's file and command line are read as.
         tokenizer: of the text; set by `load`, as `module` and the next one.
@@ -119,12 +121,12 @@ class PipelineRecipe(Recipe):
         """Completes the module, with what is measured on the training text, and chooses the held-out sequences."""
         self.held_out = held_out_sequences(held_out, self.settings.evaluation.num_sequences)
 
-    @abstractmethod
     def expected_scheduler(self) -> SchedulerMixin | None:
-        """A scheduler with the settings of the finished pipeline's; None where training ends without a pipeline."""
+        """A scheduler with the settings of the finished pipeline's; None where there will be none."""
+        return None
 
     @abstractmethod
-    def pipeline(self, snapshot: Any) -> LDLMPipeline | None:
+    def pipeline(self, snapshot: Any) -> DiffusionPipeline | None:
         """The pipeline of a trained module, on the run's device; None where another run has to complete it."""
 
     def save(self, snapshot: nn.Module, folder: Path) -> None:

@@ -229,7 +229,6 @@ class LoopRunSettings(Protocol):
 class TrainingSettings(LoopRunSettings, Protocol):
     """What the settings of every recipe have that [`launch.run`] runs."""
 
-    components: str
     data: DataSettings
 
 

@@ -613,8 +613,8 @@ class LDLMPipelineOutput(BaseOutput):
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Generated token ids; `None` with `output_type="latent"`.
         texts (`list[str]`, *optional*): decoded texts, with `output_type="text"` only.
-        latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`, *optional*):
-            Clean latents, with `output_type="latent"` only.
+        latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`):
+            Clean latents, as they were decoded.
     """
 
     sequences: torch.Tensor | None = None
@@ -763,6 +763,14 @@ class LDLMPipeline(RepositoryPipeline):
                 f"The transformer's in_channels={channels} differs from the {decoded_size} that the decoder reads "
                 "(latent decoder latent_size, or token decoder token_hidden_size without a latent decoder)."
             )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens L of a generated text."""
+        if self.latent_decoder is None:
+            # a token decoder that reads latents has a token for each
+            return self.transformer.config.sample_size
+        return self.latent_decoder.config.sequence_length
 
     @property
     def decoded_shape(self) -> tuple[int | None, int]:
@@ -1072,7 +1080,7 @@ class LDLMPipeline(RepositoryPipeline):
         else:
             sequences = self.decode_to_sequences(clean_latents)
             texts = self._to_texts(sequences) if output_type == "text" else None
-            output = LDLMPipelineOutput(sequences=sequences, texts=texts)
+            output = LDLMPipelineOutput(sequences=sequences, texts=texts, latents=clean_latents.float())
         self.maybe_free_model_hooks()
 
         if not return_dict:

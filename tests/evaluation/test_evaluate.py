@@ -14,13 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import evaluate
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from matplotlib.collections import PathCollection
 from PIL import Image
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from figures import evaluation as figures
 from ldlm_hf import GenerativePerplexity, LDLMPipeline, Mauve, NGramDiversity, TangentDDIMScheduler, TokenEntropy
@@ -67,6 +71,23 @@ def command(pipeline_folder: Path, judge_folder: Path, tmp_path: Path) -> list[s
         f"data.cache_dir={tmp_path / 'cache'}",
         "data.holdout_documents=8",
     ]
+
+
+class RandomTokensPipeline(DiffusionPipeline):
+    """What evaluation asks of a pipeline, and nothing more: neither latents nor a scheduler."""
+
+    sequence_length = 8
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer)
+
+    def __call__(
+        self, batch_size: int, num_inference_steps: int, output_type: str, generator: Any = None
+    ) -> BaseOutput:
+        self.num_function_evaluations = num_inference_steps
+        generators = generator or [None] * batch_size
+        return BaseOutput(sequences=torch.stack([torch.randint(2, 40, (8,), generator=one) for one in generators]))
 
 
 @pytest.fixture
@@ -780,3 +801,34 @@ def test_a_digest_sees_weights_and_configuration(make_components: Callable) -> N
     with torch.no_grad():
         list(other.parameters())[-1].view(-1)[-1] += 1e-6
     assert module_digest(one) != module_digest(other)
+
+
+def test_a_pipeline_of_another_method_is_scored_beside_ours(
+    run: Callable[..., dict[str, Any]],
+    pipeline_folder: Path,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+) -> None:
+    monkeypatch.setattr(diffusers, "RandomTokensPipeline", RandomTokensPipeline, raising=False)
+    other = tmp_path / "other"
+    RandomTokensPipeline(tiny_tokenizer).save_pretrained(other)
+    found = run("beside", "--judge", "none", "--pipeline", str(pipeline_folder), str(other))["pipelines"]
+    assert [entry["name"] for entry in found] == ["run", "other"]
+    assert [one["nfe"] for one in found[1]["sets"]] == [1, 3]
+    assert all(one["mean"]["num_nonfinite_texts"] == 0 for one in found[1]["sets"])
+    with pytest.raises(ValueError, match="RandomTokensPipeline has no scheduler"):
+        run("solver", "--judge", "none", "--pipeline", str(other), "--samplers", "TangentDDIMScheduler")
+    with pytest.raises(ValueError, match="'other' lacks encoders"):
+        run("lines", "--judge", "none", "--pipeline", str(other), "--interpolation")
+
+
+def test_a_pipeline_that_generates_no_texts_is_refused(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    scheduler = diffusers.DDPMScheduler()
+    unet = diffusers.UNet2DModel(
+        8, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "images")
+    with pytest.raises(OSError, match="DDPMPipeline, which generates no texts"):
+        run("images", "--judge", "none", "--pipeline", str(tmp_path / "images"))

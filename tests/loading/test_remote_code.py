@@ -405,6 +405,30 @@ def test_one_name_with_two_meanings_is_refused(add_module: Callable[..., Any]):
         generate(add_module("second_meaning", source).Thing)
 
 
+def test_a_pipeline_may_lie_beside_its_model_and_be_a_command(add_module: Callable[..., Any]):
+    source = """
+        from diffusers import DiffusionPipeline, ModelMixin
+
+        class Model(ModelMixin):
+            pass
+
+        class Thing(DiffusionPipeline):
+            def __init__(self, model: Model):
+                self.register_modules(model=model)
+
+        def main():
+            from_elsewhere()
+
+        if __name__ == "__main__":
+            from .models import layers
+
+            main()
+        """
+    text = generate(add_module("one_file", source).Thing)
+    assert "Model = object" in text
+    assert "class Model" not in text and "main()" not in text
+
+
 def test_comments_and_decorators_come_along(add_module: Callable[..., Any]):
     numbers = '''
         """Halves of

@@ -57,7 +57,7 @@ def test_text_output(pipe: LDLMPipeline):
     assert output.sequences.shape == (3, 8)
     assert output.sequences.dtype == torch.long
     assert output.texts == pipe.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-    assert output.latents is None
+    assert output.latents.shape == (3, 6, 16)
 
 
 @pytest.mark.parametrize("output_type", ["seq", "pt"])

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
-from ldlm_hf.evaluation.samples import sample, sample_latents
+from ldlm_hf.evaluation.samples import sample, sample_rows
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training.devices import check_sharding
 from ldlm_hf.training.loop import TrainingLoop, learning_rate_at, split_batch
@@ -344,7 +344,7 @@ def test_samples_of_a_run_are_those_of_an_evaluation_in_any_batches(make_pipelin
     assert torch.equal(whole, split[0]) and texts == split[1]
     assert len({tuple(row) for row in whole.tolist()}) == 5
     # as evaluate.py makes sample 4 of seed 2
-    assert torch.equal(pipe.decode_to_sequences(sample_latents(pipe, 3, 2, [4])), whole[4:])
+    assert torch.equal(sample_rows(pipe, 3, 2, [4]).sequences, whole[4:])
 
 
 def test_held_out_numbers_are_the_same_in_any_batches(
