@@ -99,7 +99,7 @@ CASES = [
         installed=False,
     ),
     Case(f'{load_trusting("org/tiny").code}\npipe.push_to_hub("org/again", max_shard_size="10KB")', installed=False),
-    load("org/again"),
+    load("org/again", 'device_map="balanced"'),
 ]
 
 
