@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo lint test test-slow soak test-hub test-app cuda-wheels cards clean
+.PHONY: install demo lint test test-slow soak test-hub cuda-wheels cards clean
 
 install: $(VENV)/.installed
 
@@ -46,10 +46,6 @@ soak: install
 
 test-hub: install
 	OMP_NUM_THREADS=1 $(BIN)/python checks/hub_round_trip.py
-
-# needs chromium and chromedriver, and the demo's pipeline
-test-app: install
-	$(BIN)/python checks/app_screenshot.py --pipeline runs/demo/pipeline
 
 # what checks/cuda.py needs and an image with torch, transformers and accelerate lacks, for that machine's Python
 CUDA_PYTHON ?= 3.12

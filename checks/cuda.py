@@ -21,10 +21,8 @@ import argparse
 import copy
 import gc
 import gzip
-import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,8 +40,9 @@ if __name__ == "cuda":
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    # instead of this script's folder, where torch would find this file when it imports NVIDIA's package `cuda`
+    # this script's folder comes last: torch would find this file there when it imports NVIDIA's package `cuda`
     sys.path[:1] = [str(REPOSITORY / "training"), str(REPOSITORY)]
+    sys.path.append(str(REPOSITORY / "checks"))
 
 import torch  # noqa: E402
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler  # noqa: E402
@@ -70,13 +69,13 @@ from ldlm_hf import (  # noqa: E402
     diffusers_config,
 )
 from ldlm_hf.evaluation.markdown import markdown_table  # noqa: E402
-from ldlm_hf.training.checkpoints import find_checkpoints, step_of  # noqa: E402
 from ldlm_hf.training.devices import build_accelerator  # noqa: E402
 from ldlm_hf.training.flops import device_peak  # noqa: E402
 from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
 from ldlm_hf.training.recipes.distillation import DistillationRecipe, DistillationSettings  # noqa: E402
 from ldlm_hf.training.recipes.joint import JointRecipe  # noqa: E402
 from ldlm_hf.training.settings import LoopSettings, ModelSettings, RunSettings  # noqa: E402
+from soak import Kill, finish, start, train_and_kill  # noqa: E402
 from speed.measuring import Measurement, measure_case, measure_peers, peer_rows  # noqa: E402
 from speed.report import describe_machine  # noqa: E402
 from speed.workloads import (  # noqa: E402
@@ -491,13 +490,12 @@ def check_training(scale: Scale) -> Part:
 
 def prepare_run(folder: Path) -> list[str]:
     """A small GPT-2 and its tokenizer, made from the corpus, and the settings of a run with it."""
-    with gzip.open(REPOSITORY / "training" / "data" / "state_of_the_union.txt.gz", "rt", encoding="utf-8") as file:
-        lines = file.read(400_000).splitlines()
-    corpus, backbone = folder / "corpus.txt", folder / "backbone"
-    corpus.write_text("\n".join(lines), encoding="utf-8")
+    corpus, backbone = REPOSITORY / "training" / "data" / "state_of_the_union.txt.gz", folder / "backbone"
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.train([str(corpus)], trainers.WordLevelTrainer(vocab_size=2000, special_tokens=["<unk>", "<eos>"]))
+    trainer = trainers.WordLevelTrainer(vocab_size=2000, special_tokens=["<unk>", "<eos>"])
+    with gzip.open(corpus, "rt", encoding="utf-8") as lines:
+        words.train_from_iterator(lines, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
     torch.manual_seed(0)
     config = GPT2Config(
@@ -530,30 +528,6 @@ def prepare_run(folder: Path) -> list[str]:
     ]
 
 
-def logged_losses(run: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm by step; half a line at the end is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in records if "loss" in record}
-
-
-def start(scale: Scale, script: str, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """A script of `training/` at work; what it prints is appended to `log`."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    if not scale.on_cuda:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    command = [sys.executable, f"training/{script}.py", *arguments]
-    with log.open("ab") as output:
-        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits for the end of a script; RuntimeError if that was an error, with its text."""
-    if process.wait(timeout=240):
-        raise RuntimeError(f"{log.stem} ended with an error: {log.read_text(encoding='utf-8')[-3000:]}")
-
-
 def later_commands(run: Path, common: Sequence[str]) -> dict[str, list[str]]:
     """What the other scripts are called with after a run of `train_joint.py` with the settings `common`."""
     data = [setting for setting in common if setting.startswith("data.")]
@@ -573,39 +547,29 @@ def later_commands(run: Path, common: Sequence[str]) -> dict[str, list[str]]:
 def check_commands(scale: Scale) -> Part:
     part = Part(
         "`train_joint.py` (bfloat16; samples that a judge scores) killed by SIGKILL in the middle and resumed from "
-        "its last checkpoint, against a run without a stop: largest relative difference of loss and gradient norm "
+        "its last checkpoint, against a run without a stop: largest relative difference of losses and gradient norm "
         "over all steps; 0 is bit for bit. Then `evaluate.py`, `likelihood.py`, `distill.py` and "
         "`train_token_decoder.py` with its pipeline, side by side, each of which has to end without an error.",
-        ["steps", "killed after step", "steps done again", "largest difference"],
+        ["steps", "steps done again", "largest difference"],
     )
-    steps = scale.training_steps
+    steps, on_cpu = scale.training_steps, not scale.on_cuda
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        whole, killed, log = folder / "whole", folder / "killed", folder / "train_joint.txt"
-        common = [*prepare_run(folder), f"loop.max_steps={steps}", f"loop.checkpointing_steps={steps // 4}"]
-        finish(start(scale, "train_joint", [*common, f"loop.output_dir={whole}"], log), log)
-        process = start(scale, "train_joint", [*common, f"loop.output_dir={killed}"], log)
-        while process.poll() is None and max(logged_losses(killed), default=0) <= steps // 2:
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-        last, saved = max(logged_losses(killed)), step_of(find_checkpoints(killed)[-1])
-        resumed = [*common, f"loop.output_dir={killed}", "--resume_from_checkpoint", "latest"]
-        finish(start(scale, "train_joint", resumed, log), log)
-        expected, found = logged_losses(whole), logged_losses(killed)
+        common = [*prepare_run(folder), f"loop.checkpointing_steps={steps // 4}"]
+        kills = [Kill(steps // 2 + 1, ranks=(0,))]
+        seen = train_and_kill(common, folder, steps, kills, world_size=1, on_cpu=on_cpu)
         started = []
-        for script, arguments in later_commands(whole, common).items():
+        for script, arguments in later_commands(folder / "whole", common).items():
             log = folder / f"{script}.txt"
-            started.append((start(scale, script, arguments, log), log))
-        for process, log in started:
+            started.append((start(script, arguments, log, on_cpu=on_cpu), log))
+        for processes, log in started:
             try:
-                finish(process, log)
+                finish(processes, log, timeout=240)
             except RuntimeError as problem:
-                part.problems.append(str(problem))
-    part.require(list(found) == list(range(1, steps + 1)), f"the resumed run logged the steps {list(found)}")
-    differences = [abs(a - b) / abs(a) for step in expected for a, b in zip(expected[step], found[step], strict=True)]
-    part.rows.append([str(steps), str(last), str(last - saved), f"{max(differences):.1e}"])
-    part.require(max(differences) <= 1e-3, f"a resumed step differs by {max(differences):.1e}")
+                part.problems.append(f"{log.stem} {problem}")
+    difference = seen.largest_difference
+    part.rows.append([str(steps), str(seen.steps_done_again), f"{difference:.1e}"])
+    part.require(difference <= 1e-3, f"a resumed step differs by {difference:.1e}")
     return part
 
 
@@ -668,12 +632,10 @@ def check_peers(scale: Scale) -> Part:
     )
     for length, batch in scale.timed:
         for row in peer_rows(measured(scale, measure_peers, "peers", length, batch), NFE):
-            a_sample = row["seconds_per_sample"]
-            if row["num_steps"] is not None:  # one a token, whatever the table's columns are
-                times = [f"{a_sample[str(length)]:.4g} ({length} tokens)", *[""] * (len(NFE) - 1)]
-            else:
-                times = [f"{a_sample[str(count)]:.4g}" for count in NFE]
             costs = [f"{row['step_seconds']:.5f}", f"{row['step_ratio']:.2f}", f"{row['once_seconds']:.5f}"]
+            seconds = row["seconds_per_sample"]
+            # an autoregressive model has one number of evaluations, L
+            times = [f"{seconds[str(count)]:.4g}" if str(count) in seconds else "" for count in NFE]
             part.rows.append([row["sampler"], str(length), str(row["batch_size"]), *costs, *times])
     return part
 

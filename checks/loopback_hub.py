@@ -6,7 +6,7 @@ loading use. The real client talks to it:
         print(hub.downloaded("org/name"))
 
 Every file is uploaded inside its commit: there are no large files (git-lfs, Xet), no ranges and no pull requests.
-What is asked for beyond that is refused with a message.
+Whatever else is asked for is refused with a message.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from huggingface_hub import RepoCard
@@ -40,37 +39,32 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class Commit:
-    """Contents of all files by path, and what is said of the commit."""
+    """Contents of all files by path."""
 
     id: str
     title: str
-    description: str
-    date: str
-    parent: Commit | None
     files: dict[str, bytes]
 
 
 @dataclass
 class Repository:
-    """Commits by branch and tag; a private repository shows itself to its owner only."""
+    """Commits by branch and tag, and all of them by id; only its owner sees a private repository."""
 
     private: bool
-    branches: dict[str, Commit] = field(default_factory=dict)
-    tags: dict[str, Commit] = field(default_factory=dict)
+    references: dict[str, Commit] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> Commit:
         """The commit that a branch, a tag or a full commit id names."""
-        commit = self.branches.get(revision) or self.tags.get(revision) or self.commits.get(revision)
+        commit = self.references.get(revision) or self.commits.get(revision)
         if commit is None:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    def commit(self, branch: str, title: str, description: str, files: dict[str, bytes]) -> Commit:
+    def commit(self, branch: str, title: str, files: dict[str, bytes]) -> Commit:
         """Adds a commit with these files, and no others, to a branch."""
-        date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-        made = Commit(secrets.token_hex(20), title, description, date, self.branches.get(branch), files)
-        self.branches[branch] = self.commits[made.id] = made
+        made = Commit(secrets.token_hex(20), title, files)
+        self.references[branch] = self.commits[made.id] = made
         return made
 
 
@@ -80,16 +74,13 @@ class LoopbackHub:
 
     Attributes:
         users: names by access token. A user owns the repositories under their name, public and private.
-        repositories: by kind and name, such as `models/org/name`; several hubs can serve the same.
-        requests: method, address and status of every request, in the order in which they were answered.
+        repositories: by kind and name, such as `models/org/name`.
         downloads: repository id and file name of every file whose contents were sent.
     """
 
     users: Mapping[str, str] = field(default_factory=dict)
     repositories: dict[str, Repository] = field(default_factory=dict)
-    requests: list[tuple[str, str, int]] = field(default_factory=list)
     downloads: list[tuple[str, str]] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> LoopbackHub:
         handler = type("Handler", (HubRequestHandler,), {"hub": self})
@@ -120,7 +111,7 @@ class LoopbackHub:
 
 
 ROUTES: list[tuple[str, re.Pattern[str], str]] = []
-REPOSITORY = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
+REPOSITORY = r"/api/(?P<kind>models|spaces)/(?P<name>[^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str) -> Callable[[Callable], Callable]:
@@ -140,7 +131,6 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def dispatch(self) -> None:
-        self.address = urlsplit(self.path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             self.answer()
@@ -154,18 +144,16 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = dispatch  # noqa: N815 (names that http.server asks for)
 
     def answer(self) -> None:
-        if "Transfer-Encoding" in self.headers:
-            raise HubError(501, "This server reads no body of unknown length")
         method = "GET" if self.command == "HEAD" else self.command
         for expected, pattern, name in ROUTES:
-            match = pattern.fullmatch(self.address.path)
+            match = pattern.fullmatch(urlsplit(self.path).path)
             if expected == method and match:
                 groups = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                 return getattr(self, name)(**groups)
-        raise HubError(404, f"This server has no {method} {self.address.path}")
+        raise HubError(404, f"This server has no {method} {self.path}")
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        self.hub.requests.append((self.command, self.path, int(code)))
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
 
     def send_json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send_content(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
@@ -179,28 +167,18 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def flag(self, name: str) -> bool:
-        return parse_qs(self.address.query).get(name, ["false"])[0].lower() in ("1", "true")
-
     # --- who asks, and for what ---
 
     def user(self) -> str | None:
-        """The name of the user whose token came with the request; None without a token."""
-        authorization = self.headers.get("Authorization")
-        if authorization is None:
-            return None
-        user = self.hub.users.get(authorization.removeprefix("Bearer "))
-        if user is None:
-            raise HubError(401, "Invalid credentials in Authorization header")
-        return user
+        """The name of the user whose token came with the request."""
+        return self.hub.users.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def repository(self, kind: str, name: str, write: bool = False) -> Repository:
         """A repository that the user may see or, with `write`, change."""
-        user = self.user()
-        owned = user == name.split("/")[0]
         repository = self.hub.repositories.get(f"{kind}/{name}")
+        owned = self.user() == name.split("/")[0]
         if repository is None or (repository.private and not owned):
-            raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
+            raise HubError(404, "Repository not found", "RepoNotFound")
         if write and not owned:
             raise HubError(403, f"You have no write access to {name}")
         return repository
@@ -218,23 +196,20 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/repos/create")
     def create_repository(self) -> None:
-        user, body = self.user(), json.loads(self.body)
-        if user is None:
-            raise HubError(401, "Invalid username or password.")
-        owner = body.get("organization") or user
-        if owner != user:
+        body = json.loads(self.body)
+        owner = body.get("organization") or self.user()
+        if owner is None or owner != self.user():
             raise HubError(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         kind, name = f"{body.get('type') or 'model'}s", f"{owner}/{body['name']}"
         address = f"{self.hub.endpoint}/{'' if kind == 'models' else kind + '/'}{name}"
-        with self.hub.lock:
-            if f"{kind}/{name}" in self.hub.repositories:
-                self.send_json({"error": "You already created this model repo", "url": address}, status=409)
-                return
-            # in the words of older and of newer clients
-            private = body.get("visibility") == "private" or bool(body.get("private"))
-            repository = self.hub.repositories[f"{kind}/{name}"] = Repository(private)
-            repository.commit("main", "initial commit", "", {".gitattributes": b""})
-        self.send_json({"url": address, "name": name, "private": private})
+        if f"{kind}/{name}" in self.hub.repositories:
+            self.send_json({"error": "You already created this model repo", "url": address}, status=409)
+            return
+        # in the words of older and of newer clients
+        private = body.get("visibility") == "private" or bool(body.get("private"))
+        repository = self.hub.repositories[f"{kind}/{name}"] = Repository(private)
+        repository.commit("main", "initial commit", {".gitattributes": b""})
+        self.send_json({"url": address, "name": name})
 
     @route("GET", REPOSITORY + "(?:/revision/(?P<revision>[^/]+))?")
     def information(self, kind: str, name: str, revision: str = "main") -> None:
@@ -244,35 +219,18 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         said = {"id": name, "sha": commit.id, "private": repository.private, "tags": [], "siblings": files}
         self.send_json(said)
 
-    @route("GET", REPOSITORY + "/refs")
-    def list_references(self, kind: str, name: str) -> None:
-        repository = self.repository(kind, name)
-        branches = [
-            {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit.id}
-            for branch, commit in repository.branches.items()
-        ]
-        self.send_json({"branches": branches, "tags": [], "converts": [], "pullRequests": []})
+    @route("POST", REPOSITORY + "/branch/(?P<branch>[^/]+)")
+    def create_branch(self, kind: str, name: str, branch: str) -> None:
+        references = self.repository(kind, name, write=True).references
+        if branch in references:
+            raise HubError(409, f"{branch} exists already")
+        references[branch] = references["main"]
+        self.send_json({})
 
-    @route("GET", REPOSITORY + "/commits/(?P<revision>[^/]+)")
-    def list_commits(self, kind: str, name: str, revision: str) -> None:
-        commit: Commit | None = self.repository(kind, name).resolve(revision)
-        listed = []
-        while commit is not None:
-            said = {"id": commit.id, "title": commit.title, "message": commit.description, "date": commit.date}
-            listed.append(said | {"authors": []})
-            commit = commit.parent
-        self.send_json(listed)
-
-    @route("POST", REPOSITORY + "/(?P<place>branch|tag)/(?P<revision>[^/]+)")
-    def create_reference(self, kind: str, name: str, place: str, revision: str) -> None:
-        repository, body = self.repository(kind, name, write=True), json.loads(self.body)
-        if place == "branch":
-            references, made, start = repository.branches, revision, body.get("startingPoint", "main")
-        else:
-            references, made, start = repository.tags, body["tag"], revision
-        if made in references:
-            raise HubError(409, f"{made} exists already")
-        references[made] = repository.resolve(start)
+    @route("POST", REPOSITORY + "/tag/(?P<revision>[^/]+)")
+    def create_tag(self, kind: str, name: str, revision: str) -> None:
+        repository = self.repository(kind, name, write=True)
+        repository.references[json.loads(self.body)["tag"]] = repository.resolve(revision)
         self.send_json({})
 
     # --- files ---
@@ -284,16 +242,14 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         inside = {one: content for one, content in files.items() if one.startswith(prefix)}
         if path and not inside:
             raise HubError(404, f"{path} does not exist on {revision!r}", "EntryNotFound")
-        entries = {one: {"type": "file", "oid": blob_id(found), "size": len(found)} for one, found in inside.items()}
-        if not self.flag("recursive"):
-            for one in inside:
-                folder, below, _ = one.removeprefix(prefix).partition("/")
-                if below:
-                    del entries[one]
-                    entries[prefix + folder] = {"type": "directory", "oid": "0" * 40, "size": 0}
-        self.send_json([{"path": one} | entry for one, entry in entries.items()])
+        self.send_json(
+            [
+                {"type": "file", "path": one, "oid": blob_id(content), "size": len(content)}
+                for one, content in inside.items()
+            ]
+        )
 
-    @route("GET", r"/(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    @route("GET", r"/(?:(?P<kind>spaces)/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve_file(self, name: str, revision: str, path: str, kind: str = "models") -> None:
         commit = self.repository(kind, name).resolve(revision)
         content = commit.files.get(path)
@@ -306,38 +262,29 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
     @route("POST", REPOSITORY + "/preupload/(?P<revision>[^/]+)")
     def prepare_upload(self, kind: str, name: str, revision: str) -> None:
-        files = self.repository(kind, name, write=True).resolve(revision).files
-        answers = []
-        for file in json.loads(self.body)["files"]:
-            path = file["path"]
-            oid = blob_id(files[path]) if path in files else None
-            answers.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
+        self.repository(kind, name, write=True).resolve(revision)
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        answers = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
         self.send_json({"files": answers})
 
     @route("POST", REPOSITORY + "/commit/(?P<revision>[^/]+)")
     def commit(self, kind: str, name: str, revision: str) -> None:
-        repository = self.repository(kind, name, write=True)
-        if self.flag("create_pr"):
+        if "create_pr=1" in self.path:
             raise HubError(403, "This server has no pull requests; commit to a branch instead")
-        operations = [json.loads(line) for line in self.body.splitlines()]
-        with self.hub.lock:
-            if revision not in repository.branches:
-                raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-            parent = repository.branches[revision]
-            files, header = dict(parent.files), operations[0]["value"]
-            for operation in operations[1:]:
-                key, value = operation["key"], operation["value"]
-                if key == "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
-                elif key == "deletedFile" and value["path"] in files:
-                    del files[value["path"]]
-                else:
-                    raise HubError(400, f"This server cannot do {key!r} to {value.get('path')!r}")
-            if not parent.id.startswith(header.get("parentCommit", "")):
-                raise HubError(412, f"{revision!r} has moved on from {header['parentCommit']} to {parent.id}")
-            made = repository.commit(revision, header["summary"], header.get("description", ""), files)
+        repository = self.repository(kind, name, write=True)
+        header, *operations = [json.loads(line) for line in self.body.splitlines()]
+        files = dict(repository.resolve(revision).files)
+        for operation in operations:
+            key, value = operation["key"], operation["value"]
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "deletedFile":
+                del files[value["path"]]
+            else:
+                raise HubError(400, f"This server cannot do {key!r} to {value.get('path')!r}")
+        made = repository.commit(revision, header["value"]["summary"], files)
         address = f"{self.hub.endpoint}/{'' if kind == 'models' else kind + '/'}{name}/commit/{made.id}"
-        self.send_json({"success": True, "commitOid": made.id, "commitUrl": address, "hookOutput": ""})
+        self.send_json({"commitOid": made.id, "commitUrl": address})
 
 
 def blob_id(content: bytes) -> str:

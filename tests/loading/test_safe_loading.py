@@ -142,8 +142,7 @@ from ldlm_hf import LDLMLatentDecoder, LDLMTransformer1DModel
 honest, hostile = sys.argv[1:]
 api = HfApi()
 api.create_repo("org/honest")
-api.upload_folder(repo_id="org/honest", folder_path=honest)
-first = api.list_repo_commits("org/honest")[0].commit_id
+first = api.upload_folder(repo_id="org/honest", folder_path=honest).oid
 api.upload_folder(repo_id="org/honest", folder_path=hostile, delete_patterns="*")
 
 def load(model_class, subfolder, **arguments):

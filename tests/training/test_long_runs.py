@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldlm_hf import LDLMTokenEncoder
-from soak import SoakResult, asked_to_stop, disk_full, records, soak
+from ldlm_hf.training.checkpoints import damage, find_checkpoints, step_of
+from soak import random_kills, records, start, train_and_kill, wait, wait_for
 
 
 Run = Callable[..., None]
@@ -108,19 +111,53 @@ def test_a_stream_does_not_go_on_with_another_number_of_processes(
 def test_a_kill_loses_no_step(tiny_overrides: list[str], tmp_path: Path) -> None:
     """The short form of `make soak`."""
     settings = [*tiny_overrides, "loop.checkpointing_steps=4", "evaluation.num_samples=0"]
-    result = soak(settings, tmp_path / "soak", kills=2, steps=16, seed=0)
-    assert result.problems == []
-    assert (result.kills, result.steps_lost, result.steps_that_differ) == (2, 0, 0)
-    assert result.checkpoints_read > 0
-    assert result.sampler_states_compared > 0
-    assert result != SoakResult()
+    seen = train_and_kill(settings, tmp_path / "soak", 16, random_kills(2, 16, seed=0), world_size=2)
+    assert (seen.kills, seen.largest_difference) == (2, 0)
+    assert seen.checkpoints_read > 0
 
 
 @pytest.mark.slow
-def test_signals_and_full_disks(tiny_overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_stops_both(tiny_overrides: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    run, settings = tmp_path / "run", [*tiny_overrides, "loop.max_steps=1000000"]
+    processes = start("train_joint", settings, tmp_path / "log.txt", world_size=2)
+    assert wait_for(lambda: len(records(run)) >= 3, processes)
+    processes[1].send_signal(number)
+    assert wait(processes, timeout=120) == [0, 0]
+    (checkpoint,) = find_checkpoints(run)
+    assert damage(checkpoint) is None
+    assert step_of(checkpoint) == max(records(run))
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before_it(tiny_overrides: list[str], tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     settings = [*tiny_overrides, "loop.max_steps=1000000", "loop.checkpointing_steps=4"]
-    assert "exit status 0" in asked_to_stop(settings, tmp_path, signal.SIGUSR1)
-    assert "are untouched" in disk_full(settings, tmp_path)
+    processes = start(
+        "train_joint", [*settings, "loop.checkpoints_total_limit=null"], tmp_path / "log.txt", world_size=2
+    )
+
+    def limit_files(size: int) -> None:
+        # as for a full disk, writing fails in the middle of a file
+        for process in processes:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def failures() -> list[str]:
+        return [line for line in log.read_text().splitlines() if "checkpoint_failed" in line and line.endswith("}")]
+
+    assert wait_for(lambda: find_checkpoints(run), processes)
+    first = find_checkpoints(run)[0]
+    limit_files(1 << 16)
+    assert wait_for(failures, processes), "no checkpoint failed"
+    assert damage(first) is None
+    limit_files(resource.RLIM_INFINITY)
+    failed = json.loads(failures()[0])
+    assert "are untouched" in failed["checkpoint_failed"]
+    assert wait_for(lambda: step_of(find_checkpoints(run)[-1]) > failed["step"], processes), "the run did not go on"
+    assert damage(find_checkpoints(run)[-1]) is None
+    for process in processes:
+        process.terminate()
+    assert wait(processes, timeout=120) == [0, 0]
 
 
 def test_one_process_stops_at_once_and_goes_on_from_there(
