@@ -24,6 +24,7 @@ from ablations.execution import CommandRunner, check_evaluation, evaluation_comm
 from ablations.runs import Plan, with_needs
 from ablations.tables import write_table
 from ldlm_hf.evaluation.folder_lock import lock_folder
+from ldlm_hf.loading.settings_reader import positive
 
 
 CONFIG = Path(__file__).resolve().parent / "configs/ablations.yaml"
@@ -35,15 +36,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--table", action="append", default=[], metavar="N", help="a table of the paper; may be given several times")
     add("--base", default="openwebtext_128", help="what is ablated: openwebtext_128 (default) or demo")
     add("--rows", nargs="+", metavar="ROW", help="train and evaluate these rows only")
-    add("--seeds", type=int, default=1, metavar="N", help="training seeds of each row: 0 to N - 1")
+    add("--seeds", type=positive, default=1, metavar="N", help="training seeds of each row: 0 to N - 1")
     add("--scale", type=float, default=1.0, help="factor on all steps, warmups included")
     add("--output_dir", type=Path, default=Path("runs/ablations"), help="folder of all ablations")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at the same time on this machine, with one thread each")
+    add("--jobs", type=positive, default=1, metavar="N", help="runs at once on this machine, with one thread each")
     add("--train_only", action="store_true", help="neither evaluate nor tabulate")
     add("--print_commands", action="store_true", help="print the commands and do nothing")
-    add("--num_samples", type=int, help="texts of one sampling seed; like the next ones, the base says by default")
-    add("--sampling_seeds", type=int, help="sampling seeds of each run")
-    add("--steps", type=int, help="sampling steps")
+    add("--num_samples", type=positive, help="texts of one sampling seed; by default, as of the next ones, the base's")
+    add("--sampling_seeds", type=positive, help="sampling seeds of each run")
+    add("--steps", type=positive, help="sampling steps")
     add("--judge", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none")
     add("--config", type=Path, default=CONFIG, help="file of the ablations")
     add("overrides", nargs="*", metavar="section.key=value", help="settings of all rows")
@@ -52,8 +53,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         # what follows the names of rows is taken for further ones
         options.overrides += [text for text in options.rows if "=" in text]
         options.rows = [text for text in options.rows if "=" not in text]
-    if min(options.seeds, options.jobs) < 1:
-        parser.error("--seeds and --jobs must be at least 1")
     return options
 
 

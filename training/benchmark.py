@@ -43,6 +43,7 @@ from typing import Any
 
 import torch
 
+from ldlm_hf.loading.settings_reader import positive
 from speed.measuring import (
     Measurement,
     SamplerTiming,
@@ -54,13 +55,6 @@ from speed.measuring import (
 )
 from speed.report import describe_machine, report_text
 from speed.workloads import DTYPES, GEOMETRIES, WORKLOADS, Case
-
-
-def positive(text: str) -> int:
-    """A whole number of the command line; argparse reports the ValueError of any other text."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -130,7 +124,7 @@ def main() -> None:
         "peers": peer_rows(timings, arguments.nfe),
         "whole_sampling": whole_sampling(measurements, arguments.num_inference_steps),
     }
-    print(report_text(report, measurements))
+    print(report_text(report))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -33,16 +33,10 @@ def load_hidden_package() -> None:
     spec.loader.exec_module(package)
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def parse_arguments() -> argparse.Namespace:
     """The options that are given; `EvaluationOptions` has the defaults of the others."""
+    from ldlm_hf.loading.settings_reader import positive
+
     parser = argparse.ArgumentParser(
         description="Samples pipelines and scores the samples beside real text.", argument_default=argparse.SUPPRESS
     )

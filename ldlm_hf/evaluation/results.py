@@ -28,10 +28,13 @@ NUM_SHOWN = 4
 
 def collect_results(
     plan: Plan, scorer: Scorer, options: EvaluationOptions, data: DataSettings, hardware: str
-) -> dict[str, Any]:
-    """What `results.json` holds, from scores that are all there."""
+) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
+    """What `results.json` holds, from scores that are all there, and the texts of `samples.md` by titles."""
     real = scorer.score_real_text()
-    return {
+    controls = {name: scorer.score_control(name) for name in options.control_names}
+    shown = {"Real text": real.samples[:NUM_SHOWN]}
+    shown |= {f"Control: {name.replace('_', ' ')}": one.samples[:NUM_SHOWN] for name, one in controls.items()}
+    results = {
         "settings": described_settings(options, data),
         "versions": scorer.parts.versions,
         "hardware": hardware,
@@ -43,13 +46,16 @@ def collect_results(
             "num_held_out": scorer.real.num_held_out,
         },
         "real_text": without_none_counts(real.scores),
-        "controls": {name: without_none_counts(scorer.score_control(name).scores) for name in options.control_names},
-        "pipelines": [pipeline_results(subject, plan, scorer) for subject in plan.subjects],
+        "controls": {name: without_none_counts(one.scores) for name, one in controls.items()},
+        "pipelines": [pipeline_results(subject, plan, scorer, shown) for subject in plan.subjects],
     }
+    return results, shown
 
 
-def pipeline_results(subject: Subject, plan: Plan, scorer: Scorer) -> dict[str, Any]:
-    """What was measured of one pipeline."""
+def pipeline_results(
+    subject: Subject, plan: Plan, scorer: Scorer, shown: dict[str, list[Sample]]
+) -> dict[str, Any]:
+    """What was measured of one pipeline; `shown` gets its first texts."""
     entry: dict[str, Any] = {
         "name": subject.name,
         "pipeline": shown_source(subject.source),
@@ -63,7 +69,9 @@ def pipeline_results(subject: Subject, plan: Plan, scorer: Scorer) -> dict[str, 
         seeds = []
         for samples in of_seeds:
             scored, made = scorer.score_samples(samples)
-            seeds.append({"seed": samples.seed} | without_none_counts(scored.scores) | made)
+            seeds.append({"seed": samples.seed} | scored.scores.to_json() | made)
+            if samples.seed == 0:
+                shown[f"{subject.name}, {steps} steps, seed 0"] = scored.samples[:NUM_SHOWN]
         entry["sets"].append({"steps": steps, "nfe": seeds[0]["nfe"], "seeds": seeds} | over_seeds(seeds))
     for lines in plan.lines:
         if lines.subject is subject:
@@ -112,18 +120,6 @@ def shown_source(pipeline: str) -> str:
     """A Hub id or a folder as it was named; of a folder elsewhere on the machine only the last two parts."""
     path = Path(pipeline)
     return "/".join(path.parts[-2:]) if path.is_absolute() or pipeline.startswith(("~", "..")) else pipeline
-
-
-def shown_samples(plan: Plan, scorer: Scorer, options: EvaluationOptions) -> dict[str, list[Sample]]:
-    """The texts of `samples.md`, by the titles of their sets."""
-    shown = {"Real text": scorer.score_real_text()}
-    for name in options.control_names:
-        shown[f"Control: {name.replace('_', ' ')}"] = scorer.score_control(name)
-    for samples in plan.sets:
-        if samples.seed == 0:
-            title = f"{samples.subject.name}, {samples.steps} steps, seed 0"
-            shown[title] = scorer.score_samples(samples)[0]
-    return {title: scored.samples[:NUM_SHOWN] for title, scored in shown.items()}
 
 
 def write_results(

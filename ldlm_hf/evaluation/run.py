@@ -35,7 +35,7 @@ from .options import EvaluationOptions
 from .part_cache import FinishedParts, remove_half_written
 from .plan import Plan, common_device, load_subjects, make_missing, make_plan
 from .real_text import load_real_text
-from .results import collect_results, shown_samples, write_results
+from .results import collect_results, write_results
 from .scorer import Scorer, build_scorer
 
 
@@ -68,8 +68,8 @@ def evaluate_pipelines(options: EvaluationOptions, data: DataSettings, draw: Cal
         scorer = build_scorer(real, judge, tokenizer, options, parts, accelerator)
         score_missing(plan, scorer, options, accelerator)
         if accelerator.is_main_process:
-            results = collect_results(plan, scorer, options, data, hardware(accelerator.device))
-            write_results(options.output_dir, results, shown_samples(plan, scorer, options), draw)
+            results, shown = collect_results(plan, scorer, options, data, hardware(accelerator.device))
+            write_results(options.output_dir, results, shown, draw)
     accelerator.end_training()
 
 

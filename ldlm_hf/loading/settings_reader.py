@@ -8,6 +8,7 @@ what a value means follows from the type of its setting: YAML alone would read t
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
@@ -223,3 +224,10 @@ def differences(settings: Any, others: str) -> list[str]:
     mine = flatten(asdict(settings))
     theirs = flatten(with_defaults(type(settings), yaml.safe_load(others)))
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as a type of argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)

@@ -116,7 +116,6 @@ def test_sampling_step_flops(measured: Callable[..., dict[str, Any]], length: in
     item = measured("sampling step", length, dtype)
     per_latent, of_time = denoiser_matrices(length)
     attention = (TOKENS // length) * attention_flops(length, length, layers=2)
-    assert item["attention_flops"] == attention
     # one time for the whole batch
     assert item["flops"] == 2 * per_latent * TOKENS + 2 * of_time + attention
 
@@ -176,14 +175,6 @@ def test_every_field_is_reported(measured: Callable[..., dict[str, Any]], report
         assert item["tokens"] == TOKENS
         for name in ("seconds", "tokens_per_second", "floor_seconds", "ratio", "peak_memory_gib", "parameters"):
             assert item[name] > 0 and math.isfinite(item[name]), name
-        assert 0 < item["attention_flops"] < item["flops"]
-        assert 0 < item["attention_floor_seconds"] < item["floor_seconds"]
-        products = item["products"]
-        assert all(product["gflops_per_second"] > 0 for product in products)
-        assert {product["dtype"] for product in products} == {"bfloat16"}
-        assert item["flops"] == sum(
-            product["count"] * 2 * math.prod(product["left"]) * product["right"][-1] for product in products
-        )
     (whole,) = report["whole_sampling"]
     step, decode = report["measurements"]
     assert step["operators"] and decode["operators"]

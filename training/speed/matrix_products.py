@@ -21,7 +21,6 @@ class MatrixProduct:
     Attributes:
         left_shape, left_stride: (M, K) or (batch, M, K), and its strides in elements.
         right_shape, right_stride: (K, N) or (batch, K, N), and its strides.
-        attention: whether it is one of attention's.
     """
 
     left_shape: tuple[int, ...]
@@ -29,12 +28,11 @@ class MatrixProduct:
     right_shape: tuple[int, ...]
     right_stride: tuple[int, ...]
     dtype: torch.dtype
-    attention: bool = False
 
     @classmethod
-    def of(cls, left: torch.Tensor, right: torch.Tensor, attention: bool = False) -> MatrixProduct:
+    def of(cls, left: torch.Tensor, right: torch.Tensor) -> MatrixProduct:
         """The product left @ right; the tensors may be on the meta device."""
-        return cls(tuple(left.shape), left.stride(), tuple(right.shape), right.stride(), left.dtype, attention)
+        return cls(tuple(left.shape), left.stride(), tuple(right.shape), right.stride(), left.dtype)
 
     @property
     def flops(self) -> int:
@@ -68,8 +66,7 @@ class MatrixProductRecorder(TorchDispatchMode):
         share = 1.0
         if operator in PRODUCT_OPERATORS:
             left, right = (args[position] for position in PRODUCT_OPERATORS[operator])
-            # batched products are those of `attend_by_products` alone
-            products = [MatrixProduct.of(left, right, attention=operator is aten.bmm)]
+            products = [MatrixProduct.of(left, right)]
         elif operator.__name__.startswith("_scaled_dot_product"):
             names = [argument.name for argument in func._schema.arguments]
             arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -100,7 +97,7 @@ def attention_products(
     pairs = [(query, key.mT), (scores, value)]
     if backward:
         pairs = [(output, value.mT), (scores.mT, output), (scores, key), (scores.mT, query)]
-    return [MatrixProduct.of(left, right, attention=True) for left, right in pairs]
+    return [MatrixProduct.of(left, right) for left, right in pairs]
 
 
 def elapsed_seconds(function: Callable[[], object], device: torch.device) -> float:

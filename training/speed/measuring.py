@@ -30,13 +30,10 @@ class Measurement:
         tokens: tokens of one run, B x L.
         seconds: median time of one run.
         flops: of all matrix products of one run.
-        attention_flops: how many of those are attention's.
         floor_seconds: median time of those products alone.
-        attention_floor_seconds: how much of that is attention's.
         ratio: median over the turns of time over floor.
         peak_memory_gib: highest memory of the process, in GiB, before any product was timed alone.
         parameters: number of parameters in memory, trained and frozen.
-        products: the distinct products, with how often each is executed and the rate it reached alone.
         operators: with `--profile`, the operators that took most of one run.
     """
 
@@ -49,13 +46,10 @@ class Measurement:
     seconds: float
     tokens_per_second: float
     flops: float
-    attention_flops: float
     floor_seconds: float
-    attention_floor_seconds: float
     ratio: float
     peak_memory_gib: float
     parameters: int
-    products: list[dict[str, Any]]
     operators: list[dict[str, Any]]
 
 
@@ -109,8 +103,6 @@ def measure_workload(workload: Workload, case: Case) -> Measurement:
         sum(counts[product] * times[turn] for product, times in product_seconds.items())
         for turn in range(case.repeats)
     ]
-    medians = {product: statistics.median(times) for product, times in product_seconds.items()}
-    of_attention = [product for product in counts if product.attention]
     tokens = case.batch_size * case.length
     return Measurement(
         workload=workload.name,
@@ -122,23 +114,10 @@ def measure_workload(workload: Workload, case: Case) -> Measurement:
         seconds=statistics.median(seconds),
         tokens_per_second=tokens / statistics.median(seconds),
         flops=sum(count * product.flops for product, count in counts.items()),
-        attention_flops=sum(counts[product] * product.flops for product in of_attention),
         floor_seconds=statistics.median(floors),
-        attention_floor_seconds=sum(counts[product] * medians[product] for product in of_attention),
         ratio=statistics.median(measured / floor for measured, floor in zip(seconds, floors, strict=True)),
         peak_memory_gib=peak_memory,
         parameters=workload.num_parameters,
-        products=[
-            {
-                "left": list(product.left_shape),
-                "right": list(product.right_shape),
-                "dtype": str(product.dtype).removeprefix("torch."),
-                "attention": product.attention,
-                "count": count,
-                "gflops_per_second": product.flops / medians[product] / 1e9,
-            }
-            for product, count in counts.items()
-        ],
         operators=list_operators(workload.run, device) if case.profile else [],
     )
 

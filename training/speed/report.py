@@ -5,21 +5,41 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldlm_hf.evaluation.machine import device_name
+from ldlm_hf.evaluation.machine import cpu_info, device_name
 from ldlm_hf.evaluation.markdown import markdown_table
-from speed.measuring import Measurement
+
+
+# key of a row, which is the title of its column → format
+CASE = {"dtype": "", "length": "", "batch_size": ""}
+MEASURED = {
+    "workload": "",
+    **CASE,
+    "seconds": ".3f",
+    "tokens_per_second": ".0f",
+    "flops": ".3e",
+    "floor_seconds": ".3f",
+    "ratio": ".2f",
+    "peak_memory_gib": ".2f",
+}
+WHOLE_SAMPLING = {**CASE, "num_inference_steps": "", "seconds": ".1f", "tokens_per_second": ".1f", "ratio": ".2f"}
+PEERS = {
+    "sampler": "",
+    **CASE,
+    "parameters": ",",
+    "step_seconds": ".4g",
+    "step_ratio": ".2f",
+    "once_seconds": ".4g",
+}
+OPERATORS = {"workload": "", **CASE, "operator": "", "seconds": ".3f", "calls": ""}
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    flags = (cpu_info("flags") or "").split()
     return {
         "device": device_name(device) if device.type == "cuda" else "cpu",
         "cpu": device_name(torch.device("cpu")),
@@ -33,72 +53,30 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
-    """A table of rows, each column → value, of the same columns."""
-    return "\n".join(markdown_table(list(rows[0]), [list(map(str, row.values())) for row in rows]))
+def section(title: str, formats: dict[str, str], rows: Sequence[dict[str, Any]]) -> str:
+    """A table under its title; a cell is empty where a row has no such key."""
+    cells = [[format(row[key], spec) if key in row else "" for key, spec in formats.items()] for row in rows]
+    return f"## {title}\n\n" + "\n".join(markdown_table(list(formats), cells))
 
 
-def workload_row(item: Measurement) -> dict[str, object]:
-    return {
-        "workload": item.workload,
-        "dtype": item.dtype,
-        "L": item.length,
-        "batch": item.batch_size,
-        "seconds": f"{item.seconds:.3f}",
-        "tokens/s": f"{item.tokens_per_second:.0f}",
-        "TFLOP": f"{item.flops / 1e12:.3f}",
-        "TFLOP/s": f"{item.flops / item.seconds / 1e12:.3f}",
-        "floor, s": f"{item.floor_seconds:.3f}",
-        "of it attention, s": f"{item.attention_floor_seconds:.3f}",
-        "ratio": f"{item.ratio:.2f}",
-        "peak GiB": f"{item.peak_memory_gib:.2f}",
-    }
-
-
-def whole_sampling_row(row: dict[str, Any]) -> dict[str, object]:
-    return {
-        "dtype": row["dtype"],
-        "L": row["length"],
-        "batch": row["batch_size"],
-        "steps": row["num_inference_steps"],
-        "seconds": f"{row['seconds']:.1f}",
-        "tokens/s": f"{row['tokens_per_second']:.1f}",
-        "ratio": f"{row['ratio']:.2f}",
-    }
-
-
-def peer_row(row: dict[str, Any], counts: Sequence[int]) -> dict[str, object]:
-    """Seconds a sample against the numbers of steps, empty where a sampler cannot take as many."""
-    seconds = row["seconds_per_sample"]
-    return {
-        "sampler": row["sampler"],
-        "dtype": row["dtype"],
-        "L": row["length"],
-        "batch": row["batch_size"],
-        "parameters": f"{row['parameters'] / 1e6:.1f}M",
-        "step, s": f"{row['step_seconds']:.4g}",
-        "of ours": f"{row['step_ratio']:.2f}x",
-        "once, s": f"{row['once_seconds']:.4g}",
-    } | {f"NFE {count}": f"{seconds[str(count)]:.4g}" if str(count) in seconds else "" for count in counts}
-
-
-def operator_rows(item: Measurement) -> list[dict[str, object]]:
-    workload = {"workload": item.workload, "dtype": item.dtype, "L": item.length, "batch": item.batch_size}
-    return [workload | row | {"seconds": f"{row['seconds']:.3f}"} for row in item.operators]
-
-
-def report_text(report: dict[str, Any], measurements: Sequence[Measurement]) -> str:
-    """All tables that have rows, each under its title."""
-    counts = sorted({int(count) for row in report["peers"] for count in row["seconds_per_sample"]})
-    tables: dict[str, list[dict[str, object]]] = {
-        "Machine": [{"": name, " ": value} for name, value in report["machine"].items()],
-        "Measured against the floor of the matrix products": [workload_row(item) for item in measurements],
-        "Whole sampling, by arithmetic: steps x sampling step + decode": [
-            whole_sampling_row(row) for row in report["whole_sampling"]
-        ],
-        "Seconds a sample against the number of steps (NFE): latent diffusion and its token-level peers": [
-            peer_row(row, counts) for row in report["peers"]
-        ],
-        "Operators that take the time": [row for item in measurements for row in operator_rows(item)],
-    }
-    return "\n\n".join(f"## {title}\n\n{table(rows)}" for title, rows in tables.items() if rows)
+def report_text(report: dict[str, Any]) -> str:
+    """All tables that have rows."""
+    machine = [{"": name, " ": str(value)} for name, value in report["machine"].items()]
+    sections = [section("Machine", {"": "", " ": ""}, machine)]
+    measured, whole, peers = report["measurements"], report["whole_sampling"], report["peers"]
+    if measured:
+        sections.append(section("Measured against the floor of the matrix products", MEASURED, measured))
+    if whole:
+        title = "Whole sampling, by arithmetic: steps x sampling step + decode"
+        sections.append(section(title, WHOLE_SAMPLING, whole))
+    if peers:
+        counts = sorted({int(count) for row in peers for count in row["seconds_per_sample"]})
+        rows = [
+            row | {f"NFE {count}": seconds for count, seconds in row["seconds_per_sample"].items()} for row in peers
+        ]
+        title = "Seconds a sample against the number of steps (NFE): latent diffusion and its token-level peers"
+        sections.append(section(title, PEERS | {f"NFE {count}": ".4g" for count in counts}, rows))
+    operators = [item | operator for item in measured for operator in item["operators"]]
+    if operators:
+        sections.append(section("Operators that take the time", OPERATORS, operators))
+    return "\n\n".join(sections)
