@@ -52,9 +52,7 @@ def collect_results(
     return results, shown
 
 
-def pipeline_results(
-    subject: Subject, plan: Plan, scorer: Scorer, shown: dict[str, list[Sample]]
-) -> dict[str, Any]:
+def pipeline_results(subject: Subject, plan: Plan, scorer: Scorer, shown: dict[str, list[Sample]]) -> dict[str, Any]:
     """What was measured of one pipeline; `shown` gets its first texts."""
     entry: dict[str, Any] = {
         "name": subject.name,

@@ -535,10 +535,10 @@ def scheduler_cases() -> Iterator[Case]:
         ("tangent_d", math.nan, mistyped),
         ("tangent_d", "3", mistyped),
         ("tangent_d", [3.0], mistyped),
-        ("tangent_d", -1.0, "must be positive"),
+        ("tangent_d", -1.0, "must lie in"),
         ("t_min", True, mistyped),
         ("t_min", 2.0, "must lie in"),
-        ("beta_t_max", 1.0, "must lie between"),
+        ("beta_t_max", 1.0, "must lie in"),
     ):
         change = edit(config_file("scheduler"), **{key: value})
         yield Case(f"scheduler: {key}={json.dumps(value)}", change, match, "scheduler")
