@@ -95,14 +95,9 @@ def load_timestep_sampler(path: Path) -> AdaptiveTimestepSampler:
     """The sampler of a run's newest checkpoint, of a checkpoint, or of its file; OSError where there is none, and
     ValueError for a run that sampled uniformly.
     """
-    file = path / "rank_0.pt" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        checkpoints = find_checkpoints(path)
-        if not checkpoints:
-            raise OSError(f"--timestep_sampler {str(path)!r} holds no checkpoint; use --proposal log_snr.")
-        file = checkpoints[-1] / "rank_0.pt"
+    file = [path, *find_checkpoints(path)][-1] / "rank_0.pt" if path.is_dir() else path
     if not file.is_file():
-        raise OSError(f"--timestep_sampler {str(path)!r}: there is no {file.name}; use --proposal log_snr.")
+        raise OSError(f"--timestep_sampler {str(path)!r} holds no checkpoint; use --proposal log_snr.")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)["task"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:

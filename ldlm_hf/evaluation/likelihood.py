@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..objective import AdaptiveTimestepSampler, LikelihoodBound, LikelihoodSett
 from ..objective.likelihood import best_end_time, sum_of_squares
 from ..objective.time_proposals import TimeProposal, build_proposal, stratified_uniforms
 from ..pipelines.pipeline_ldlm import LDLMPipeline
-from .likelihood_report import TERMS, summarize
+from .likelihood_report import TERMS, estimate
 from .real_text import held_out_part, held_out_sequences, training_sequences
 from .samples import load_pipeline, missing_encoders
 
@@ -33,17 +32,9 @@ NUM_END_TIMES = 20
 
 @dataclass(frozen=True)
 class LikelihoodOptions:
-    """How a bound is measured, and of which model: what is None is measured on training text.
+    """The options of `likelihood.py`, by their names there; its `--help` says what each of them is.
 
-    Attributes:
-        encoder_noise, decoder_noise, hidden_noise, latent_noise, self_conditioning: as in [`LikelihoodSettings`].
-        end_time: where the prior's reverse process ends; None takes the time where the bound is tightest.
-        tokens_only: leaves the hidden states' likelihood out.
-        num_sequences: held-out sequences, and training sequences to measure on.
-        times_per_sequence: draws of all noise and of a time, for each.
-        proposal: density that times are drawn from, one of `PROPOSALS`.
-        batch_size: sequences of one pass.
-        seed: of all noise and times.
+    What is None is measured on `num_sequences` training sequences.
     """
 
     encoder_noise: float
@@ -112,8 +103,8 @@ def measure_bound(
 ) -> dict[str, Any]:
     """Sets what is None in the options on training text, then draws the terms on held-out text.
 
-    Returns terms, settings (with `text`, a name) and sizes, as `likelihood.json` has them. Raises ValueError where no
-    text is held out, or the adaptive proposal's sampler has learned nothing.
+    Returns terms and settings (with `text`, a name), as `likelihood.json` has them. Raises ValueError where no text is
+    held out, or the adaptive proposal's sampler has learned nothing.
     """
     held_out = held_out_sequences(held_out_part(corpora), options.num_sequences)
     settings = LikelihoodSettings(
@@ -129,25 +120,19 @@ def measure_bound(
     d = pipeline.scheduler.config.tangent_d
     proposal = build_proposal(options.proposal, bound.start, d, latent_std, sampler)
     draws = draw_terms(bound, held_out, proposal, options)
-    latents, vocab_size = pipeline.latent_encoder.config, pipeline.token_decoder.config.vocab_size
     return {
-        "terms": summarize(draws),
-        "uniform_nats_per_token": math.log(vocab_size),
+        "terms": {name: estimate(values) for name, values in draws.items()},
+        "uniform_nats_per_token": math.log(pipeline.token_decoder.config.vocab_size),
         "settings": {
             **asdict(bound.settings),
             "tangent_d": d,
             "proposal": options.proposal,
             "latent_std": latent_std,
             "text": text,
+            "sequence_length": pipeline.latent_encoder.config.sequence_length,
             "num_sequences": len(held_out),
             "times_per_sequence": options.times_per_sequence,
             "seed": options.seed,
-        },
-        "sizes": {
-            "sequence_length": latents.sequence_length,
-            "vocab_size": vocab_size,
-            "latent_entries_per_token": latents.num_latents * latents.latent_size / latents.sequence_length,
-            "hidden_entries_per_token": latents.token_hidden_size,
         },
     }
 
@@ -227,21 +212,13 @@ def draw_terms(
     timesteps = proposal.quantile(uniforms)
     densities = proposal.density(timesteps)
     batches = []
-    progress = tqdm(
-        total=timesteps.numel(),
-        desc="likelihood",
-        unit="draw",
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
-    for rows in torch.arange(len(sequences)).split(options.batch_size):
+    for rows in tqdm(torch.arange(len(sequences)).split(options.batch_size), desc="likelihood"):
         input_ids = sequences[rows].to(device)
         encoded = bound.encode(input_ids)
-        draws = []
-        for some_times, some_densities in zip(timesteps[:, rows], densities[:, rows], strict=True):
-            draws.append(bound.draw(input_ids, *encoded, some_times, some_densities, generator))
-            progress.update(len(rows))
+        draws = [
+            bound.draw(input_ids, *encoded, some_times, some_densities, generator)
+            for some_times, some_densities in zip(timesteps[:, rows], densities[:, rows], strict=True)
+        ]
         names = [name for name in TERMS if getattr(draws[0], name) is not None]
         batches.append({name: torch.stack([getattr(terms, name) for terms in draws]).cpu() for name in names})
-    progress.close()
     return {name: torch.cat([batch[name] for batch in batches], 1) / sequences.shape[1] for name in batches[0]}

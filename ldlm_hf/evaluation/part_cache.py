@@ -88,18 +88,13 @@ class FinishedParts:
         """Rows of tensors that depend on these values."""
         return Rows(self.folder / f"{kind}-{digest([depends_on, self.versions])}")
 
-    def value(
-        self, kind: str, make: Callable[[], Any], is_complete: Callable[[Any], bool] | None = None, **depends_on: Any
-    ) -> Any:
-        """What JSON can hold and depends on these values: read if it is there and complete, or else made and kept."""
+    def value(self, kind: str, make: Callable[[], Any], **depends_on: Any) -> Any:
+        """What JSON can hold and depends on these values: read if it is there, or else made and kept."""
         file = self.folder / f"{kind}-{digest([depends_on, self.versions])}.json"
-        if file.is_file():
-            value = json.loads(file.read_text(encoding="utf-8"))
-            if is_complete is None or is_complete(value):
-                return value
-        content = json.dumps(make())
-        write_whole(file, lambda path: path.write_text(content, encoding="utf-8"))
-        return json.loads(content)
+        if not file.is_file():
+            content = json.dumps(make())
+            write_whole(file, lambda path: path.write_text(content, encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:

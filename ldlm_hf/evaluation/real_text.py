@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import DataSettings, TextCorpora, TokenChunks, load_held_out
 from ..loading.settings_reader import load_settings
-from ..metrics.registry import MIN_MAUVE_TEXTS
+from ..metrics.mauve import MIN_MAUVE_TEXTS
 
 
 # of the random numbers that controls are made with

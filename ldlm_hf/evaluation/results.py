@@ -17,9 +17,9 @@ from .plan import Plan
 from .provenance import source, without_path
 from .real_text import CONTROL_SEED
 from .report import results_text, scored_samples_text
-from .samples import Subject
+from .samples import SampleSet, Subject
 from .scorer import Scorer
-from .scores import judge_conditions
+from .scores import ScoredSet, judge_conditions
 
 
 # samples of each set that samples.md shows
@@ -34,6 +34,10 @@ def collect_results(
     controls = {name: scorer.score_control(name) for name in options.control_names}
     shown = {"Real text": real.samples[:NUM_SHOWN]}
     shown |= {f"Control: {name.replace('_', ' ')}": one.samples[:NUM_SHOWN] for name, one in controls.items()}
+    sets = [(samples, *scorer.score_samples(samples)) for samples in plan.sets]
+    for samples, scored, _ in sets:
+        if samples.seed == 0:
+            shown[f"{samples.subject.name}, {samples.steps} steps, seed 0"] = scored.samples[:NUM_SHOWN]
     results = {
         "settings": described_settings(options, data),
         "versions": scorer.parts.versions,
@@ -47,13 +51,15 @@ def collect_results(
         },
         "real_text": without_none_counts(real.scores),
         "controls": {name: without_none_counts(one.scores) for name, one in controls.items()},
-        "pipelines": [pipeline_results(subject, plan, scorer, shown) for subject in plan.subjects],
+        "pipelines": [pipeline_results(subject, sets, plan, scorer) for subject in plan.subjects],
     }
     return results, shown
 
 
-def pipeline_results(subject: Subject, plan: Plan, scorer: Scorer, shown: dict[str, list[Sample]]) -> dict[str, Any]:
-    """What was measured of one pipeline; `shown` gets its first texts."""
+def pipeline_results(
+    subject: Subject, sets: list[tuple[SampleSet, ScoredSet, dict[str, Any]]], plan: Plan, scorer: Scorer
+) -> dict[str, Any]:
+    """What was measured of one pipeline; `sets` are those of all, with what `score_samples` says of each."""
     entry: dict[str, Any] = {
         "name": subject.name,
         "pipeline": shown_source(subject.source),
@@ -63,13 +69,11 @@ def pipeline_results(subject: Subject, plan: Plan, scorer: Scorer, shown: dict[s
         "sets": [],
     }
     for steps in dict.fromkeys(samples.steps for samples in plan.sets):
-        of_seeds = [samples for samples in plan.sets if samples.subject is subject and samples.steps == steps]
-        seeds = []
-        for samples in of_seeds:
-            scored, made = scorer.score_samples(samples)
-            seeds.append({"seed": samples.seed} | scored.scores.to_json() | made)
-            if samples.seed == 0:
-                shown[f"{subject.name}, {steps} steps, seed 0"] = scored.samples[:NUM_SHOWN]
+        seeds = [
+            {"seed": samples.seed} | scored.scores.to_json() | made
+            for samples, scored, made in sets
+            if samples.subject is subject and samples.steps == steps
+        ]
         entry["sets"].append({"steps": steps, "nfe": seeds[0]["nfe"], "seeds": seeds} | over_seeds(seeds))
     for lines in plan.lines:
         if lines.subject is subject:

@@ -23,11 +23,6 @@ from .samples import Lines, SampleSet
 from .scores import ScoredSet, score_set
 
 
-def has_all_scores(values: dict[str, Any]) -> bool:
-    """Whether a set was scored when all of today's scores were there."""
-    return SCORES.keys() <= values["scores"].keys()
-
-
 @dataclass(frozen=True)
 class Scorer:
     """What all sets are scored with: `references` are those of MAUVE, `parts` keeps the scores."""
@@ -45,7 +40,7 @@ class Scorer:
         values = self.parts.value(
             "scores",
             lambda: score_set(sequences, texts, self.judge, self.batch_size, self.references).to_json(),
-            has_all_scores,
+            names=list(SCORES),
             sequences=digest(sequences),
             texts=digest(texts),
             judge=self.judge_digest,

@@ -10,8 +10,8 @@ import torch
 
 from ..hub.run_files import Sample, TextScores
 from ..metrics.judge import Judge
-from ..metrics.mauve import text_features
-from ..metrics.registry import MIN_MAUVE_TEXTS, SCORES, References, TextSet
+from ..metrics.mauve import MIN_MAUVE_TEXTS, text_features
+from ..metrics.registry import SCORES, References, TextSet
 from .provenance import source
 
 

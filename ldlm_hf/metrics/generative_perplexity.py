@@ -52,9 +52,8 @@ def generative_perplexity(
 
     Args:
         predictions (`list[str]`): generated texts.
-        judge: the causal language model that scores them: Hub id, folder, `package:NAME/FOLDER`,
-            `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
-            `"gpt2-large"`.
+        judge: the causal language model that scores them: a name for `ldlm_hf.metrics.load_judge`, a `Judge`, or a
+            loaded pair `(model, tokenizer)`. Default `"gpt2-large"`.
         batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
         max_length (`int`): tokens a text, the added BOS included, after which it is cut. Default: the judge's context.
         add_bos (`bool`): prepend a BOS token, so that the first token of the text is scored too. Default `False`.
@@ -92,7 +91,7 @@ def generative_perplexity(
             f"None of the {len(predictions)} `predictions` has two tokens of the judge {judge.name!r}, so there "
             f"is nothing to score; the first is {predictions[0]!r}. Look at what the generator writes."
         )
-    losses, features = sequence_losses(judge, [sequences[index] for index in scored], batch_size, with_features)
+    losses, features = sequence_losses(judge, [sequences[index] for index in scored], batch_size)
     num_tokens = [len(sequences[index]) - 1 for index in scored]
     perplexities = [math.exp(loss / count) for loss, count in zip(losses, num_tokens, strict=True)]
 
@@ -115,24 +114,18 @@ def generative_perplexity(
 
 
 @torch.inference_mode()
-def sequence_losses(
-    judge: Judge, sequences: list[list[int]], batch_size: int, with_features: bool = False
-) -> tuple[list[float], list[np.ndarray]]:
-    """The sum over each sequence of -log p(token | tokens before), from its second token on, in nats.
+def sequence_losses(judge: Judge, sequences: list[list[int]], batch_size: int) -> tuple[list[float], list[np.ndarray]]:
+    """The sum over each sequence of -log p(token | tokens before), from its second token on, in nats; and features.
 
-    The sequences are token ids of the judge, at least two each. With `with_features` there are also features (D,),
-    float32: the last hidden state at each sequence's last token. A loss that is not finite is a ValueError.
+    The sequences are token ids of the judge, at least two each. Features (D,), float32, are the last hidden state at
+    each sequence's last token. A loss that is not finite is a ValueError.
     """
     losses = [0.0] * len(sequences)
     features = [np.empty(0)] * len(sequences)
     for indices, input_ids, attention_mask in judge.batches(sequences, batch_size, "Scoring texts"):
-        if with_features:
-            logits, last_hidden_states = judge.read(input_ids, attention_mask)  # (B, L, V), (B, D)
-            for index, feature in zip(indices, last_hidden_states.float().cpu().numpy(), strict=True):
-                features[index] = feature
-        else:
-            logits = judge.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits, last_hidden_states = judge.read(input_ids, attention_mask)  # (B, L, V), (B, D)
         for row, index in enumerate(indices):
+            features[index] = last_hidden_states[row].float().cpu().numpy()
             length = len(sequences[index])
             losses[index] = _sum_of_losses(logits[row, : length - 1], input_ids[row, 1:length])
             if not math.isfinite(losses[index]):

@@ -35,12 +35,7 @@ def latent_smoothness(
         predictions (`list[str]`): texts decoded from points on the lines between the latents of pairs of real texts.
         positions (`list[float]`): the place of each on its line, in [0, 1]; every pair at the same places, 0 and 1
             among them.
-        judge: the causal language model that scores the texts: Hub id, folder, `package:NAME/FOLDER`,
-            `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
-            `"gpt2-large"`.
-        batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
-        device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
-            float32.
+        judge, batch_size, device, dtype: as in `generative_perplexity`.
 
     Returns:
         positions (`list[float]`): the places, increasing.

@@ -16,6 +16,8 @@ from ldlm_hf.metrics.judge import Judge, as_judge, at_last_token
 
 # mauve-text reads this many tokens of a text.
 MAX_TEXT_LENGTH = 1024
+# with fewer texts MAUVE has no two clusters to compare
+MIN_MAUVE_TEXTS = 20
 
 
 def mauve(
@@ -27,13 +29,10 @@ def mauve(
     reference_features: Any = None,
     prediction_features: Any = None,
     num_buckets: int | str = "auto",
-    mauve_scaling_factor: float = 5,
-    kmeans_explained_var: float = 0.9,
-    kmeans_num_redo: int = 5,
-    kmeans_max_iter: int = 500,
     seed: int = 25,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Closeness of the distributions of generated and real texts, between 0 and 1.
 
@@ -47,20 +46,16 @@ def mauve(
     Args:
         predictions (`list[str]`): generated texts.
         references (`list[str]`): as many real texts.
-        judge: the causal language model that gives the features: Hub id, folder, `package:NAME/FOLDER`,
-            `package:NAME/FILE.gguf`, a `ldlm_hf.metrics.Judge`, or a loaded pair `(model, tokenizer)`. Default
-            `"gpt2-large"`.
-        batch_size (`int`): texts a forward pass; it does not change the features. Default 8.
+        judge, batch_size, device, dtype: as in `generative_perplexity`.
         max_length (`int`): tokens of a text that are read. Default: 1024, or the judge's context if that is shorter.
         reference_features (`array`, (n, D)): the references' features from `ldlm_hf.metrics.text_features`, made
             earlier with the same judge and `max_length`, to save making them again for each generated set.
         prediction_features (`array`, (n, D)): likewise those of the predictions, none of which is blank then; what
             `generative_perplexity` gives with `with_features=True` is made in the same pass as the perplexity.
         num_buckets (`int` or `"auto"`): clusters; `"auto"` is a tenth of the number of texts.
-        mauve_scaling_factor, kmeans_explained_var, kmeans_num_redo, kmeans_max_iter, seed: of mauve-text. Defaults: 5,
-            0.9, 5, 500, 25.
-        device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
-            float32.
+        seed (`int`): of mauve-text. Default 25.
+        settings: other arguments of mauve-text's `compute_mauve`, such as `mauve_scaling_factor`; its defaults are the
+            published ones.
 
     Returns:
         mauve (`float`): between 0 and 1; higher is closer.
@@ -94,11 +89,8 @@ def mauve(
         p_features=prediction_features,
         q_features=reference_features,
         num_buckets="auto" if num_buckets == "auto" else int(num_buckets),
-        mauve_scaling_factor=mauve_scaling_factor,
-        kmeans_explained_var=kmeans_explained_var,
-        kmeans_num_redo=kmeans_num_redo,
-        kmeans_max_iter=kmeans_max_iter,
         seed=seed,
+        **settings,
     )
     return {
         "mauve": float(result.mauve),
@@ -173,7 +165,7 @@ def _check_num_buckets(num_buckets: int | str, num_texts: int, num_blank: int) -
     number = whole_number(num_buckets)
     if num_buckets != "auto" and (number is None or number < 2):
         raise ValueError(f"`num_buckets` is {num_buckets!r}, but it must be an integer of at least 2, or 'auto'.")
-    needed = 20 if num_buckets == "auto" else int(num_buckets)
+    needed = MIN_MAUVE_TEXTS if num_buckets == "auto" else int(num_buckets)
     if num_texts < needed:
         raise ValueError(
             f"MAUVE needs at least {needed} `predictions` for `num_buckets` {num_buckets!r}, and there are "

@@ -14,13 +14,9 @@ import numpy as np
 
 from ldlm_hf.metrics.generative_perplexity import generative_perplexity
 from ldlm_hf.metrics.judge import Judge
-from ldlm_hf.metrics.mauve import MAX_TEXT_LENGTH, mauve
+from ldlm_hf.metrics.mauve import MAX_TEXT_LENGTH, MIN_MAUVE_TEXTS, mauve
 from ldlm_hf.metrics.ngram_diversity import ngram_diversity
 from ldlm_hf.metrics.token_entropy import token_entropy
-
-
-# with fewer texts MAUVE has no two clusters to compare
-MIN_MAUVE_TEXTS = 20
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,6 @@ class TextSet:
     def entropy(self) -> dict[str, Any]:
         """The result of `token_entropy`."""
         return token_entropy(self.sequences)
-
-    @cached_property
-    def diversity(self) -> dict[str, Any]:
-        """The result of `ngram_diversity`."""
-        return ngram_diversity(self.sequences)
 
     @cached_property
     def perplexity(self) -> dict[str, Any]:
@@ -123,7 +114,7 @@ class Score:
 # in the order of results.json
 SCORES: dict[str, Score] = {
     "entropy": Score("entropy (nats)", 3, "higher", lambda texts: texts.entropy["entropy"]),
-    "diversity": Score("diversity", 3, "higher", lambda texts: texts.diversity["diversity"]),
+    "diversity": Score("diversity", 3, "higher", lambda texts: ngram_diversity(texts.sequences)["diversity"]),
     "generative_perplexity": Score(
         "Gen. PPL",
         1,

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from ldlm_hf import AdaptiveTimestepSampler, LikelihoodBound, LikelihoodSettings, TangentEulerMaruyamaScheduler
-from ldlm_hf.evaluation.likelihood_report import Estimate, estimate
+from ldlm_hf.evaluation.likelihood_report import estimate
 from ldlm_hf.objective.likelihood import (
     Denoiser,
     best_end_time,
@@ -109,14 +109,14 @@ def test_prior_is_the_true_cross_entropy_of_gaussian_latents(d: float, encoder_n
     entropy = encoder_entropy(NUM_ENTRIES, encoder_noise)
     measured = estimate(draws + terminal + entropy)
     truths = model.cross_entropies(latents, encoder_noise)
-    assert measured.mean == pytest.approx(float(truths.mean()), abs=4 * measured.monte_carlo_error)
+    assert measured["nats_per_token"] == pytest.approx(float(truths.mean()), abs=4 * measured["monte_carlo_error"])
     # uniform times rarely come near t_s, where the weight is largest
-    assert 0 < measured.monte_carlo_error < (0.25 if name == "uniform" else 0.08)
+    assert 0 < measured["monte_carlo_error"] < (0.25 if name == "uniform" else 0.08)
 
     # and that of the distribution itself, which is its entropy
     identity = torch.eye(NUM_ENTRIES, dtype=torch.float64)
     relaxed = MultivariateNormal(model.mean, model.covariance + encoder_noise**2 * identity)
-    assert measured.mean == pytest.approx(float(relaxed.entropy()), abs=4 * measured.standard_error)
+    assert measured["nats_per_token"] == pytest.approx(float(relaxed.entropy()), abs=4 * measured["standard_error"])
 
 
 @pytest.mark.parametrize("end_time", [0.1, 0.3, 0.7])
@@ -136,7 +136,7 @@ def test_ending_early_is_exact_where_the_last_prediction_has_the_error_that_the_
     expected_error = deviation / math.sqrt(1 + deviation**2 * snr)
     integral = diffusion_draws(denoiser, latents, build_proposal("log_snr", end_time, d, deviation), d, num_draws=8)
 
-    def rate(latent_noise: float) -> Estimate:
+    def rate(latent_noise: float) -> dict[str, float]:
         steps = []
         for _ in range(8):
             predicted = predict_clean_latents(denoiser, latents, end, scheduler, generator=generator)
@@ -145,12 +145,15 @@ def test_ending_early_is_exact_where_the_last_prediction_has_the_error_that_the_
         return estimate(integral + torch.stack(steps))
 
     measured = rate(expected_error)
-    assert measured.standard_error < 0.1
+    assert measured["standard_error"] < 0.1
     truth = NUM_ENTRIES / 2 * math.log(1 + deviation**2 / encoder_noise**2)
-    assert measured.mean == pytest.approx(truth, abs=4 * measured.standard_error)
+    assert measured["nats_per_token"] == pytest.approx(truth, abs=4 * measured["standard_error"])
     # whoever expects another error than there is pays for it
     for wrong in (0.5, 2.0):
-        assert rate(wrong * expected_error).mean > measured.mean + 4 * measured.standard_error
+        assert (
+            rate(wrong * expected_error)["nats_per_token"]
+            > measured["nats_per_token"] + 4 * measured["standard_error"]
+        )
 
 
 def test_last_step_is_the_divergence_of_the_gaussians_that_it_names():
@@ -224,7 +227,9 @@ def test_a_worse_denoiser_has_a_larger_bound():
                 num_draws=8,
             )
         )
-        assert worse.mean > best.mean + 4 * (worse.monte_carlo_error + best.monte_carlo_error)
+        assert worse["nats_per_token"] > best["nats_per_token"] + 4 * (
+            worse["monte_carlo_error"] + best["monte_carlo_error"]
+        )
 
 
 @pytest.mark.parametrize("name", PROPOSALS)
@@ -235,8 +240,8 @@ def test_a_denoiser_that_always_says_zero_is_the_prior_n_0_s_enc(name: str):
     times = proposal(name, encoder_noise, 3.0)
     measured = estimate(diffusion_draws(lambda noisy, t, s: torch.zeros_like(noisy), latents, times, 3.0, 16))
     expected = NUM_ENTRIES / (2 * encoder_noise**2)
-    assert measured.mean == pytest.approx(expected, rel=0.02)
-    assert measured.mean == pytest.approx(expected, abs=4 * measured.monte_carlo_error)
+    assert measured["nats_per_token"] == pytest.approx(expected, rel=0.02)
+    assert measured["nats_per_token"] == pytest.approx(expected, abs=4 * measured["monte_carlo_error"])
 
 
 def test_log_snr_proposal_has_no_variance_on_the_gaussian_it_is_made_for():
@@ -274,10 +279,10 @@ def test_prior_of_a_mixture_of_two_gaussians_against_numerical_integration(encod
     log_density = torch.logaddexp(Normal(-centre, spread).log_prob(grid), Normal(centre, spread).log_prob(grid))
     log_density = log_density - math.log(2)
     entropy = float(torch.trapezoid(-log_density.exp() * log_density, grid))
-    assert measured.mean == pytest.approx(entropy, abs=4 * measured.standard_error)
-    assert measured.standard_error < 0.03
+    assert measured["nats_per_token"] == pytest.approx(entropy, abs=4 * measured["standard_error"])
+    assert measured["standard_error"] < 0.03
     # a single Gaussian of the same variance is told apart
-    assert 0.5 * math.log(2 * math.pi * math.e * (spread**2 + centre**2)) > entropy + 4 * measured.standard_error
+    assert 0.5 * math.log(2 * math.pi * math.e * (spread**2 + centre**2)) > entropy + 4 * measured["standard_error"]
 
 
 def test_self_conditioning_hands_the_denoiser_its_own_first_estimate():
@@ -409,9 +414,9 @@ def test_errors_are_the_spread_of_repeated_estimates():
     for _ in range(400):
         sequences = 2 * torch.randn(50, generator=generator)
         measured = estimate(sequences + 3 * torch.randn(8, 50, generator=generator))
-        errors.append((measured.mean - float(sequences.mean()), measured.mean, measured))
+        errors.append((measured["nats_per_token"] - float(sequences.mean()), measured["nats_per_token"], measured))
     conditional, total, _ = zip(*errors, strict=True)
-    squares = [(one.monte_carlo_error**2, one.standard_error**2) for *_, one in errors]
+    squares = [(one["monte_carlo_error"] ** 2, one["standard_error"] ** 2) for *_, one in errors]
     monte_carlo, standard = torch.tensor(squares).mean(0).sqrt()
     assert float(torch.tensor(conditional).std()) == pytest.approx(3 / math.sqrt(400), rel=0.1)
     assert float(monte_carlo) == pytest.approx(3 / math.sqrt(400), rel=0.05)
