@@ -1,4 +1,4 @@
-"""Where the quality of a pipeline's samples is lost, between real text and samples (`ldlm_hf/evaluation/quality_ladder.py`).
+"""Where the quality of a pipeline's samples is lost on the way from real text.
 
     python training/quality_ladder.py --pipeline RUN/pipeline --config RUN/settings.yaml --output_dir FOLDER \
         [--num_samples 500] [--steps 128] [--judge JUDGE|none] [data.key=value ...]
@@ -34,9 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_samples", type=positive, default=500, help="texts of each rung")
     add("--steps", type=positive, default=128, help="denoising steps of the samples")
     add("--seed", type=int, default=0, help="of the samples")
-    add(
-        "--judge", default="gpt2-large", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none"
-    )
+    add("--judge", default="gpt2-large", help="causal language model (Hub id, folder, package:NAME/FILE), or none")
     add("--batch_size", type=positive, default=32, help="texts that are sampled or decoded at a time")
     add("--judge_batch_size", type=positive, default=8, help="texts that the judge reads at a time")
     add("--config", metavar="YAML", help="file whose section data: names the text, such as a run's")

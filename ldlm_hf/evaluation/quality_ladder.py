@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from ..metrics.registry import COLUMNS
+from ..objective.draws import normal_like
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from ..schedulers.tangent import alpha_sigma
 from .markdown import cell, markdown_table
+from .samples import sample_generator
 from .scores import SetScorer
 
 
@@ -42,11 +44,11 @@ def quality_ladder(
     """
     rungs = []
     for title, change in changes(pipeline):
-        generator = torch.Generator(pipeline.device).manual_seed(NOISE_SEED)
         decoded = []
-        for batch in real.split(batch_size):
-            latents = pipeline.encode_sequences(batch)  # (B, N, d_z)
-            noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        for indices in torch.arange(len(real)).split(batch_size):
+            latents = pipeline.encode_sequences(real[indices])  # (B, N, d_z)
+            generators = [sample_generator(NOISE_SEED, index, latents.device) for index in indices.tolist()]
+            noise = normal_like(latents, generators)
             decoded.append(pipeline.decode_to_sequences(change(latents, noise)).cpu())
         sequences = torch.cat(decoded)
         accuracy = float((sequences == real).float().mean())
@@ -64,8 +66,8 @@ def changes(pipeline: LDLMPipeline) -> Iterator[tuple[str, Callable[[torch.Tenso
 
 
 def add_noise(level: float, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Latents with noise of so many of their standard deviations."""
-    return latents + level * latents.std() * noise
+    """Latents with noise of so many of their standard deviations, each text's own."""
+    return latents + level * latents.std((1, 2), keepdim=True) * noise
 
 
 def denoise_once(pipeline: LDLMPipeline, time: float, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 Each metric is a function in a module of its own, such as `token_entropy.token_entropy`, and in the same module a class
 of `evaluate` around it: `evaluate.load("PATH/ldlm_hf/metrics/token_entropy.py")` and `TokenEntropy()` are the same.
 Perplexity, MAUVE and latent smoothness read texts and need a judge, a pretrained causal language model; entropy,
-n-gram diversity and repetition read the generator's token ids and need none. Every result carries the size of its set,
-because diversity and MAUVE mean nothing without it. `registry.SCORES` lists what evaluations measure of a set of texts.
+n-gram diversity and repetition read the generator's token ids and need none. Every result carries the size of its
+set, because diversity and MAUVE mean nothing without it. `registry.SCORES` lists what evaluations measure of a set.
 """
 
 from ldlm_hf.metrics.generative_perplexity import GenerativePerplexity

@@ -79,7 +79,7 @@ def finish_run(
         run_results = replace(
             run_results,
             samples=scored.samples,
-            judge=judge and judge_conditions(judge),
+            judge=judge_conditions(judge) if judge else None,
             mauve=scored.mauve,
             sample_scores=scored.scores,
             real_scores=scorer.score(real).scores,
