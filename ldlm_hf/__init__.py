@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "data": ["DataSettings", "load_corpora"],
     "loading.pretrained_sources": ["resolve_pretrained_source"],
-    "metrics": ["GenerativePerplexity", "Mauve", "NGramDiversity", "TokenEntropy"],
+    "metrics": ["GenerativePerplexity", "Mauve", "NGramDiversity", "Repetition", "TokenEntropy"],
     "models.latent_decoder": ["LDLMLatentDecoder", "LDLMLatentDecoderConfig"],
     "models.latent_encoder": ["LDLMLatentEncoder", "LDLMLatentEncoderConfig"],
     "models.token_decoder": ["LDLMTokenDecoder", "LDLMTokenDecoderConfig"],
@@ -60,7 +60,7 @@ _MODULE_OF_NAME |= {name: f"schedulers.{module}" for name, module in SCHEDULERS.
 if TYPE_CHECKING:
     from .data import DataSettings, load_corpora
     from .loading.pretrained_sources import resolve_pretrained_source
-    from .metrics import GenerativePerplexity, Mauve, NGramDiversity, TokenEntropy
+    from .metrics import GenerativePerplexity, Mauve, NGramDiversity, Repetition, TokenEntropy
     from .models.latent_decoder import LDLMLatentDecoder, LDLMLatentDecoderConfig
     from .models.latent_encoder import LDLMLatentEncoder, LDLMLatentEncoderConfig
     from .models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
@@ -136,6 +136,7 @@ __all__ = [
     "ModelMixin",
     "NGramDiversity",
     "PreTrainedModel",
+    "Repetition",
     "SchedulerMixin",
     "TangentScheduler",
     "TangentSchedulerOutput",

@@ -73,8 +73,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def backbone_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Saved language models of four blocks with random weights: `gpt2`, `bert` and `llama`."""
+def backbone_folders(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Path]:
+    """Saved language models of four blocks with random weights, and their tokenizer: `gpt2`, `bert` and `llama`."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": TOKEN_WIDTH, "num_hidden_layers": 4, "num_attention_heads": 2}
     language_models = {
@@ -90,6 +92,7 @@ def backbone_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     for name, model in language_models.items():
         folders[name] = tmp_path_factory.mktemp(name)
         randomize_parameters(model).save_pretrained(folders[name])
+        tiny_tokenizer.save_pretrained(folders[name])
     return folders
 
 

@@ -221,7 +221,12 @@ def test_results_hold_every_text_with_scores_of_its_own(
     assert results.parameters["transformer"] == sum(weight.numel() for weight in pipeline.transformer.parameters())
 
     card = ModelCard.load(tmp_path / "run" / "pipeline" / "README.md")
-    assert {result.metric_type for result in card.data.eval_results} == {"entropy", "diversity", "perplexity"}
+    assert {result.metric_type for result in card.data.eval_results} == {
+        "entropy",
+        "diversity",
+        "repetition",
+        "perplexity",
+    }
     assert "MAUVE is left out: it was measured on 20 texts" in card.text
     assert "4 steps of 2 sequences of 8 tokens (64 tokens), seed 3" in card.text
     assert (tmp_path / "run" / "pipeline" / "training_curves.png").is_file()

@@ -38,15 +38,22 @@ from ldlm_hf.training.settings import ModelSettings, RunSettings
 def build_meta_objective(settings: RunSettings, backbone: PretrainedConfig) -> JointObjective:
     """The joint objective of a run on the meta device, with a token encoder that passes for a fitted one."""
     model = settings.model
+    is_language_model = model.representation == "hidden"
+    # which token it is does not matter, but it takes a position
+    prefix_token_id = 0 if model.prefix and is_language_model else None
+    longest = getattr(backbone, "max_position_embeddings", None)
+    if prefix_token_id is not None and longest is not None:
+        backbone.max_position_embeddings = longest + 1
     token_encoder_config = LDLMTokenEncoderConfig(
         backbone_config=cut_config(backbone, model.layer % (backbone.num_hidden_layers + 1))
-        if model.representation == "hidden"
+        if is_language_model
         else None,
         layer=model.layer,
         representation=model.representation,
         vocab_size=backbone.vocab_size,
         hidden_size=backbone.hidden_size,
-        max_position_embeddings=getattr(backbone, "max_position_embeddings", None),
+        max_position_embeddings=longest,
+        prefix_token_id=prefix_token_id,
         num_statistics_tokens=1,
     )
     # the head's first values would be read from the backbone

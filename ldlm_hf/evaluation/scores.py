@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..hub.run_files import Sample, TextScores
 from ..metrics.judge import Judge
@@ -67,35 +68,36 @@ def score_set(
     )
 
 
-def score_beside_real_text(
-    sequences: torch.Tensor,
-    texts: list[str],
-    held_out: torch.Tensor,
-    held_out_texts: list[str],
-    judge: Judge | None,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Scores of samples (n, L) and of n held-out texts: the fields of [`RunResults`] that they fill.
+@dataclass(frozen=True)
+class SetScorer:
+    """Scores sets of n texts beside n real ones; `references` are those of MAUVE, None where it is not measured."""
 
-    Of the held-out texts, every other one is scored; those between are the references of MAUVE for both. With fewer
-    than 2n of them, or with a blank reference, MAUVE is not measured.
+    judge: Judge | None
+    batch_size: int
+    tokenizer: PreTrainedTokenizerBase
+    references: References | None
+
+    def score(self, sequences: torch.Tensor) -> ScoredSet:
+        """Every score of texts, as token ids (n, L)."""
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return score_set(sequences.tolist(), texts, self.judge, self.batch_size, self.references)
+
+
+def beside_real_text(
+    held_out: torch.Tensor, count: int, tokenizer: PreTrainedTokenizerBase, judge: Judge | None, batch_size: int
+) -> tuple[torch.Tensor, SetScorer]:
+    """Real text (n, L), n = `count` at most, and what scores sets beside it.
+
+    Of the held-out sequences, every other one is real text; those between are the references of MAUVE. With fewer than
+    2n of them, or with a blank reference, MAUVE is not measured.
     """
-    count = len(texts)
-    stride = 2 if len(held_out_texts) >= 2 * count else 1
-    reference_texts = held_out_texts[1::2][:count] if stride == 2 else []
+    stride = 2 if len(held_out) >= 2 * count else 1
     references = None
-    if judge is not None and count >= MIN_MAUVE_TEXTS and reference_texts and all(map(str.strip, reference_texts)):
-        references = References(reference_texts, text_features(reference_texts, judge, batch_size))
-    real_sequences, real_texts = held_out[::stride][:count].tolist(), held_out_texts[::stride][:count]
-    samples = score_set(sequences.tolist(), texts, judge, batch_size, references)
-    real = score_set(real_sequences, real_texts, judge, batch_size, references)
-    return {
-        "samples": samples.samples,
-        "judge": judge and judge_conditions(judge),
-        "mauve": samples.mauve,
-        "sample_scores": samples.scores,
-        "real_scores": real.scores,
-    }
+    if judge is not None and count >= MIN_MAUVE_TEXTS and stride == 2:
+        texts = tokenizer.batch_decode(held_out[1::2][:count], skip_special_tokens=True)
+        if all(map(str.strip, texts)):
+            references = References(texts, text_features(texts, judge, batch_size))
+    return held_out[::stride][:count], SetScorer(judge, batch_size, tokenizer, references)
 
 
 def score_without_judge(sequences: torch.Tensor, texts: list[str]) -> dict[str, float]:

@@ -86,6 +86,7 @@ class RunResults:
         judge: of `generative_perplexity` and `mauve`: `name`, and `max_length` and `add_bos` of the former.
         mauve: what the score depends on beside the judge: `num_texts`, `num_buckets`, `max_length` and `seed`.
         sample_scores, real_scores: of the samples, and of held-out real texts.
+        ladder: what lies between the two (`evaluation/quality_ladder.py`); empty where it was not measured.
     """
 
     changed_settings: dict[str, Any]
@@ -107,6 +108,7 @@ class RunResults:
     mauve: dict[str, Any] | None = None
     sample_scores: TextScores | None = None
     real_scores: TextScores | None = None
+    ladder: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
     def save(self, file: Path) -> None:

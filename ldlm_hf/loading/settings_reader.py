@@ -207,19 +207,31 @@ def to_yaml(settings: Any) -> str:
     return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
 
 
+def added(default: Any, before: Any) -> Any:
+    """A setting that came later than others of its section, and the value that says what was done before it came."""
+    return field(default=default, metadata={"before": before})
+
+
 def with_defaults(settings_class: type, sections: dict[str, Any]) -> dict[str, Any]:
-    """Saved sections of settings, and the default of each setting that was added later than they were saved."""
-    defaults = asdict(settings_class())
-    return defaults | {
-        key: defaults[key] | value if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
-        for key, value in sections.items()
-    }
+    """Saved sections of settings, and of each setting that was added later than they were saved what it was then."""
+    settings = settings_class()
+    values = asdict(settings)
+    for key, section in sections.items():
+        if not (isinstance(section, dict) and isinstance(values.get(key), dict)):
+            values[key] = section
+            continue
+        if is_dataclass(getattr(settings, key)):
+            later = fields(getattr(settings, key))
+            values[key] |= {field.name: field.metadata["before"] for field in later if "before" in field.metadata}
+        values[key] |= section
+    return values
 
 
 def differences(settings: Any, others: str) -> list[str]:
     """Dotted keys in which settings differ from those of a saved YAML text.
 
-    A setting that the text does not have was added later than it was saved, and had its default then.
+    A setting that the text does not have was added later than it was saved, and had its default then, or the value
+    that [`added`] names.
     """
     mine = flatten(asdict(settings))
     theirs = flatten(with_defaults(type(settings), yaml.safe_load(others)))

@@ -2,9 +2,9 @@
 
 Each metric is a function in a module of its own, such as `token_entropy.token_entropy`, and in the same module a class
 of `evaluate` around it: `evaluate.load("PATH/ldlm_hf/metrics/token_entropy.py")` and `TokenEntropy()` are the same.
-Perplexity, MAUVE and latent smoothness read texts and need a judge, a pretrained causal language model; entropy and
-n-gram diversity read the generator's token ids and need none. Every result carries the size of its set, because
-diversity and MAUVE mean nothing without it. `registry.SCORES` lists what evaluations measure of a set of texts.
+Perplexity, MAUVE and latent smoothness read texts and need a judge, a pretrained causal language model; entropy,
+n-gram diversity and repetition read the generator's token ids and need none. Every result carries the size of its
+set, because diversity and MAUVE mean nothing without it. `registry.SCORES` lists what evaluations measure of a set.
 """
 
 from ldlm_hf.metrics.generative_perplexity import GenerativePerplexity
@@ -12,6 +12,7 @@ from ldlm_hf.metrics.judge import Judge, load_judge
 from ldlm_hf.metrics.latent_smoothness import LatentSmoothness
 from ldlm_hf.metrics.mauve import Mauve, text_features
 from ldlm_hf.metrics.ngram_diversity import NGramDiversity
+from ldlm_hf.metrics.repetition import Repetition
 from ldlm_hf.metrics.token_entropy import TokenEntropy
 
 
@@ -21,6 +22,7 @@ __all__ = [
     "LatentSmoothness",
     "Mauve",
     "NGramDiversity",
+    "Repetition",
     "TokenEntropy",
     "load_judge",
     "text_features",

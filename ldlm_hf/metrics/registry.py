@@ -16,6 +16,7 @@ from ldlm_hf.metrics.generative_perplexity import generative_perplexity
 from ldlm_hf.metrics.judge import Judge
 from ldlm_hf.metrics.mauve import MAX_TEXT_LENGTH, MIN_MAUVE_TEXTS, mauve
 from ldlm_hf.metrics.ngram_diversity import ngram_diversity
+from ldlm_hf.metrics.repetition import repetition
 from ldlm_hf.metrics.token_entropy import token_entropy
 
 
@@ -115,6 +116,7 @@ class Score:
 SCORES: dict[str, Score] = {
     "entropy": Score("entropy (nats)", 3, "higher", lambda texts: texts.entropy["entropy"]),
     "diversity": Score("diversity", 3, "higher", lambda texts: ngram_diversity(texts.sequences)["diversity"]),
+    "repetition": Score("seq-rep-4", 3, "lower", lambda texts: repetition(texts.sequences)["repetition"]),
     "generative_perplexity": Score(
         "Gen. PPL",
         1,

@@ -1,8 +1,10 @@
-"""What the token encoder does to a language model of transformers: keeps its first blocks, and leaves masks out."""
+"""What the token encoder does to a language model of transformers: keeps its first blocks, leaves masks out, and makes
+room for a token before the text."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
     AttentionInterface,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -99,3 +102,42 @@ def drop_parts_behind_blocks(backbone: PreTrainedModel, apply_final_norm: bool) 
         for name, child in owner.named_children():
             if "Norm" in type(child).__name__ and "embed" not in name:
                 setattr(owner, name, nn.Identity())
+
+
+def prefix_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text begins with: BOS or CLS, or end-of-text where the tokenizer has neither."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise ValueError(
+        f"The tokenizer {tokenizer.name_or_path!r} has no token to put before the text (bos_token, cls_token or "
+        "eos_token): give it one, or use prefix=False (model.prefix=false in training)."
+    )
+
+
+def position_table(backbone: PreTrainedModel) -> nn.Embedding | None:
+    """The table of learned positions; None in a language model without one (rotary positions, ALiBi)."""
+    num_positions = getattr(backbone.config, "max_position_embeddings", None) or math.inf
+    embeddings = [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
+    embeddings.remove(backbone.get_input_embeddings())
+    # the table of segments is a short one
+    return next((table for table in embeddings if table.num_embeddings >= num_positions), None)
+
+
+def longest_sequence(backbone: PreTrainedModel) -> int | None:
+    """How many tokens a language model takes; None where nothing bounds it."""
+    table = position_table(backbone)
+    if table is None or table.padding_idx is None:
+        return getattr(backbone.config, "max_position_embeddings", None)
+    # RoBERTa and its kin count positions from behind the padding token's
+    return table.num_embeddings - table.padding_idx - 1
+
+
+def add_position(backbone: PreTrainedModel) -> None:
+    """Makes room for one token more, which has the last learned position too: of the longest text, the last two tokens
+    share it. Where positions are not learned nothing bounds them."""
+    table = position_table(backbone)
+    if table is not None:
+        table.weight = nn.Parameter(torch.cat([table.weight, table.weight[-1:]]), requires_grad=False)
+        table.num_embeddings += 1
+        backbone.config.max_position_embeddings += 1

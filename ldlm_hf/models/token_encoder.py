@@ -10,14 +10,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..loading.checks import check_settings
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..loading.safe_loading import SafeLoadingMixin
-from .language_model import cut_config, drop_parts_behind_blocks, language_model_config, leave_out_masks
+from .language_model import (
+    add_position,
+    cut_config,
+    drop_parts_behind_blocks,
+    language_model_config,
+    leave_out_masks,
+    longest_sequence,
+    prefix_token_id,
+)
 from .statistics import mean_and_std
 
 
@@ -40,10 +55,14 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         vocab_size: vocabulary V.
         hidden_size: width D.
         max_position_embeddings: longest sequence that the language model takes; None where nothing bounds it.
+        prefix_token_id: token that the language model reads before the text and whose hidden state is dropped
+            (`representation="hidden"` only); None puts nothing there. A language model's hidden state of its first
+            token is an attention sink that hardly depends on the token, so without a prefix the first word is lost.
         num_statistics_tokens: tokens that mean and standard deviation were computed over; 0 means not yet fitted.
 
     Raises:
-        ValueError: an unknown representation, or a `"hidden"` one without `backbone_config`.
+        ValueError: an unknown representation, a `"hidden"` one without `backbone_config`, or a prefix that is not a
+            token of a language model.
     """
 
     model_type = "ldlm_token_encoder"
@@ -58,11 +77,17 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         vocab_size: int = 50257,
         hidden_size: int = 768,
         max_position_embeddings: int | None = None,
+        prefix_token_id: int | None = None,
         num_statistics_tokens: int = 0,
         **kwargs: Any,
     ):
-        check_settings(LDLMTokenEncoderConfig.__init__, locals())
+        check_settings(LDLMTokenEncoderConfig.__init__, locals(), prefix_token_id=f"[0, {vocab_size})")
         check_representation(representation, normalize_embeddings)
+        if prefix_token_id is not None and representation != "hidden":
+            raise ValueError(
+                f"prefix_token_id={prefix_token_id} with representation={representation!r}: only a language model "
+                "reads what stands before the text; leave it out."
+            )
         if isinstance(backbone_config, PretrainedConfig):
             backbone_config = backbone_config.to_dict()
         if representation == "hidden" and backbone_config is None:
@@ -81,6 +106,7 @@ class LDLMTokenEncoderConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.max_position_embeddings = max_position_embeddings
+        self.prefix_token_id = prefix_token_id
         self.num_statistics_tokens = num_statistics_tokens
         super().__init__(**kwargs)
 
@@ -106,7 +132,8 @@ class LDLMTokenEncoderOutput(ModelOutput):
             Those of the language model, not standardised, each of the same shape: what enters the first block that is
             kept, and what leaves each.
         attentions (`tuple[torch.FloatTensor]`, with `output_attentions=True`):
-            Attention weights of each block, of shape `(batch_size, num_heads, sequence_length, sequence_length)`.
+            Attention weights of each block, of shape `(batch_size, num_heads, sequence_length, sequence_length)`; with
+            a prefix one row and one column more, the first ones.
     """
 
     hidden_states: torch.Tensor | None = None
@@ -215,6 +242,8 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         layer: int = -3,
         representation: str = "hidden",
         normalize_embeddings: bool = False,
+        prefix: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> LDLMTokenEncoder:
         """Starts a token encoder from a causal or masked language model of transformers, with its first layers only.
@@ -226,10 +255,14 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             representation: `"hidden"`, `"embedding"` (token embeddings alone, no positions) or `"scratch"`
                 (trainable embeddings of the same vocabulary and width).
             normalize_embeddings: see [`LDLMTokenEncoderConfig`]; with `"scratch"` only.
+            prefix: whether the language model reads a token before the text: the tokenizer's BOS, CLS or, where it has
+                neither, end-of-text token (see [`LDLMTokenEncoderConfig`]); with `"hidden"` only.
+            tokenizer: the one that makes the token ids; by default that of the language model.
             kwargs: passed to `AutoModel.from_pretrained` (`revision`, `cache_dir`, `token`, ...).
 
         Raises:
-            ValueError: the model has no such layer, or `representation` is unknown.
+            ValueError: the model has no such layer, `representation` is unknown, or the tokenizer has no token that
+                could be the prefix.
             OSError: the model is not found.
         """
         check_representation(representation, normalize_embeddings)
@@ -254,7 +287,9 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 f"layer={layer} does not exist in {name_or_path!r}, whose {num_blocks} blocks give hidden states "
                 f"{-num_blocks - 1} to {num_blocks} (0 is what enters the first block)."
             )
-        return cls._from_layers(backbone, layer)
+        if prefix and tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **source.kwargs, **kwargs)
+        return cls._from_layers(backbone, layer, prefix_token_id(tokenizer) if prefix else None)
 
     @classmethod
     def _from_embedding(cls, weight: torch.Tensor) -> LDLMTokenEncoder:
@@ -267,9 +302,12 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         return token_encoder.to(weight.dtype)
 
     @classmethod
-    def _from_layers(cls, backbone: PreTrainedModel, layer: int) -> LDLMTokenEncoder:
+    def _from_layers(cls, backbone: PreTrainedModel, layer: int, prefix_token_id: int | None) -> LDLMTokenEncoder:
         """A language model up to one of its hidden states."""
         num_blocks = layer % (backbone.config.num_hidden_layers + 1)
+        longest = longest_sequence(backbone)
+        if prefix_token_id is not None:
+            add_position(backbone)
         config = cls.config_class(
             backbone_config=cut_config(backbone.config, num_blocks),
             layer=layer,
@@ -277,7 +315,8 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             representation="hidden",
             vocab_size=backbone.get_input_embeddings().num_embeddings,
             hidden_size=backbone.config.hidden_size,
-            max_position_embeddings=getattr(backbone.config, "max_position_embeddings", None),
+            max_position_embeddings=longest,
+            prefix_token_id=prefix_token_id,
             attn_implementation=backbone.config._attn_implementation,
         )
         token_encoder = cls(config).to(backbone.dtype)
@@ -293,7 +332,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         probe = torch.arange(length, device=backbone.device)[None] % self.config.vocab_size
         output = backbone(input_ids=probe, output_hidden_states=True, return_dict=True)
         expected = output.hidden_states[self.config.layer]
-        hidden_states = self.run_backbone(probe)
+        hidden_states = self.backbone(input_ids=probe, return_dict=True).last_hidden_state
         if not torch.allclose(hidden_states, expected, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 f"The layers of {type(backbone).__name__} are not laid out in the way that LDLMTokenEncoder knows: "
@@ -316,12 +355,23 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
 
     def _run_language_model(self, input_ids: torch.Tensor, **outputs: bool) -> ModelOutput:
         """What the language model gives for token ids (B, L), with the further `outputs` that it is asked for."""
+        if self.config.prefix_token_id is not None:
+            return self._run_with_prefix(input_ids, **outputs)
         if self.config.representation == "hidden":
             return self.backbone(input_ids=input_ids, return_dict=True, **outputs)
         embeddings = self.embedding(input_ids)
         if self.config.normalize_embeddings:
             embeddings = F.normalize(embeddings, dim=-1) * math.sqrt(self.config.hidden_size)
         return BaseModelOutput(last_hidden_state=embeddings, hidden_states=(embeddings,))
+
+    def _run_with_prefix(self, input_ids: torch.Tensor, **outputs: bool) -> ModelOutput:
+        """The same for the text behind the prefix, without the prefix's hidden states."""
+        input_ids = F.pad(input_ids, (1, 0), value=self.config.prefix_token_id)  # (B, 1 + L)
+        output = self.backbone(input_ids=input_ids, return_dict=True, **outputs)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(hidden_states[:, 1:] for hidden_states in output.hidden_states)
+        output.last_hidden_state = output.last_hidden_state[:, 1:]  # (B, L, D)
+        return output
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:

@@ -61,6 +61,8 @@ def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerB
         layer=settings.layer,
         representation=settings.representation,
         normalize_embeddings=settings.normalize_embeddings,
+        prefix=settings.prefix,
+        tokenizer=tokenizer,
     )
     config = token_encoder.config
     if len(tokenizer) > config.vocab_size:

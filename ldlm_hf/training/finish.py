@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 
 from ..evaluation.machine import hardware, versions
 from ..evaluation.provenance import source, without_path
+from ..evaluation.quality_ladder import quality_ladder
 from ..evaluation.real_text import held_out_sequences
 from ..evaluation.samplers import OWN, Sampler
-from ..evaluation.samples import sample
-from ..evaluation.scores import score_beside_real_text
+from ..evaluation.samples import missing_encoders, sample
+from ..evaluation.scores import beside_real_text, judge_conditions
 from ..hub import training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
 from ..hub.model_card import write_card
 from ..hub.run_files import RunResults, read_run
@@ -72,10 +73,18 @@ def finish_run(
         )
         title = f"Samples after {settings.loop.max_steps} steps"
         (output_dir / "samples.md").write_text(samples_text(texts, title), encoding="utf-8")
-        held_out_texts = pipeline.tokenizer.batch_decode(held_out, skip_special_tokens=True)
         judge = load_judge(evaluation.judge, device=pipeline.device) if evaluation.judge else None
-        scores = score_beside_real_text(sequences, texts, held_out, held_out_texts, judge, evaluation.judge_batch_size)
-        run_results = replace(run_results, **scores)
+        real, scorer = beside_real_text(held_out, len(texts), pipeline.tokenizer, judge, evaluation.judge_batch_size)
+        scored = scorer.score(sequences)
+        run_results = replace(
+            run_results,
+            samples=scored.samples,
+            judge=judge_conditions(judge) if judge else None,
+            mauve=scored.mauve,
+            sample_scores=scored.scores,
+            real_scores=scorer.score(real).scores,
+            ladder=[] if missing_encoders(pipeline) else quality_ladder(pipeline, real, scorer, evaluation.batch_size),
+        )
     run_results.save(output_dir / "results.json")
     # from the files, as the command that writes a card again does
     card = write_card(read_run(output_dir), output_dir / "pipeline")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from ..data import DataSettings
 from ..evaluation.samplers import OWN, Sampler
 from ..loading.checks import check_settings
-from ..loading.settings_reader import arguments_of
+from ..loading.settings_reader import added, arguments_of
 from ..models.latent_decoder import LDLMLatentDecoderConfig
 from ..models.latent_encoder import LDLMLatentEncoderConfig
 from ..models.token_decoder import LDLMTokenDecoderConfig
@@ -32,6 +32,8 @@ class ModelSettings:
         layer: index into the backbone's hidden states (the paper's "third-to-last").
         representation: `hidden`, `embedding` or `scratch`.
         normalize_embeddings: scale embeddings from scratch to the norm sqrt(D).
+        prefix: whether the backbone reads a token before the text (the tokenizer's BOS, CLS or end-of-text), without
+            which its hidden state of the first token says nothing of it (ours).
         statistics_sequences: training sequences that the hidden states' mean and standard deviation are computed
             over (the paper does not say how many); in the stage `diffusion` those of the latents.
         sequence_length: tokens L.
@@ -52,6 +54,7 @@ class ModelSettings:
     layer: int = -3
     representation: str = "hidden"
     normalize_embeddings: bool = False
+    prefix: bool = added(True, before=False)
     statistics_sequences: int = 2048
     sequence_length: int = 1024
     num_latents: int | None = None

@@ -140,6 +140,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "layer_last": {"model.layer": -1},
     "layer_fifth_to_last": {"model.layer": -5},
     "other_token_encoder": {"model.backbone": "google-bert/bert-base-uncased"},
+    "no_prefix": {"model.prefix": False},
     "self_attention": {
         "model.latent_encoder.architecture": "self_attention",
         "model.latent_decoder.architecture": "self_attention",

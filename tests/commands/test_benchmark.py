@@ -142,8 +142,9 @@ def test_training_step_flops(measured: Callable[..., dict[str, Any]], length: in
 
     # the frozen language model runs forward only, its causal attention half: qkv, out and the feed-forward
     backbone = GPT2Config(**BACKBONE)
-    frozen = 2 * TOKENS * backbone.n_layer * 12 * WIDTH**2
-    frozen += batch_size * attention_flops(length, length, layers=2) / 2
+    read = length + 1  # a token before the text
+    frozen = 2 * batch_size * read * backbone.n_layer * 12 * WIDTH**2
+    frozen += batch_size * attention_flops(read, read, layers=2) / 2
 
     # forward, and as much again for the gradients of input and weight; latent encoder and decoder are alike
     trained = 2 * sum(matrix_sizes(latent_decoder).values()) + sum(matrix_sizes(token_decoder).values()) + per_latent

@@ -31,7 +31,7 @@ from ldlm_hf.hub.training_curves import (
 
 def text_scores(num_texts: int, *values: float) -> TextScores:
     """Scores in the order of a card's columns; those that are left out were not measured."""
-    names = ("entropy", "diversity", "generative_perplexity", "mauve")
+    names = ("entropy", "diversity", "repetition", "generative_perplexity", "mauve")
     return TextScores(num_texts, dict(zip(names, values, strict=False)))
 
 
@@ -61,8 +61,8 @@ RESULTS = RunResults(
     num_held_out=64,
     judge={"name": "org/judge", "max_length": 1024, "add_bos": False},
     mauve={"num_texts": 500, "num_buckets": 3, "max_length": 1024, "seed": 25},
-    sample_scores=text_scores(500, 1.5, 0.75, 321.0625, 0.5),
-    real_scores=text_scores(500, 1.75, 0.875, 123.5, 0.96875),
+    sample_scores=text_scores(500, 1.5, 0.75, 0.125, 321.0625, 0.5),
+    real_scores=text_scores(500, 1.75, 0.875, 0.0, 123.5, 0.96875),
     samples=[Sample(f"text number {number}", 100.0 + number, 1.0 + number / 100) for number in range(30)],
 )
 
@@ -124,8 +124,8 @@ def test_results_hold_the_scores_of_a_set_as_one_mapping(tmp_path: Path) -> None
 def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "small")
     text = write_card(read_run(run), run / "pipeline").text
-    assert "| samples | 500 | 1.500 | 0.750 | 321.1 | 0.500 |" in text
-    assert "| held-out real texts | 500 | 1.750 | 0.875 | 123.5 | 0.969 |" in text
+    assert "| samples | 500 | 1.500 | 0.750 | 0.125 | 321.1 | 0.500 |" in text
+    assert "| held-out real texts | 500 | 1.750 | 0.875 | 0.000 | 123.5 | 0.969 |" in text
     assert f"highest value here is {math.log(8):.3f}" in text
     assert "judge `org/judge`" in text
     assert "Not measured" not in text
@@ -147,19 +147,31 @@ def test_card_tells_what_the_run_has_measured(tmp_path: Path) -> None:
 
 def test_the_mauve_of_few_texts_is_left_out_with_the_reason(tmp_path: Path) -> None:
     few = {
-        "sample_scores": text_scores(499, 1.5, 0.75, 321.0, 0.5),
-        "real_scores": text_scores(499, 1.75, 0.875, 99.0, 0.9),
+        "sample_scores": text_scores(499, 1.5, 0.75, 0.125, 321.0, 0.5),
+        "real_scores": text_scores(499, 1.75, 0.875, 0.0, 99.0, 0.9),
     }
     run = make_run(tmp_path / "few", replace(RESULTS, **few))
     card = write_card(read_run(run), run / "pipeline")
     assert "mauve" not in {result.metric_type for result in card.data.eval_results}
-    assert "| MAUVE |" not in card.text and "| samples | 499 | 1.500 | 0.750 | 321.0 |" in card.text
+    assert "| MAUVE |" not in card.text and "| samples | 499 | 1.500 | 0.750 | 0.125 | 321.0 |" in card.text
     assert "MAUVE is left out: it was measured on 499 texts of one seed" in card.text
     assert "Not measured" not in card.text
     # the run keeps what it has measured
     assert read_run(run).results.sample_scores.values["mauve"] == 0.5
     card = write_card(read_run(make_run(tmp_path / "many")), tmp_path / "card")
     assert "of the samples 500 texts of one seed, 7" in card.text
+
+
+def test_the_card_shows_what_lies_between_real_text_and_samples(tmp_path: Path) -> None:
+    scores = text_scores(500, 1.625, 0.75, 0.0, 150.25, 0.75).to_json()
+    ladder = [{"title": "decoded", "token_accuracy": 0.875, "scores": scores}]
+    run = make_run(tmp_path / "small", replace(RESULTS, ladder=ladder))
+    text = write_card(read_run(run), run / "pipeline").text
+    header = "| texts | tokens kept | entropy (nats) | n-gram diversity | seq-rep-4 | generative perplexity | MAUVE |"
+    assert (
+        f"{header}\n|---|---|---|---|---|---|---|\n| decoded | 0.875 | 1.625 | 0.750 | 0.000 | 150.2 | 0.750 |" in text
+    )
+    assert "\n\n\n" not in text
 
 
 def test_metadata_survives_the_round_trip_through_the_file(tmp_path: Path) -> None:
@@ -171,7 +183,7 @@ def test_metadata_survives_the_round_trip_through_the_file(tmp_path: Path) -> No
     assert (data.pipeline_tag, data.base_model, data.datasets) == ("text-generation", ["org/backbone"], ["org/corpus"])
     assert data.model_name == "small"
     values = {result.metric_type: result.metric_value for result in data.eval_results}
-    assert values == {"entropy": 1.5, "diversity": 0.75, "perplexity": 321.06, "mauve": 0.5}
+    assert values == {"entropy": 1.5, "diversity": 0.75, "repetition": 0.125, "perplexity": 321.06, "mauve": 0.5}
     for result in data.eval_results:
         assert (result.task_type, result.dataset_type, result.dataset_config) == (
             "text-generation",
@@ -218,14 +230,14 @@ def test_what_was_not_measured_is_left_out_and_named(tmp_path: Path) -> None:
         RESULTS,
         judge=None,
         mauve=None,
-        sample_scores=text_scores(500, 1.5, 0.75),
-        real_scores=text_scores(10, 1.75, 0.875),
+        sample_scores=text_scores(500, 1.5, 0.75, 0.125),
+        real_scores=text_scores(10, 1.75, 0.875, 0.0),
         samples=[Sample("w", None, 0.5)],
     )
     run = make_run(tmp_path / "small", results)
     card = write_card(read_run(run), run / "pipeline")
-    assert {result.metric_type for result in card.data.eval_results} == {"entropy", "diversity"}
-    assert "| texts | number | entropy (nats) | n-gram diversity |\n" in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {"entropy", "diversity", "repetition"}
+    assert "| texts | number | entropy (nats) | n-gram diversity | seq-rep-4 |\n" in card.text
     assert "Not measured: generative perplexity, MAUVE." in card.text
     assert "differ in size" in card.text
     assert "Gen. PPL not measured, entropy 0.50 nats" in card.text

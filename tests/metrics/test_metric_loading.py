@@ -8,7 +8,7 @@ import evaluate
 import pytest
 
 import ldlm_hf.metrics
-from ldlm_hf.metrics import GenerativePerplexity, LatentSmoothness, Mauve, NGramDiversity, TokenEntropy
+from ldlm_hf.metrics import GenerativePerplexity, LatentSmoothness, Mauve, NGramDiversity, Repetition, TokenEntropy
 
 
 FOLDER = Path(ldlm_hf.metrics.__file__).parent
@@ -24,6 +24,7 @@ MANY_TEXTS = [
     [
         ("token_entropy", TokenEntropy, {"predictions": SEQUENCES}),
         ("ngram_diversity", NGramDiversity, {"predictions": SEQUENCES}),
+        ("repetition", Repetition, {"predictions": SEQUENCES}),
         ("generative_perplexity", GenerativePerplexity, {"predictions": TEXTS}),
         ("mauve", Mauve, {"predictions": MANY_TEXTS, "references": MANY_TEXTS}),
         ("latent_smoothness", LatentSmoothness, {"predictions": MANY_TEXTS[:3], "positions": [0.0, 0.5, 1.0]}),
@@ -32,7 +33,7 @@ MANY_TEXTS = [
 def test_evaluate_load(script, metric_class, inputs, judge):
     metric = evaluate.load(str(FOLDER / f"{script}.py"))
     assert type(metric).__name__ == metric_class.__name__ and isinstance(metric, evaluate.Metric)
-    arguments = {} if script in ("token_entropy", "ngram_diversity") else {"judge": judge}
+    arguments = {} if script in ("token_entropy", "ngram_diversity", "repetition") else {"judge": judge}
     assert metric.compute(**inputs, **arguments) == metric_class().compute(**inputs, **arguments)
     assert "Returns:" in metric.compute.__doc__
 

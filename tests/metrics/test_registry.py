@@ -12,6 +12,7 @@ from ldlm_hf.metrics.generative_perplexity import generative_perplexity
 from ldlm_hf.metrics.mauve import mauve, text_features
 from ldlm_hf.metrics.ngram_diversity import ngram_diversity
 from ldlm_hf.metrics.registry import COLUMNS, MAIN_COLUMNS, SCORES, References, TextSet
+from ldlm_hf.metrics.repetition import repetition
 from ldlm_hf.metrics.token_entropy import token_entropy
 
 
@@ -39,6 +40,7 @@ def test_scores_of_a_set_are_the_metrics_own(judge):
     perplexity = generative_perplexity(TEXTS, judge)
     assert values["entropy"] == token_entropy(SEQUENCES * 10)["entropy"]
     assert values["diversity"] == ngram_diversity(SEQUENCES * 10)["diversity"]
+    assert values["repetition"] == repetition(SEQUENCES * 10)["repetition"]
     assert values["generative_perplexity"] == pytest.approx(perplexity["perplexity"])
     assert values["trimmed_mean_perplexity"] == pytest.approx(perplexity["trimmed_mean_perplexity"])
     assert values["mauve"] == pytest.approx(mauve(TEXTS, TEXTS[::-1], judge)["mauve"], abs=1e-6)
@@ -59,10 +61,18 @@ def test_what_needs_a_judge_is_not_measured_without_one(judge):
 
 
 def test_order_of_columns():
-    assert list(COLUMNS) == ["generative_perplexity", "trimmed_mean_perplexity", "mauve", "diversity", "entropy"]
+    assert list(COLUMNS) == [
+        "generative_perplexity",
+        "trimmed_mean_perplexity",
+        "mauve",
+        "repetition",
+        "diversity",
+        "entropy",
+    ]
     assert [score.heading for score in MAIN_COLUMNS.values()] == [
         "Gen. PPL ↓",
         "MAUVE ↑",
+        "seq-rep-4 ↓",
         "diversity ↑",
         "entropy (nats) ↑",
     ]

@@ -44,7 +44,8 @@ def make_fresh(
         config = LDLMTokenEncoder.from_backbone(str(backbone_folders[name])).config
         return lambda: LDLMTokenEncoder(config)
     if name in ("embedding", "scratch"):
-        config = components["token_encoder"].config.to_diff_dict() | {"representation": name, "backbone_config": None}
+        config = components["token_encoder"].config.to_diff_dict()
+        config |= {"representation": name, "backbone_config": None, "prefix_token_id": None}
         return lambda: LDLMTokenEncoder(LDLMTokenEncoder.config_class(**config))
     if name == "transformer":
         settings = dict(components["transformer"].config) | {"next_timestep_conditioning": True}

@@ -27,7 +27,7 @@ def tokenize(name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", [-3, -1])
 def test_minilm(layer: int, tmp_path: Path):
-    encoder = LDLMTokenEncoder.from_backbone(MINILM, layer=layer)
+    encoder = LDLMTokenEncoder.from_backbone(MINILM, layer=layer, prefix=False)
     input_ids = tokenize(MINILM)
     model = AutoModel.from_pretrained(resolve_pretrained_source(MINILM).name_or_path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -63,3 +63,17 @@ def test_smollm2_from_gguf(tmp_path: Path):
     assert "gguf" not in (tmp_path / "config.json").read_text().lower()
     loaded = LDLMTokenEncoder.from_pretrained(tmp_path)
     assert torch.equal(loaded(input_ids).hidden_states, encoder(input_ids).hidden_states)
+
+
+@pytest.mark.parametrize(("name", "layer"), [(MINILM, -3), (SMOLLM2, 10)])
+def test_the_first_token_of_a_text_counts(name: str, layer: int):
+    """A sink without the prefix: the first hidden state hardly depends on the first token."""
+    spreads = {}
+    # in the middle of words and sentences, as chunks begin
+    input_ids = torch.randint(1000, 20_000, (64, 6), generator=torch.Generator().manual_seed(0))
+    for prefix in (True, False):
+        encoder = LDLMTokenEncoder.from_backbone(name, layer=layer, prefix=prefix)
+        encoder.fit_statistics([input_ids])
+        spreads[prefix] = encoder(input_ids).hidden_states.std(0).mean(-1)
+    assert spreads[True][0] == pytest.approx(spreads[True][1:].mean().item(), rel=0.2)
+    assert spreads[False][0] < 0.8 * spreads[True][0]

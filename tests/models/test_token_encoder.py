@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from ldlm_hf import LDLMTokenEncoder, LDLMTokenEncoderConfig
 from ldlm_hf.models.language_model import UNMASKED_ATTENTION
@@ -41,7 +50,7 @@ def test_hidden_is_transformers_own_hidden_state(folder: Path, layer: int, rando
     input_ids = random_tokens()
     with torch.no_grad():
         expected = model(input_ids=input_ids, output_hidden_states=True).hidden_states[layer]
-    encoder = LDLMTokenEncoder.from_backbone(str(folder), layer=layer)
+    encoder = LDLMTokenEncoder.from_backbone(str(folder), layer=layer, prefix=False)
     torch.testing.assert_close(encoder.run_backbone(input_ids), expected, rtol=1e-5, atol=1e-5)
 
     encoder = fitted(encoder, random_tokens)
@@ -58,7 +67,7 @@ def test_last_hidden_state_of_gpt2_is_behind_its_final_norm(gpt2: str, random_to
         model(input_ids=random_tokens())
         before_norm = recorded[0][0] if isinstance(recorded[0], tuple) else recorded[0]
         expected = model.ln_f(before_norm)
-    last = LDLMTokenEncoder.from_backbone(gpt2, layer=-1)
+    last = LDLMTokenEncoder.from_backbone(gpt2, layer=-1, prefix=False)
     torch.testing.assert_close(last.run_backbone(random_tokens()), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(before_norm, expected, atol=0.1)
     assert last.config.apply_final_norm
@@ -255,6 +264,85 @@ def test_bad_settings(gpt2: str, tmp_path: Path):
         LDLMTokenEncoder.from_backbone(str(tmp_path / "nowhere"))
 
 
+# the token before the text
+
+
+@pytest.mark.parametrize("layer", [1, -3, -1])
+def test_prefix_is_read_before_the_text_and_its_state_dropped(folder: Path, layer: int, random_tokens: Callable):
+    input_ids = random_tokens()
+    encoder = LDLMTokenEncoder.from_backbone(str(folder), layer=layer)
+    assert encoder.config.prefix_token_id == 1  # the tokenizer's end-of-text: it has neither BOS nor CLS
+    with torch.no_grad():
+        with_prefix = language_model(folder)(
+            input_ids=torch.nn.functional.pad(input_ids, (1, 0), value=1), output_hidden_states=True
+        )
+    expected = with_prefix.hidden_states[layer][:, 1:]
+    torch.testing.assert_close(encoder.run_backbone(input_ids), expected, rtol=1e-5, atol=1e-5)
+    output = fitted(encoder, random_tokens)(input_ids, output_hidden_states=True)
+    torch.testing.assert_close(output.hidden_states, (expected - encoder.mean) / encoder.std, rtol=1e-4, atol=1e-4)
+    assert {states.shape for states in output.backbone_hidden_states} == {(3, 8, 32)}
+    assert encoder.config.num_statistics_tokens == 3 * 8 * 8
+    encoder.set_attn_implementation("eager")
+    assert encoder(input_ids, output_attentions=True).attentions[0].shape == (3, 2, 9, 9)
+
+
+def test_the_first_token_counts_behind_a_prefix(gpt2: str, random_tokens: Callable):
+    """Language models make an attention sink of whatever stands first, as this one does by a large first position."""
+    spreads = {}
+    for prefix in (True, False):
+        encoder = LDLMTokenEncoder.from_backbone(gpt2, layer=-1, prefix=prefix)
+        with torch.no_grad():
+            encoder.backbone.wpe.weight[0] *= 1000
+        encoder = fitted(encoder, random_tokens)
+        spreads[prefix] = encoder(random_tokens(256)).hidden_states.std(0).mean(-1)
+    assert spreads[False][0] < 0.1 * spreads[False][1:].mean()
+    assert spreads[True][0] == pytest.approx(spreads[True][1:].mean().item(), rel=0.2)
+
+
+def test_the_longest_text_has_room_for_the_prefix(folder: Path, random_tokens: Callable, tmp_path: Path):
+    """Its last two tokens share the last position where positions are learned."""
+    input_ids = random_tokens(length=16)
+    encoder = fitted(LDLMTokenEncoder.from_backbone(str(folder)), random_tokens)
+    assert encoder.config.max_position_embeddings == 16
+    encoder.save_pretrained(tmp_path)
+    hidden_states = encoder(input_ids).hidden_states
+    assert torch.equal(LDLMTokenEncoder.from_pretrained(tmp_path)(input_ids).hidden_states, hidden_states)
+    with pytest.raises(ValueError, match="17 tokens are longer than the 16"):
+        encoder(random_tokens(length=17))
+    for name, table in encoder.backbone.named_parameters():
+        if name in ("wpe.weight", "embeddings.position_embeddings.weight"):
+            assert table.shape == (17, 32)
+            assert torch.equal(table[16], table[15])
+
+
+def test_positions_that_begin_behind_the_padding_token_are_not_counted(
+    tiny_tokenizer: PreTrainedTokenizerFast, random_tokens: Callable, tmp_path: Path
+):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=40, max_position_embeddings=18, pad_token_id=1, **sizes)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, cls_token="w2", eos_token="<eos>"
+    )
+    for prefix in (True, False):
+        encoder = LDLMTokenEncoder.from_backbone(str(tmp_path), layer=-1, prefix=prefix, tokenizer=tokenizer)
+        assert encoder.config.max_position_embeddings == 16
+        assert encoder.config.prefix_token_id == (2 if prefix else None)
+        assert encoder.run_backbone(random_tokens(length=16)).shape == (3, 16, 32)
+        with pytest.raises(ValueError, match="17 tokens are longer than the 16"):
+            encoder.fit_statistics([random_tokens(length=17)])
+
+
+def test_a_tokenizer_without_a_token_for_the_prefix_is_refused(gpt2: str, tiny_tokenizer: PreTrainedTokenizerFast):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="no token to put before the text.*prefix=False"):
+        LDLMTokenEncoder.from_backbone(gpt2, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="prefix_token_id=3 with representation='embedding'"):
+        LDLMTokenEncoderConfig(prefix_token_id=3)
+    with pytest.raises(ValueError, match=r"prefix_token_id=50257 must lie in \[0, 50257\)"):
+        LDLMTokenEncoderConfig(prefix_token_id=50257)
+
+
 # what a user of transformers does with a model
 
 
@@ -327,7 +415,8 @@ def test_hidden_states_and_attentions_of_the_language_model(folder: Path, random
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(input_ids=input_ids, output_hidden_states=True, output_attentions=True)
-    encoder = fitted(LDLMTokenEncoder.from_backbone(str(folder), attn_implementation="eager"), random_tokens)
+    encoder = LDLMTokenEncoder.from_backbone(str(folder), prefix=False, attn_implementation="eager")
+    encoder = fitted(encoder, random_tokens)
     plain = encoder(input_ids)
     assert list(plain.keys()) == ["hidden_states"]
 

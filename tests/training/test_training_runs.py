@@ -339,12 +339,12 @@ def test_the_pipeline_is_saved_before_what_may_fail(
 
 def test_samples_of_a_run_are_those_of_an_evaluation_in_any_batches(make_pipeline: Callable) -> None:
     pipe = make_pipeline()
-    whole, texts = sample(pipe, 5, 3, seed=2, batch_size=5)
-    split = sample(pipe, 5, 3, seed=2, batch_size=2)
+    whole, texts = sample(pipe, 5, 3, seed=3, batch_size=5)
+    split = sample(pipe, 5, 3, seed=3, batch_size=2)
     assert torch.equal(whole, split[0]) and texts == split[1]
     assert len({tuple(row) for row in whole.tolist()}) == 5
-    # as evaluate.py makes sample 4 of seed 2
-    assert torch.equal(sample_rows(pipe, 3, 2, [4]).sequences, whole[4:])
+    # as evaluate.py makes sample 4 of seed 3
+    assert torch.equal(sample_rows(pipe, 3, 3, [4]).sequences, whole[4:])
 
 
 def test_held_out_numbers_are_the_same_in_any_batches(

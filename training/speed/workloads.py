@@ -179,13 +179,15 @@ def sampling_workloads(case: Case) -> list[Workload]:
 def build_objective(geometry: Geometry, length: int) -> JointObjective:
     """All components at one geometry, with a GPT-2-shaped token encoder of random weights."""
     lengths = {"sequence_length": length, "num_latents": length}
-    backbone = GPT2Config(use_cache=False, **geometry.backbone)
+    # a token before the text, as in training
+    backbone = GPT2Config(use_cache=False, n_positions=length + 1, **geometry.backbone)
     token_encoder = LDLMTokenEncoder(
         LDLMTokenEncoderConfig(
             backbone_config=backbone,
             representation="hidden",
             vocab_size=backbone.vocab_size,
             hidden_size=backbone.hidden_size,
+            prefix_token_id=0,
             # statistics of zero mean and unit deviation, which random weights come close to
             num_statistics_tokens=1,
         )
