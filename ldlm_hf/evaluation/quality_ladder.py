@@ -42,14 +42,15 @@ def quality_ladder(
         scorer: of sets of n texts.
         batch_size: texts that are encoded, denoised and decoded at a time.
     """
+    batches = torch.arange(len(real)).split(batch_size)
+    encoded = [pipeline.encode_sequences(real[indices]) for indices in batches]  # each (B, N, d_z)
     rungs = []
     for title, change in changes(pipeline):
         decoded = []
-        for indices in torch.arange(len(real)).split(batch_size):
-            latents = pipeline.encode_sequences(real[indices])  # (B, N, d_z)
+        for indices, latents in zip(batches, encoded, strict=True):
             generators = [sample_generator(NOISE_SEED, index, latents.device) for index in indices.tolist()]
-            noise = normal_like(latents, generators)
-            decoded.append(pipeline.decode_to_sequences(change(latents, noise)).cpu())
+            changed = change(latents, normal_like(latents, generators))
+            decoded.append(pipeline.decode_to_sequences(changed).cpu())
         sequences = torch.cat(decoded)
         accuracy = float((sequences == real).float().mean())
         rungs.append({"title": title, "token_accuracy": accuracy, "scores": scorer.score(sequences).scores.to_json()})
@@ -89,8 +90,8 @@ def ladder_table(
     ends = [{"title": title, "token_accuracy": None} for title in ("real text", "sampled")]
     rungs = [ends[0] | {"scores": real_scores}, *ladder, ends[1] | {"scores": sample_scores}]
     rows = [
-        [rung["title"], cell(rung["token_accuracy"], None, 3)]
+        [rung["title"], f"{rung['scores']['num_texts']:,}", cell(rung["token_accuracy"], None, 3)]
         + [cell(rung["scores"].get(name), None, score.digits) for name, score in measured.items()]
         for rung in rungs
     ]
-    return markdown_table(["texts", "tokens kept", *(score.heading for score in measured.values())], rows)
+    return markdown_table(["texts", "number", "tokens kept", *(score.heading for score in measured.values())], rows)

@@ -4,7 +4,6 @@ room for a token before the text."""
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,11 +116,12 @@ def prefix_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def position_table(backbone: PreTrainedModel) -> nn.Embedding | None:
     """The table of learned positions; None in a language model without one (rotary positions, ALiBi)."""
-    num_positions = getattr(backbone.config, "max_position_embeddings", None) or math.inf
-    embeddings = [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
-    embeddings.remove(backbone.get_input_embeddings())
-    # the table of segments is a short one
-    return next((table for table in embeddings if table.num_embeddings >= num_positions), None)
+    for name, module in backbone.named_modules():
+        last = name.rpartition(".")[2]
+        # "wpe" in GPT-2 and its kin, "position_embeddings" or "embed_positions" in others
+        if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last):
+            return module
+    return None
 
 
 def longest_sequence(backbone: PreTrainedModel) -> int | None:
@@ -134,10 +134,13 @@ def longest_sequence(backbone: PreTrainedModel) -> int | None:
 
 
 def add_position(backbone: PreTrainedModel) -> None:
-    """Makes room for one token more, which has the last learned position too: of the longest text, the last two tokens
-    share it. Where positions are not learned nothing bounds them."""
-    table = position_table(backbone)
+    """Makes room for one token more: the last two of the longest text share the last position of a learned table, what
+    is computed ahead is computed one further, and rotary positions know no end."""
+    table, config = position_table(backbone), backbone.config
     if table is not None:
         table.weight = nn.Parameter(torch.cat([table.weight, table.weight[-1:]]), requires_grad=False)
         table.num_embeddings += 1
-        backbone.config.max_position_embeddings += 1
+    is_bounded = getattr(config, "max_position_embeddings", None) is not None
+    # some kinds of rotary positions depend on that number
+    if is_bounded and getattr(config, "rope_parameters", None) is None:
+        config.max_position_embeddings += 1

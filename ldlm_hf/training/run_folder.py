@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..loading.settings_reader import differences, to_yaml
+import yaml
+
+from ..loading.settings_reader import differences, flatten, to_yaml, with_defaults
 from .checkpoints import remove_unfinished, resolve_checkpoint
 from .settings import LoopRunSettings, TrainingSettings
 
@@ -36,6 +39,8 @@ RESUMABLE_CHANGES = (
     "loop.trackers",
     *END_OF_RUN,
 )
+# what the statistics of hidden states, which a checkpoint holds, were measured on
+TOKEN_ENCODER_SETTINGS = ("model.backbone", "model.layer", "model.representation", "model.prefix")
 # text may have moved: a position in text at random access knows which text it is of, and one in a stream does not
 MOVABLE = "data.source"
 
@@ -58,6 +63,8 @@ def check_output_dir(settings: TrainingSettings, resume_from_checkpoint: str | N
                 "Start it anew with --overwrite_output_dir, or name another folder; loop.checkpointing_steps="
                 f"{settings.loop.checkpointing_steps} is how many steps a run is stopped after without one."
             )
+    if checkpoint is not None:
+        check_token_encoder(settings, checkpoint)
     saved = output_dir / "settings.yaml"
     if not saved.is_file() or (overwrite and checkpoint is None):
         return checkpoint
@@ -77,6 +84,21 @@ def check_output_dir(settings: TrainingSettings, resume_from_checkpoint: str | N
             f"run: --resume_from_checkpoint {checkpoint or 'CHECKPOINT'} loop.output_dir=ANOTHER."
         )
     return checkpoint
+
+
+def check_token_encoder(settings: TrainingSettings, checkpoint: Path) -> None:
+    """Raises ValueError where a checkpoint's run had another token encoder than the settings say."""
+    saved = checkpoint.parent / "settings.yaml"
+    if not saved.is_file():
+        return
+    theirs = flatten(with_defaults(type(settings), yaml.safe_load(saved.read_text(encoding="utf-8"))))
+    mine = flatten(asdict(settings))
+    for key in TOKEN_ENCODER_SETTINGS:
+        if mine.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{key}={mine[key]} differs from that of the run of --resume_from_checkpoint {checkpoint}, "
+                f"{theirs[key]}: its models know the hidden states of that token encoder. Set {key}={theirs[key]}."
+            )
 
 
 def delete_run(output_dir: Path) -> None:

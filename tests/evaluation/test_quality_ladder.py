@@ -65,7 +65,7 @@ def test_the_table_shows_what_was_measured(pipeline: LDLMPipeline, random_tokens
     ladder = quality_ladder(pipeline, real, of_sets, batch_size=12)
     ends = [of_sets.score(sequences).scores.to_json() for sequences in (real, random_tokens(12, seed=1))]
     lines = ladder_table(ends[0], ladder, ends[1])
-    assert lines[0] == "| texts | tokens kept | seq-rep-4 ↓ | diversity ↑ | entropy (nats) ↑ |"
+    assert lines[0] == "| texts | number | tokens kept | seq-rep-4 ↓ | diversity ↑ | entropy (nats) ↑ |"
     assert [line.split(" | ")[0] for line in (lines[2], lines[-1])] == ["| real text", "| sampled"]
     assert len(lines) == 2 + len(ladder) + 2
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,16 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -331,6 +342,35 @@ def test_positions_that_begin_behind_the_padding_token_are_not_counted(
         assert encoder.run_backbone(random_tokens(length=16)).shape == (3, 16, 32)
         with pytest.raises(ValueError, match="17 tokens are longer than the 16"):
             encoder.fit_statistics([random_tokens(length=17)])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (OPTForCausalLM, OPTConfig(ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=16)),
+        # relative positions have a table, too, which is none of positions
+        (
+            DebertaV2ForMaskedLM,
+            DebertaV2Config(relative_attention=True, position_buckets=16, max_position_embeddings=16),
+        ),
+        (BloomForCausalLM, BloomConfig(n_layer=2, n_head=2)),
+        # rotary positions, computed ahead for so many tokens
+        (GPTJForCausalLM, GPTJConfig(n_positions=16, rotary_dim=8)),
+        (CodeGenForCausalLM, CodeGenConfig(n_positions=16, rotary_dim=8)),
+    ],
+)
+def test_other_positions_have_room_for_the_prefix(
+    model_class: Any, config: Any, tiny_tokenizer: PreTrainedTokenizerFast, random_tokens: Callable, tmp_path: Path
+):
+    config.update({"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2})
+    config.update({"intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1})
+    model_class(config).save_pretrained(tmp_path / "backbone")
+    encoder = LDLMTokenEncoder.from_backbone(str(tmp_path / "backbone"), layer=-1, tokenizer=tiny_tokenizer)
+    encoder.fit_statistics([random_tokens(length=16)])
+    encoder.save_pretrained(tmp_path / "encoder")
+    loaded = LDLMTokenEncoder.from_pretrained(tmp_path / "encoder")
+    hidden_states = loaded(random_tokens(length=16)).hidden_states
+    assert hidden_states.shape == (3, 16, 32) and hidden_states.isfinite().all()
 
 
 def test_a_tokenizer_without_a_token_for_the_prefix_is_refused(gpt2: str, tiny_tokenizer: PreTrainedTokenizerFast):

@@ -209,6 +209,25 @@ def test_a_new_run_goes_on_with_other_settings(run_script: Run, stopped: list[st
     assert (state["weight_decay"], state["betas"]) == (0.5, (0.5, 0.98))
 
 
+def test_a_run_from_before_there_was_a_prefix_goes_on_without_one(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    without = [*tiny_overrides, "model.prefix=false", "loop.checkpointing_steps=2", "evaluation.num_samples=0"]
+    run_script("train_joint", *without)
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    saved = tmp_path / "run/settings.yaml"
+    saved.write_text(saved.read_text(encoding="utf-8").replace("  prefix: false\n", ""), encoding="utf-8")
+    before = losses(tmp_path / "run")
+    resumed = ["--resume_from_checkpoint", str(tmp_path / "run/checkpoint-2")]
+    default = [setting for setting in without if setting != "model.prefix=false"]
+    # statistics that a checkpoint holds are of hidden states without a prefix, in this folder and in another
+    for folder in ([], [f"loop.output_dir={tmp_path / 'other'}"]):
+        with pytest.raises(ValueError, match=r"model\.prefix=True differs .*Set model\.prefix=False"):
+            run_script("train_joint", *default, *folder, *resumed)
+    run_script("train_joint", *without, *resumed)
+    assert losses(tmp_path / "run") == before
+
+
 def test_latest_starts_a_run_and_refuses_one_that_lost_its_checkpoints(
     run_script: Run, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
