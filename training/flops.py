@@ -19,7 +19,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, PretrainedConfi
 from ldlm_hf.evaluation.markdown import human_count, markdown_table
 from ldlm_hf.loading.pretrained_sources import resolve_pretrained_source
 from ldlm_hf.loading.settings_reader import load_settings
-from ldlm_hf.models.token_encoder import LDLMTokenEncoder, LDLMTokenEncoderConfig, cut_config
+from ldlm_hf.models.language_model import add_position_to_config, cut_config
+from ldlm_hf.models.token_encoder import LDLMTokenEncoder, LDLMTokenEncoderConfig
 from ldlm_hf.objective import JointObjective
 from ldlm_hf.training.components import build_objective
 from ldlm_hf.training.flops import (
@@ -42,8 +43,8 @@ def build_meta_objective(settings: RunSettings, backbone: PretrainedConfig) -> J
     # which token it is does not matter, but it takes a position
     prefix_token_id = 0 if model.prefix and is_language_model else None
     longest = getattr(backbone, "max_position_embeddings", None)
-    if prefix_token_id is not None and longest is not None:
-        backbone.max_position_embeddings = longest + 1
+    if prefix_token_id is not None:
+        add_position_to_config(backbone)
     token_encoder_config = LDLMTokenEncoderConfig(
         backbone_config=cut_config(backbone, model.layer % (backbone.num_hidden_layers + 1))
         if is_language_model

@@ -20,7 +20,7 @@ from ldlm_hf.evaluation.machine import hardware, keep_freed_memory, versions
 from ldlm_hf.evaluation.provenance import source
 from ldlm_hf.evaluation.quality_ladder import ladder_table, quality_ladder
 from ldlm_hf.evaluation.real_text import held_out_sequences, load_data_settings
-from ldlm_hf.evaluation.samples import load_pipeline, missing_encoders, sample
+from ldlm_hf.evaluation.samples import load_pipeline_with_encoders, sample
 from ldlm_hf.evaluation.scores import beside_real_text, judge_conditions
 from ldlm_hf.loading.settings_reader import positive
 from ldlm_hf.metrics import load_judge
@@ -46,12 +46,7 @@ def main() -> None:
     arguments = parse_arguments()
     keep_freed_memory()
     data = load_data_settings(arguments.config, arguments.overrides)
-    pipeline = load_pipeline(arguments.pipeline, "float32")
-    if missing := missing_encoders(pipeline):
-        raise ValueError(
-            f"--pipeline {arguments.pipeline!r} lacks {' and '.join(missing)}: name the pipeline as training saved it "
-            "(RUN/pipeline), with its encoders."
-        )
+    pipeline = load_pipeline_with_encoders(arguments.pipeline)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.to(device).set_progress_bar_config(disable=True)
     judge = None if arguments.judge == "none" else load_judge(arguments.judge, device=device)

@@ -18,7 +18,7 @@ from ..objective.time_proposals import TimeProposal, build_proposal, stratified_
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .likelihood_report import TERMS, estimate
 from .real_text import held_out_part, held_out_sequences, training_sequences
-from .samples import load_pipeline, missing_encoders
+from .samples import load_pipeline_with_encoders
 
 
 # ours: the decoder's input is then as noisy as in training to within 0.5%
@@ -77,12 +77,7 @@ def trained_decoder_noise(run: Path | None) -> float:
 
 def load_bounded_pipeline(name: str, tokens_only: bool) -> LDLMPipeline:
     """A pipeline that has what the bound needs; ValueError for one that has not, OSError where there is none."""
-    pipeline = load_pipeline(name, "float32")
-    if missing := missing_encoders(pipeline):
-        raise ValueError(
-            f"--pipeline {name!r} lacks {' and '.join(missing)}, which turn held-out text into "
-            "latents: name the pipeline as training saved it (RUN/pipeline), with its encoders."
-        )
+    pipeline = load_pipeline_with_encoders(name)
     if pipeline.latent_decoder is None and not tokens_only:
         raise ValueError(
             f"--pipeline {name!r} has no latent_decoder (its token decoder reads latents), so there is no likelihood "

@@ -75,6 +75,18 @@ def missing_encoders(pipeline: DiffusionPipeline) -> tuple[str, ...]:
     return tuple(getattr(pipeline, "missing_encoders", ["encoders"]))
 
 
+def load_pipeline_with_encoders(source: str) -> DiffusionPipeline:
+    """A pipeline in float32 that turns real texts into latents; ValueError for one that lacks what that needs, and
+    OSError where there is none."""
+    pipeline = load_pipeline(source, "float32")
+    if missing := missing_encoders(pipeline):
+        raise ValueError(
+            f"--pipeline {source!r} lacks {' and '.join(missing)}, which turn held-out text into "
+            "latents: name the pipeline as training saved it (RUN/pipeline), with its encoders."
+        )
+    return pipeline
+
+
 def load_pipeline(source: str, dtype: str) -> DiffusionPipeline:
     """A pipeline that generates texts in evaluation's precision, or an OSError.
 

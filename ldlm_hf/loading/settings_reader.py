@@ -212,8 +212,12 @@ def added(default: Any, before: Any) -> Any:
     return field(default=default, metadata={"before": before})
 
 
-def with_defaults(settings_class: type, sections: dict[str, Any]) -> dict[str, Any]:
-    """Saved sections of settings, and of each setting that was added later than they were saved what it was then."""
+def saved_values(settings_class: type, sections: dict[str, Any]) -> dict[str, Any]:
+    """Saved sections of settings by dotted keys.
+
+    A setting that they do not have was added later than they were saved, and had its default then, or the value that
+    [`added`] names.
+    """
     settings = settings_class()
     values = asdict(settings)
     for key, section in sections.items():
@@ -224,17 +228,13 @@ def with_defaults(settings_class: type, sections: dict[str, Any]) -> dict[str, A
             later = fields(getattr(settings, key))
             values[key] |= {field.name: field.metadata["before"] for field in later if "before" in field.metadata}
         values[key] |= section
-    return values
+    return flatten(values)
 
 
 def differences(settings: Any, others: str) -> list[str]:
-    """Dotted keys in which settings differ from those of a saved YAML text.
-
-    A setting that the text does not have was added later than it was saved, and had its default then, or the value
-    that [`added`] names.
-    """
+    """Dotted keys in which settings differ from those of a saved YAML text, as [`saved_values`] reads it."""
     mine = flatten(asdict(settings))
-    theirs = flatten(with_defaults(type(settings), yaml.safe_load(others)))
+    theirs = saved_values(type(settings), yaml.safe_load(others))
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 

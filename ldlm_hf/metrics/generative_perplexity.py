@@ -124,8 +124,10 @@ def sequence_losses(judge: Judge, sequences: list[list[int]], batch_size: int) -
     features = [np.empty(0)] * len(sequences)
     for indices, input_ids, attention_mask in judge.batches(sequences, batch_size, "Scoring texts"):
         logits, last_hidden_states = judge.read(input_ids, attention_mask)  # (B, L, V), (B, D)
+        # one copy from the device for the whole batch
+        for index, feature in zip(indices, last_hidden_states.float().cpu().numpy(), strict=True):
+            features[index] = feature
         for row, index in enumerate(indices):
-            features[index] = last_hidden_states[row].float().cpu().numpy()
             length = len(sequences[index])
             losses[index] = _sum_of_losses(logits[row, : length - 1], input_ids[row, 1:length])
             if not math.isfinite(losses[index]):

@@ -136,10 +136,15 @@ def longest_sequence(backbone: PreTrainedModel) -> int | None:
 def add_position(backbone: PreTrainedModel) -> None:
     """Makes room for one token more: the last two of the longest text share the last position of a learned table, what
     is computed ahead is computed one further, and rotary positions know no end."""
-    table, config = position_table(backbone), backbone.config
+    table = position_table(backbone)
     if table is not None:
         table.weight = nn.Parameter(torch.cat([table.weight, table.weight[-1:]]), requires_grad=False)
         table.num_embeddings += 1
+    add_position_to_config(backbone.config)
+
+
+def add_position_to_config(config: PretrainedConfig) -> None:
+    """The same in a language model's configuration."""
     is_bounded = getattr(config, "max_position_embeddings", None) is not None
     # some kinds of rotary positions depend on that number
     if is_bounded and getattr(config, "rope_parameters", None) is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..loading.settings_reader import differences, flatten, to_yaml, with_defaults
+from ..loading.settings_reader import differences, flatten, saved_values, to_yaml
 from .checkpoints import remove_unfinished, resolve_checkpoint
 from .settings import LoopRunSettings, TrainingSettings
 
@@ -91,7 +91,7 @@ def check_token_encoder(settings: TrainingSettings, checkpoint: Path) -> None:
     saved = checkpoint.parent / "settings.yaml"
     if not saved.is_file():
         return
-    theirs = flatten(with_defaults(type(settings), yaml.safe_load(saved.read_text(encoding="utf-8"))))
+    theirs = saved_values(type(settings), yaml.safe_load(saved.read_text(encoding="utf-8")))
     mine = flatten(asdict(settings))
     for key in TOKEN_ENCODER_SETTINGS:
         if mine.get(key) != theirs.get(key):

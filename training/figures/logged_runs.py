@@ -10,7 +10,7 @@ from typing import Any
 
 from ldlm_hf.hub.run_files import RunResults, read_settings_and_log
 from ldlm_hf.hub.training_curves import HELD_OUT_PREFIX
-from ldlm_hf.loading.settings_reader import flatten, with_defaults
+from ldlm_hf.loading.settings_reader import saved_values
 from ldlm_hf.training.settings import MACHINE_SETTINGS, RunSettings
 
 
@@ -68,7 +68,7 @@ def read_logged_run(folder: str | Path, name: str) -> LoggedRun:
     sections, log = read_settings_and_log(folder)
     if not sections.keys() >= JOINT_SECTIONS:
         raise ValueError(f"{folder} is no run of train_joint.py, whose log alone has a diffusion loss; leave it out.")
-    settings = flatten(with_defaults(RunSettings, sections))
+    settings = saved_values(RunSettings, sections)
     results_file = folder / "results.json"
     run = LoggedRun(name, settings, log, RunResults.load(results_file) if results_file.is_file() else None)
     if not run.evaluations:
