@@ -1,5 +1,6 @@
 """The joint-training recipe, one equation of the paper a function, and distillation to few steps."""
 
+from .consistency import ConsistencySettings
 from .flow_map import DistillationLosses, DistillationObjective
 from .joint import JointLosses, JointObjective, JointObjectiveSettings
 from .likelihood import LikelihoodBound, LikelihoodSettings, LikelihoodTerms
@@ -9,6 +10,7 @@ from .warmup import scale_gradient, warmup_gate
 
 __all__ = [
     "AdaptiveTimestepSampler",
+    "ConsistencySettings",
     "DistillationLosses",
     "DistillationObjective",
     "JointLosses",

@@ -1,8 +1,9 @@
-"""The diffusion loss (Eq. 1), with self-conditioning on the denoiser's own first estimate."""
+"""The denoiser's pass on noisy latents, self-conditioned on its own first estimate, and what it is trained to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,15 +12,31 @@ from ..schedulers.scheduling_tangent import TangentScheduler
 from .base import squared_errors, without_autocast_cache
 
 
-def diffusion_losses(
+@dataclass
+class Denoised:
+    """One pass of the denoiser; all of shape (B, N, d_z).
+
+    Attributes:
+        noisy_latents: z_t, what was denoised.
+        self_condition: the first estimate that it was denoised with; zeros where there was none.
+        clean_latents: the prediction z^.
+    """
+
+    noisy_latents: torch.Tensor
+    self_condition: torch.Tensor
+    clean_latents: torch.Tensor
+
+
+def denoise(
     transformer: LDLMTransformer1DModel,
     scheduler: TangentScheduler,
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     noise: torch.Tensor,
     self_conditioned: Sequence[bool] | None,
-) -> torch.Tensor:
-    """||z^(z_t, t) - z||^2 of each example, a mean over its entries, (B,).
+    guidance: torch.Tensor | None = None,
+) -> Denoised:
+    """Puts noise on latents and denoises them.
 
     Args:
         transformer: the denoiser.
@@ -29,13 +46,35 @@ def diffusion_losses(
         noise: standard normal, of the latents' shape.
         self_conditioned: which examples are denoised with their own first estimate, of length B; None where no batch
             ever has one.
+        guidance: weights (B,) of the self-condition that a denoiser with `guidance_embeds` is told.
     """
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     self_condition = torch.zeros_like(noisy_latents)
     if self_conditioned is not None:
         self_condition = first_estimate(transformer, noisy_latents, timesteps, self_conditioned)
-    clean_latents = transformer(noisy_latents, timesteps, self_condition).sample  # (B, N, d_z)
-    return squared_errors(clean_latents, latents).flatten(1).mean(1)
+    clean_latents = transformer(noisy_latents, timesteps, self_condition, guidance=guidance).sample
+    return Denoised(noisy_latents, self_condition, clean_latents)
+
+
+def guided_target(latents: torch.Tensor, denoised: Denoised, guidance: torch.Tensor) -> torch.Tensor:
+    """z + (1 - 1 / w) (z^ - z^_0), by which the denoiser learns what guidance by the self-condition would give it.
+
+    z^_0 is the first estimate, z^ the prediction from it and w the weight that the denoiser is told. Where z^ is what
+    it is trained to, z^ = z^_0 + w (E[z | z_t, z^_0] - z^_0): the guided prediction, in one evaluation instead of two
+    (the target of ELF's guidance in training, written so that it needs no further pass).
+
+    Args:
+        latents: clean latents z (B, N, d_z).
+        denoised: the denoiser's pass with these weights.
+        guidance: w > 0, (B,); 1 leaves an example's target at z.
+    """
+    share = (1 - 1 / guidance)[:, None, None]
+    return latents + share * (denoised.clean_latents - denoised.self_condition).detach().float()
+
+
+def example_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the entries of each example (B, N, d_z) → (B,)."""
+    return squared_errors(prediction, target).flatten(1).mean(1)
 
 
 def first_estimate(

@@ -18,7 +18,8 @@ from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 from .augmentations import AUGMENTATIONS, add_feature_noise, drop_latents, mask_tokens
 from .base import Objective, squared_errors
-from .diffusion import diffusion_losses
+from .consistency import consistency_losses
+from .diffusion import Denoised, denoise, example_errors, guided_target
 from .draws import Generators, draw_examples, normal_like, systematic_sample
 from .reconstruction import ReconstructionLosses, token_cross_entropy
 from .warmup import scale_gradient
@@ -40,6 +41,10 @@ class JointObjectiveSettings:
             third party's transcription of the paper's; far too large for a small run, see training/configs/README.md.
         self_conditioning_probability: probability with which an example's denoiser sees its own first estimate; the
             examples of a batch are drawn systematically, so that their number is always the same to within one.
+        noise_levels: times K at which each text's latents are denoised in a step (1 in the paper); more of them give
+            the denoiser a larger share of the compute.
+        guidance_range: lowest and highest weight w of the self-condition that a denoiser with `guidance_embeds` is
+            trained for, evenly in log w (see [`guided_target`]); None trains none.
         diffusion_weight: weight of the diffusion loss (the paper's weights are all 1).
         hidden_weight: weight of the hidden-state loss.
         token_weight: weight of the token loss.
@@ -58,6 +63,8 @@ class JointObjectiveSettings:
     reconstruction: str = "hidden"
     decoder_noise: float = 3.0
     self_conditioning_probability: float = 0.5
+    noise_levels: int = 1
+    guidance_range: list[float] | None = None
     diffusion_weight: float = 1.0
     hidden_weight: float = 1.0
     token_weight: float = 1.0
@@ -74,6 +81,7 @@ class JointObjectiveSettings:
             reconstruction=RECONSTRUCTION_LOSSES,
             decoder_noise="[0, inf)",
             self_conditioning_probability="[0, 1]",
+            noise_levels="[1, inf)",
             diffusion_weight="[0, inf)",
             hidden_weight="[0, inf)",
             token_weight="[0, inf)",
@@ -83,6 +91,11 @@ class JointObjectiveSettings:
             feature_noise="[0, 1]",
             latent_dropout="[0, 1)",
         )
+        weights = self.guidance_range
+        if weights is not None and not (len(weights) == 2 and 0 < weights[0] <= weights[1] < math.inf):
+            raise ValueError(
+                f"guidance_range={weights} must be two weights, the lower one first: [0.5, 5]."
+            )
 
 
 @dataclass
@@ -96,7 +109,8 @@ class JointLosses:
         hidden: mean squared error of the reconstructed hidden states (Eq. 2).
         token: cross-entropy in nats a token (Eq. 3); 0 without a token decoder.
         diffusion: mean squared error of the predicted clean latents (Eq. 1).
-        diffusion_per_example: the same for each example, of shape (B,), for the timestep sampler.
+        diffusion_per_example: the same for each example and time, of the shape of the times, for the timestep sampler.
+        consistency: how far predictions are from those after the next step; 0 where that is not trained.
         token_accuracy: share of tokens decoded right from the noisy latents; NaN where none are decoded.
         latent_std: standard deviation of the latents' entries.
     """
@@ -106,6 +120,7 @@ class JointLosses:
     token: torch.Tensor
     diffusion: torch.Tensor
     diffusion_per_example: torch.Tensor
+    consistency: torch.Tensor
     token_accuracy: torch.Tensor
     latent_std: torch.Tensor
 
@@ -126,6 +141,7 @@ class JointObjective(Objective):
         scheduler: the noise process.
         settings: variants and weights.
         stage: `"joint"`, `"autoencoder"` or `"diffusion"`.
+        averaged_transformer: the denoiser with its EMA weights, for the consistency loss.
 
     Raises:
         ValueError: sizes of components that do not fit each other, or a variant that needs what is not there.
@@ -141,6 +157,7 @@ class JointObjective(Objective):
         scheduler: TangentEulerMaruyamaScheduler,
         settings: JointObjectiveSettings | None = None,
         stage: str = "joint",
+        averaged_transformer: LDLMTransformer1DModel | None = None,
     ):
         super().__init__()
         self.token_encoder = token_encoder
@@ -148,6 +165,7 @@ class JointObjective(Objective):
         self.latent_decoder = latent_decoder
         self.token_decoder = token_decoder
         self.transformer = transformer
+        self.averaged_transformer = averaged_transformer
         self.scheduler = scheduler
         self.settings = settings or JointObjectiveSettings()
         self.stage = stage
@@ -224,39 +242,54 @@ class JointObjective(Objective):
         gate: float | torch.Tensor = 1.0,
         generator: Generators = None,
         self_conditioned: Sequence[bool] | None = None,
+        guidance: torch.Tensor | None = None,
+        next_timesteps: torch.Tensor | None = None,
+        consistency_weight: float = 0.0,
     ) -> JointLosses:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): token ids.
-            timesteps (`torch.Tensor` of shape `(B,)`): times in [0, 1] of the diffusion loss.
+            timesteps (`torch.Tensor` of shape `(B,)` or `(B, K)`):
+                Times in [0, 1] of the diffusion loss, one or K for each example.
             gate: gamma in [0, 1], the share of the diffusion loss's gradient that reaches the latents (Eq. 28).
             generator:
                 Source of all noise; the global one by default. A list gives each example a stream of its own, so that
                 its losses do not depend on the batch that it is in.
-            self_conditioned (`Sequence[bool]` of length `B`):
-                Which examples are denoised with their own first estimate; drawn by default. No tensor: what DDP moves
-                to an accelerator cannot be looked at without waiting for it.
+            self_conditioned (`Sequence[bool]` of length `B` or `B K`):
+                Which examples, at which times, are denoised with their own first estimate; drawn by default. No
+                tensor: what DDP moves to an accelerator cannot be looked at without waiting for it.
+            guidance (as `timesteps`, *optional*):
+                Weights of the self-condition that the denoiser is told; those without one have the weight 1.
+            next_timesteps (as `timesteps`, *optional*):
+                Where steps from these times lead, for the consistency loss; `None` leaves it out.
+            consistency_weight: of that loss.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "diffusion"):
             # losses and noise are float32 whatever autocast makes of the layers
             hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states.float()  # (B, L, D)
             disturbed = self.disturbed_hidden_states(input_ids, hidden_states, generator)
-            latents = self.latent_encoder(disturbed, return_dict=True).latents.float()  # (B, N, d_z)
+            # while the encoder learns, those that it holds are of another encoder
+            learns = self.stage != "diffusion"
+            encoded = self.latent_encoder(disturbed, batch_statistics=learns, return_dict=True)
+            latents = encoded.latents.float()  # (B, N, d_z)
 
         # 1. reconstruction from noisy latents
         reconstruction = ReconstructionLosses.none(input_ids.device)
         if self.stage != "diffusion":
             reconstruction = self.reconstruction_losses(latents, hidden_states, input_ids, generator)
         # 2. diffusion
-        diffusion_per_example = torch.zeros(len(input_ids), device=input_ids.device)
+        diffusion_per_example = torch.zeros(timesteps.shape, device=input_ids.device)
+        consistency = diffusion_per_example.new_zeros(())
         if self.stage != "autoencoder":
-            diffusion_per_example = self.diffusion_losses(
-                scale_gradient(latents, gate), timesteps, generator, self_conditioned
+            diffusion_per_example, consistency = self.denoising_losses(
+                scale_gradient(latents, gate), timesteps, generator, self_conditioned, guidance, next_timesteps
             )
         diffusion = diffusion_per_example.mean()
 
         settings = self.settings
         total = settings.diffusion_weight * diffusion + settings.token_weight * reconstruction.token
+        if next_timesteps is not None:
+            total = total + consistency_weight * consistency
         if "hidden" in settings.reconstruction:
             total = total + settings.hidden_weight * reconstruction.hidden
         return JointLosses(
@@ -265,17 +298,22 @@ class JointObjective(Objective):
             token=reconstruction.token,
             diffusion=diffusion,
             diffusion_per_example=diffusion_per_example,
+            consistency=consistency,
             token_accuracy=reconstruction.token_accuracy,
             latent_std=latents.detach().std(),
         )
 
     def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
         """Arguments of `forward` for a batch of no particular text, to count what a pass costs."""
-        drawn = systematic_sample(batch_size, self.settings.self_conditioning_probability, offset=0.5)
+        settings = self.settings
+        timesteps = torch.full((batch_size, settings.noise_levels), 0.5)
+        drawn = systematic_sample(timesteps.numel(), settings.self_conditioning_probability, offset=0.5)
         return {
             "input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long),
-            "timesteps": torch.full((batch_size,), 0.5),
+            "timesteps": timesteps,
             "self_conditioned": drawn,
+            "guidance": None if settings.guidance_range is None else torch.ones_like(timesteps),
+            "next_timesteps": None if self.averaged_transformer is None else timesteps / 2,
         }
 
     def disturbed_hidden_states(
@@ -320,6 +358,30 @@ class JointObjective(Objective):
         predicted, input_ids = predicted[:num_examples], input_ids[:num_examples]
         return token_cross_entropy(self.token_decoder(predicted, return_dict=True).logits, input_ids)
 
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: Generators = None,
+        self_conditioned: Sequence[bool] | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> Denoised:
+        """The denoiser's pass on latents (B, N, d_z) with noise of times (B,)."""
+        assert self.transformer is not None, "the stage 'autoencoder' has no diffusion loss"
+        noise = normal_like(latents, generator)
+        probability = self.settings.self_conditioning_probability
+        if self_conditioned is None:
+            self_conditioned = draw_examples(len(latents), probability, generator)
+        return denoise(
+            self.transformer,
+            self.scheduler,
+            latents,
+            timesteps,
+            noise,
+            self_conditioned if probability else None,
+            guidance,
+        )
+
     def diffusion_losses(
         self,
         latents: torch.Tensor,
@@ -328,14 +390,35 @@ class JointObjective(Objective):
         self_conditioned: Sequence[bool] | None = None,
     ) -> torch.Tensor:
         """Diffusion loss (Eq. 1) of each example, (B,), on latents (B, N, d_z) at times (B,)."""
-        assert self.transformer is not None, "the stage 'autoencoder' has no diffusion loss"
-        noise = normal_like(latents, generator)
-        probability = self.settings.self_conditioning_probability
-        if self_conditioned is None:
-            self_conditioned = draw_examples(len(latents), probability, generator)
-        return diffusion_losses(
-            self.transformer, self.scheduler, latents, timesteps, noise, self_conditioned if probability else None
-        )
+        denoised = self.denoise(latents, timesteps, generator, self_conditioned)
+        return example_errors(denoised.clean_latents, latents)
+
+    def denoising_losses(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: Generators,
+        self_conditioned: Sequence[bool] | None,
+        guidance: torch.Tensor | None,
+        next_timesteps: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What trains the denoiser on latents (B, N, d_z): the diffusion loss of each example at each of its times, of
+        their shape, and the consistency loss; arguments as of `forward`."""
+        shape, levels = timesteps.shape, timesteps[:1].numel()
+        latents, timesteps = latents.repeat_interleave(levels, dim=0), timesteps.flatten()
+        if isinstance(generator, list):
+            generator = [one for one in generator for _ in range(levels)]
+        if guidance is not None:
+            guidance = guidance.flatten()
+        denoised = self.denoise(latents, timesteps, generator, self_conditioned, guidance)
+        target = latents if guidance is None else guided_target(latents, denoised, guidance)
+        consistency = latents.new_zeros(())
+        if next_timesteps is not None:
+            assert self.averaged_transformer is not None, "the consistency loss needs the denoiser's EMA weights"
+            consistency = consistency_losses(
+                self.averaged_transformer, self.scheduler, denoised, timesteps, next_timesteps.flatten(), guidance
+            ).mean()
+        return example_errors(denoised.clean_latents, target).view(shape), consistency
 
 
 def check_equal(*named_sizes: tuple[str, int]) -> None:

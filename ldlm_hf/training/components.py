@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..models.latent_encoder import LDLMLatentEncoder, LDLMLatentEncoderConfig
 from ..models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
-from ..objective import JointObjective
+from ..objective import ConsistencySettings, JointObjective
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 from .settings import ModelSettings, RunSettings
@@ -145,7 +146,21 @@ def build_objective(
         mask_token_id = tokenizer.eos_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
         variant = replace(variant, mask_token_id=mask_token_id)
     models = build_models(settings, token_encoder)
-    return JointObjective(token_encoder, **models, settings=variant, stage=settings.stage)
+    averaged_transformer = build_averaged_transformer(models["transformer"], settings.consistency)
+    return JointObjective(
+        token_encoder,
+        **models,
+        settings=variant,
+        stage=settings.stage,
+        averaged_transformer=averaged_transformer,
+    )
+
+
+def build_averaged_transformer(
+    transformer: LDLMTransformer1DModel | None, settings: ConsistencySettings
+) -> LDLMTransformer1DModel | None:
+    """A copy of the denoiser that will hold its EMA weights, where the consistency loss needs one."""
+    return copy.deepcopy(transformer).requires_grad_(False) if transformer is not None and settings.weight else None
 
 
 def build_diffusion_objective(settings: RunSettings) -> JointObjective:
@@ -162,7 +177,12 @@ def build_diffusion_objective(settings: RunSettings) -> JointObjective:
     )
     scheduler = TangentEulerMaruyamaScheduler(**model.scheduler)
     return JointObjective(
-        **autoencoder, transformer=transformer, scheduler=scheduler, settings=settings.objective, stage="diffusion"
+        **autoencoder,
+        transformer=transformer,
+        scheduler=scheduler,
+        settings=settings.objective,
+        stage="diffusion",
+        averaged_transformer=build_averaged_transformer(transformer, settings.consistency),
     )
 
 

@@ -169,14 +169,15 @@ def print_overview(
 
 
 def speed_up(objective: nn.Module, settings: LoopSettings) -> None:
-    """Applies the settings `gradient_checkpointing` and `compile` to all trained components."""
+    """Applies the settings `gradient_checkpointing`, to all trained components, and `compile`, to all of ours."""
     for _, module in trained_components(objective):
         if settings.gradient_checkpointing:
             if isinstance(module, ModelMixin):
                 module.enable_gradient_checkpointing()
             elif isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
                 module.gradient_checkpointing_enable({"use_reentrant": False})
-        if settings.compile:
+    if settings.compile:
+        for module in objective.children():
             compile_blocks(module)
 
 

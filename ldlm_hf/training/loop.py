@@ -42,7 +42,7 @@ class TakenStep:
     number: int  # from 1
     loss: torch.Tensor  # of all ranks
     gradient_norm: torch.Tensor  # of all ranks
-    observations: tuple[torch.Tensor, ...]  # of this rank's rows, each (accumulated passes * B,)
+    observations: tuple[torch.Tensor, ...]  # of this rank's passes, each (accumulated passes * n,)
 
 
 class TrainingLoop:
@@ -174,7 +174,7 @@ class TrainingLoop:
 
     def accumulate_gradients(self) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
         """Losses and gradients of one optimiser step's batches on this rank: means of the scalars, and observations
-        of shape (accumulated passes * B,)."""
+        of shape (accumulated passes * n,)."""
         step, loop = self.state.step, self.settings.loop
         rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         values: dict[str, torch.Tensor] = {}
@@ -213,8 +213,10 @@ class TrainingLoop:
                 self.note_skipped_step(step.number, loss, gradient_norm)
 
     def gather_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of k steps (k, passes * B) → those of all ranks, in the whole batch's order, on the CPU."""
-        shape = (-1, len(values), self.accumulation_steps, self.device_batch_size)  # (ranks, k, passes, B)
+        """This rank's observations of k steps (k, passes * n) → those of all ranks, in the whole batch's order, on
+        the CPU."""
+        of_a_pass = values.shape[1] // self.accumulation_steps
+        shape = (-1, len(values), self.accumulation_steps, of_a_pass)  # (ranks, k, passes, n)
         return self.accelerator.gather(values).view(shape).permute(1, 2, 0, 3).flatten(1).cpu()
 
     def note_skipped_step(self, number: int, loss: float, gradient_norm: float) -> None:
@@ -253,6 +255,9 @@ class TrainingLoop:
         """Loads the EMA weights into the main process's snapshot; all processes take part."""
         self.read_back()
         self.state.copy_ema_weights(self.snapshot)
+        if self.snapshot is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                self.recipe.complete(self.snapshot)
 
     def evaluate(self) -> Evaluation:
         """Evaluates the snapshot on the main process; the others wait."""

@@ -21,8 +21,8 @@ from .settings import TrainingSettings
 
 @dataclass
 class StepLosses:
-    """What a recipe computes on one batch: the loss that is minimised, scalars for the log, and tensors of shape (B,)
-    that `Recipe.observe` is given, gathered from all ranks.
+    """What a recipe computes on one batch: the loss that is minimised, scalars for the log, and tensors that
+    `Recipe.observe` is given, gathered from all ranks: of shape (n,), n the same in each pass, in the batch's order.
     """
 
     total: torch.Tensor
@@ -60,6 +60,13 @@ class Recipe(ABC):
     @abstractmethod
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         """Evaluates a copy of the module that holds the EMA weights; draws from generators of its own only."""
+
+    def complete(self, snapshot: nn.Module) -> None:
+        """Measures anew what depends on the weights, on the main process's copy that was given the EMA weights."""
+
+    def use_ema_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Takes the EMA weights of this rank by the names of the module's trained parameters; they are kept up to date
+        in place."""
 
     def observe(self, *observations: torch.Tensor) -> None:
         """Takes in what one optimiser step has shown: observations of the whole batch, in its order, on the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ from .settings import OptimizerSettings
 
 
 TRAINED_WEIGHTS = "model.safetensors"
+
+
+class EMAWeights(EMAModel):
+    """[`~diffusers.training_utils.EMAModel`] without the copies of all weights that its step makes."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Moves the averages towards the parameters (Polyak averaging, with the warmup of the base class)."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
 
 class RunState:
@@ -46,7 +58,9 @@ class RunState:
         self.frozen = {name for name, parameter in recipe.module.named_parameters() if not parameter.requires_grad}
         self.module, self.optimizer = accelerator.prepare(recipe.module, build_optimizer(recipe.module, settings))
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self.ema = EMAModel(self.local_parameters(), decay=settings.ema_decay, foreach=True)
+        self.ema = EMAWeights(self.local_parameters(), decay=settings.ema_decay, foreach=True)
+        trained = [name for name, parameter in recipe.module.named_parameters() if parameter.requires_grad]
+        recipe.use_ema_weights(dict(zip(trained, self.ema.shadow_params, strict=True)))
         self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
         accelerator.register_save_state_pre_hook(self.save_trained_weights)
         accelerator.register_load_state_pre_hook(self.load_trained_weights)

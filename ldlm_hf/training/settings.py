@@ -17,7 +17,7 @@ from ..models.latent_decoder import LDLMLatentDecoderConfig
 from ..models.latent_encoder import LDLMLatentEncoderConfig
 from ..models.token_decoder import LDLMTokenDecoderConfig
 from ..models.transformer_ldlm import LDLMTransformer1DModel
-from ..objective import JointObjectiveSettings, TimestepSamplerSettings
+from ..objective import ConsistencySettings, JointObjectiveSettings, TimestepSamplerSettings
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 
 
@@ -254,6 +254,7 @@ class RunSettings:
     objective: JointObjectiveSettings = field(default_factory=JointObjectiveSettings)
     timestep_sampler: TimestepSamplerSettings = field(default_factory=TimestepSamplerSettings)
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
+    consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)

@@ -72,10 +72,9 @@ def make_model() -> Callable[[int], GPT2LMHeadModel]:
 
 @pytest.fixture(scope="session", autouse=True)
 def evaluate_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps the files that `evaluate` writes, and the metric scripts that it copies, out of the user's cache."""
+    """Keeps the files that `evaluate` writes out of the user's cache."""
     patch = pytest.MonkeyPatch()
     patch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path_factory.mktemp("evaluate")))
-    patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     datasets.disable_progress_bars()
     evaluate.disable_progress_bar()
     yield

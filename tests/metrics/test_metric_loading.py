@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import evaluate
@@ -17,6 +18,15 @@ TEXTS = ["the cat sat on the mat", "a dog ran"]
 MANY_TEXTS = [
     f"{first} {second} sat" for first in ("the", "a", "and", "on", "over") for second in ("cat", "dog", "bird", "fish")
 ]
+
+
+@pytest.fixture(autouse=True)
+def copied_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `evaluate` copy scripts to a folder of this test's, from which alone they are then imported."""
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,24 @@ def test_attention_backend_is_that_of_this_model(randomize):
         assert fused in kernels_of(transformer)
     finally:
         _AttentionBackendRegistry.set_active_backend(active)
+
+
+def test_guidance_changes_nothing_at_the_start_and_everything_later(randomize):
+    transformer = make_transformer(guidance_embeds=True)
+    latents, times = torch.randn(2, 5, 8), torch.tensor([0.3, 0.6])
+    torch.nn.init.normal_(transformer.proj_out.weight)
+
+    def predict(guidance: float | torch.Tensor | None, rows: slice = slice(None)) -> torch.Tensor:
+        return transformer(latents[rows], times[rows], latents[rows], guidance=guidance).sample
+
+    assert torch.equal(predict(None), predict(3.0))
+    randomize(transformer)
+    torch.testing.assert_close(predict(None), predict(1.0))
+    apart = [predict(2.0, slice(0, 1)), predict(4.0, slice(1, 2))]
+    torch.testing.assert_close(predict(torch.tensor([2.0, 4.0])), torch.cat(apart))
+    assert not torch.allclose(predict(2.0), predict(1.0))
+
+
+def test_guidance_for_a_model_that_was_not_trained_for_it():
+    with pytest.raises(ValueError, match="guidance_embeds=True"):
+        make_transformer()(torch.randn(1, 5, 8), 0.5, guidance=2.0)

@@ -477,6 +477,29 @@ def test_self_condition_guidance_is_its_formula(pipe: LDLMPipeline, scale: float
     torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("scale", "expected"), [(None, [1.0, 1.0, 1.0]), (2.5, [1.0, 2.5, 2.5]), (0.0, [1.0, 1.0, 1.0])]
+)
+def test_guidance_that_was_learned_costs_no_second_evaluation(
+    make_pipeline: Callable[..., LDLMPipeline], randomize: Callable, scale: float | None, expected: list[float]
+):
+    config = make_pipeline().transformer.config
+    transformer = randomize(LDLMTransformer1DModel.from_config(config, guidance_embeds=True))
+    pipe = make_pipeline(transformer=transformer, scheduler=TangentDDIMScheduler())
+    noise = torch.randn(2, 6, 16, generator=seeded())
+    found = pipe(2, 3, latents=noise, output_type="latent", self_condition_scale=scale).latents
+    assert pipe.num_function_evaluations == 3
+
+    pipe.scheduler.set_timesteps(3)
+    latents, clean = noise, torch.zeros_like(noise)
+    with torch.no_grad():
+        for t, weight in zip(pipe.scheduler.timesteps, expected, strict=True):
+            condition = torch.zeros_like(clean) if scale == 0 else clean
+            clean = transformer(latents, t, condition, guidance=weight).sample
+            latents = pipe.scheduler.step(clean, t, latents).prev_sample
+    torch.testing.assert_close(found, clean, rtol=1e-5, atol=1e-5)
+
+
 def test_without_a_self_condition_the_transformer_sees_none(pipe: LDLMPipeline):
     seen = []
     pipe.transformer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2].abs().max().item()))

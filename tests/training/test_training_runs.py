@@ -15,17 +15,22 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
 from torch import nn
 
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
+from ldlm_hf.data import load_corpora
+from ldlm_hf.evaluation.real_text import held_out_part, training_sequences
 from ldlm_hf.evaluation.samples import sample, sample_rows
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training.devices import check_sharding
 from ldlm_hf.training.loop import TrainingLoop, learning_rate_at, split_batch
 from ldlm_hf.training.randomness import RowRandomness
 from ldlm_hf.training.recipe import Evaluation, Recipe, StepLosses
+from ldlm_hf.training.recipes.joint import JointRecipe
 from ldlm_hf.training.run_folder import check_output_dir
+from ldlm_hf.training.run_state import EMAWeights
 from ldlm_hf.training.settings import LoopSettings, OptimizerSettings, RunSettings
 
 
@@ -118,12 +123,26 @@ def test_dry_run_prints_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+# all that a run may do beside the paper's recipe
+BEYOND_THE_PAPER = [
+    "model.latent_encoder.standardize_latents=true",
+    "model.transformer.guidance_embeds=true",
+    "objective.noise_levels=3",
+    "objective.guidance_range=[0.5, 5]",
+    "consistency.weight=1",
+    "consistency.warmup_steps=2",
+]
+
+
+@pytest.mark.parametrize(
+    ("workers", "overrides"), [(0, []), (0, BEYOND_THE_PAPER), pytest.param(1, [], marks=pytest.mark.slow)]
+)
 def test_resumed_run_has_the_losses_of_one_that_was_not_stopped(
-    run_script: Run, tiny_overrides: list[str], tmp_path: Path, workers: int
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path, workers: int, overrides: list[str]
 ) -> None:
     common = [
         *tiny_overrides,
+        *overrides,
         "loop.checkpointing_steps=3",
         "loop.device_batch_size=4",
         f"loop.dataloader_workers={workers}",
@@ -147,6 +166,55 @@ def test_resumed_run_has_the_losses_of_one_that_was_not_stopped(
         for row in records(run)[-1:]
     ]
     assert evaluations[0] == evaluations[1] != {}
+
+
+def test_the_encoder_of_a_finished_run_holds_the_statistics_of_its_latents(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Of the EMA weights, over the training text; the live ones' are never used."""
+    run_script("train_joint", *tiny_overrides, *BEYOND_THE_PAPER, "model.statistics_sequences=1000")
+    pipe = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.latent_encoder.config.standardize_latents and not pipe.latent_decoder.config.standardize_latents
+    settings = load_settings(RunSettings, str(tmp_path / "run" / "settings.yaml"), [])
+    corpora = load_corpora(settings.data, pipe.tokenizer, 8)
+    latents = pipe.encode_sequences(training_sequences(corpora.train, 1000))
+    torch.testing.assert_close(latents.mean((0, 1)), torch.zeros(24), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std((0, 1)), torch.ones(24), rtol=0, atol=1e-2)
+
+
+def test_the_consistency_loss_asks_the_ema_weights(tiny_overrides: list[str], tmp_path: Path) -> None:
+    settings = load_settings(RunSettings, None, [*tiny_overrides, *BEYOND_THE_PAPER])
+    recipe = JointRecipe(settings, Accelerator(cpu=True))
+    recipe.load()
+    corpora = load_corpora(settings.data, recipe.tokenizer, 8)
+    recipe.build(corpora.train, held_out_part(corpora))
+    loop = TrainingLoop(recipe, corpora.train, recipe.accelerator, settings)
+    for loop.state.step in range(3):
+        loop.train_step()
+    averaged = dict(recipe.module.averaged_transformer.named_parameters())
+    trained = [name for name, parameter in recipe.module.named_parameters() if parameter.requires_grad]
+    of_transformer = 0
+    for name, weight in zip(trained, loop.state.ema.shadow_params, strict=True):
+        part, _, name = name.partition(".")
+        if part == "transformer":
+            of_transformer += 1
+            assert torch.equal(averaged[name], weight)
+    assert not torch.equal(recipe.module.averaged_transformer.proj_in.weight, recipe.module.transformer.proj_in.weight)
+    assert of_transformer == len(averaged)
+
+
+def test_ema_weights_are_those_of_diffusers() -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
+    ours, theirs = (kind(parameters, decay=0.9, foreach=True) for kind in (EMAWeights, EMAModel))
+    for _ in range(20):
+        for parameter in parameters:
+            parameter.data.add_(torch.randn_like(parameter))
+        ours.step(parameters)
+        theirs.step(parameters)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for found, expected in zip(ours.shadow_params, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_folder_of_another_run_is_refused(run_script: Run, tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -71,6 +71,27 @@ class JointRecipe(PipelineRecipe):
                 standardize_latents(self.module, self.statistics_batches(train), self.device)
         elif not self.module.token_encoder.is_fitted:
             fit_token_encoder(self.module.token_encoder, self.statistics_batches(train), self.device)
+        if self.encoder_standardizes:
+            self.latent_statistics_batches = self.statistics_batches(train)
+
+    @property
+    def encoder_standardizes(self) -> bool:
+        """Whether the encoder that is trained standardises its latents."""
+        return self.settings.stage != "diffusion" and self.module.latent_encoder.config.standardize_latents
+
+    def complete(self, snapshot: nn.Module) -> None:
+        """Measures the latents' statistics, which differ between EMA weights, over the run's statistics_sequences."""
+        assert isinstance(snapshot, JointObjective)
+        if self.encoder_standardizes:
+            mean, std = measure_latents(snapshot, self.latent_statistics_batches, self.device)
+            snapshot.latent_encoder.set_latent_statistics(mean, std)
+
+    def use_ema_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Makes them the weights of the denoiser that the consistency loss asks."""
+        if self.module.averaged_transformer is None:
+            return
+        for name, parameter in self.module.averaged_transformer.named_parameters():
+            parameter.data = weights[f"transformer.{name}"]
 
     def statistics_batches(self, train: Dataset[dict[str, torch.Tensor]]) -> Sequence[torch.Tensor]:
         """Token ids (B, L) of the training text that statistics are computed over."""
@@ -109,16 +130,31 @@ class JointRecipe(PipelineRecipe):
         return warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
-        device = input_ids.device
-        timesteps = self.timestep_sampler.quantile(randomness.uniform()).float().to(device, non_blocking=True)
-        probability = self.settings.objective.self_conditioning_probability
-        self_conditioned = systematic_sample(randomness.batch_size, probability, randomness.shared_uniform())
+        device, settings = input_ids.device, self.settings.objective
+        levels = settings.noise_levels
+        # a text's K times lie one in each of K parts of equal probability
+        warped = (randomness.uniform()[:, None] + torch.arange(levels)) / levels  # (B, K)
+        timesteps = self.timestep_sampler.quantile(warped).float().to(device, non_blocking=True)
+        drawn = systematic_sample(
+            randomness.batch_size * levels, settings.self_conditioning_probability, randomness.shared_uniform()
+        )
+        self_conditioned = drawn[randomness.rows.start * levels : randomness.rows.stop * levels]
+        guidance = next_timesteps = None
+        if settings.guidance_range is not None:
+            guidance = guidance_weights(randomness.uniforms(levels), settings.guidance_range, self_conditioned)
+            guidance = guidance.to(device, non_blocking=True)
+        if self.module.averaged_transformer is not None:
+            later = (warped - 1 / self.settings.consistency.num_steps).clamp(min=0)
+            next_timesteps = self.timestep_sampler.quantile(later).float().to(device, non_blocking=True)
         losses = module(
             input_ids,
             timesteps,
             self.gate(step),
             randomness.generators(device),
-            [self_conditioned[row] for row in randomness.rows],
+            self_conditioned,
+            guidance,
+            next_timesteps,
+            self.settings.consistency.weight_at(step),
         )
         return StepLosses(
             total=losses.total,
@@ -126,12 +162,15 @@ class JointRecipe(PipelineRecipe):
                 "hidden_loss": losses.hidden,
                 "token_loss": losses.token,
                 "diffusion_loss": losses.diffusion,
+                **({} if next_timesteps is None else {"consistency_loss": losses.consistency}),
                 "token_accuracy": losses.token_accuracy,
                 "latent_std": losses.latent_std,
                 # reconstruction depends on the latents' scale through this ratio alone (see configs/README.md)
                 "latent_std_over_decoder_noise": losses.latent_std / max(self.settings.objective.decoder_noise, 1e-12),
             },
-            observations=() if self.module.transformer is None else (timesteps, losses.diffusion_per_example),
+            observations=()
+            if self.module.transformer is None
+            else (timesteps.flatten(), losses.diffusion_per_example.flatten()),
         )
 
     def observe(self, *observations: torch.Tensor) -> None:
@@ -207,12 +246,30 @@ def fit_token_encoder(token_encoder: LDLMTokenEncoder, batches: Sequence[torch.T
 @torch.no_grad()
 def standardize_latents(objective: JointObjective, batches: Sequence[torch.Tensor], device: torch.device) -> None:
     """Standardises the latents of a frozen autoencoder (COSMOS, Meshchaninov et al., 2025), the same on all ranks."""
-    objective.to(device)
-    hidden_states = (
-        objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states for input_ids in batches
-    )
-    latents = (objective.latent_encoder(some, return_dict=True).latents for some in hidden_states)
-    mean, std, _ = mean_and_std(latents)
+    mean, std = measure_latents(objective, batches, device)
     broadcast([mean, std])
     for part in (objective.latent_encoder, objective.latent_decoder):
         part.set_latent_statistics(mean, std)
+
+
+@torch.no_grad()
+def measure_latents(
+    objective: JointObjective, batches: Sequence[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (d_z,) of each dimension of what the latent encoder gives before it standardises."""
+    objective.to(device)
+    encoder = objective.latent_encoder
+    hidden_states = (
+        objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states for input_ids in batches
+    )
+    mean, std, _ = mean_and_std(encoder.map_sequence(some).float() for some in hidden_states)
+    return mean, std
+
+
+def guidance_weights(
+    uniforms: torch.Tensor, guidance_range: list[float], self_conditioned: Sequence[bool]
+) -> torch.Tensor:
+    """Weights (B, K) from uniform numbers in [0, 1), evenly in log w; 1 where there is no self-condition."""
+    lowest, highest = guidance_range
+    weights = (lowest * (highest / lowest) ** uniforms).float()
+    return torch.where(torch.tensor(self_conditioned).view_as(weights), weights, torch.ones_like(weights))
