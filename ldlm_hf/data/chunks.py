@@ -77,5 +77,26 @@ class TokenChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"chunk {index} of {length}")
-        size = self.layout.stream_tokens
-        return self.layout.assemble(self._stream.fast_slice(int(index) % length * size, size)["tokens"].to_numpy())
+        return self.chunk_at(int(index) % length * self.layout.stream_tokens)
+
+    def chunk_at(self, first_token: int) -> dict[str, torch.Tensor]:
+        """The chunk that begins with a token of the stream, wherever it is: `{"input_ids": int64 (L,)}`."""
+        tokens = self._stream.fast_slice(first_token, self.layout.stream_tokens)["tokens"]
+        return self.layout.assemble(tokens.to_numpy())
+
+
+class ShiftedChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Chunks by pairs (index, tokens that it begins later), of the same stream and as many; the last one ends with the
+    stream.
+
+    Args:
+        chunks: those without a shift.
+    """
+
+    def __init__(self, chunks: TokenChunks) -> None:
+        self.chunks = chunks
+        self.num_shifts = chunks.layout.stream_tokens  # 0 is one of them
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
+        (index, shift), size = place, self.num_shifts
+        return self.chunks.chunk_at(min(index * size + shift, self.chunks.num_tokens - size))

@@ -93,9 +93,7 @@ class JointObjectiveSettings:
         )
         weights = self.guidance_range
         if weights is not None and not (len(weights) == 2 and 0 < weights[0] <= weights[1] < math.inf):
-            raise ValueError(
-                f"guidance_range={weights} must be two weights, the lower one first: [0.5, 5]."
-            )
+            raise ValueError(f"guidance_range={weights} must be two weights, the lower one first: [0.5, 5].")
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..data import StreamedTokenChunks
+from ..data.chunks import ShiftedChunks, TokenChunks
 
 
 def global_rows(pass_index: int, rank: int, device_batch_size: int, world_size: int) -> range:
@@ -38,7 +39,8 @@ def text_digest(dataset: Dataset[dict[str, torch.Tensor]]) -> str:
 
 
 class ShuffledSource:
-    """Batches of one rank from a data set at random access, each epoch in a new order.
+    """Batches of one rank from a data set at random access, each epoch in a new order and, with `shift_chunks`, cut at
+    other places.
 
     An epoch is `num_sequences // batch_size` optimiser steps; what is left after them is left out, and comes at
     another place of the next epoch. Step s takes the same sequences in the same rows (`global_rows`) however many
@@ -53,9 +55,13 @@ class ShuffledSource:
         rank: int,
         world_size: int,
         seed: int,
+        shift_chunks: bool,
         loader_arguments: dict[str, Any],
     ):
         self.dataset = dataset
+        if shift_chunks and not isinstance(dataset, TokenChunks):
+            raise ValueError("loop.shift_chunks=true needs chunks at random access; a stream is cut once.")
+        self.shifted = ShiftedChunks(dataset) if shift_chunks and isinstance(dataset, TokenChunks) else None
         self.num_sequences = len(dataset)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self.device_batch_size = device_batch_size
@@ -81,10 +87,10 @@ class ShuffledSource:
                 f"(loop.device_batch_size={self.device_batch_size} × {self.world_size} devices). Change these."
             )
 
-    def order(self) -> Iterator[list[int]]:
-        """Endless batches of indices from the position on."""
+    def order(self) -> Iterator[list[int] | list[tuple[int, int]]]:
+        """Endless batches of indices from the position on, each with its shift where chunks are shifted."""
         steps_per_epoch = self.num_sequences // self.batch_size
-        order_epoch, order = -1, torch.empty(0)
+        order_epoch, order, shift = -1, torch.empty(0), 0
         for taken in itertools.count(self.sequences_taken, self.pass_size):
             step, row = divmod(taken, self.batch_size)
             epoch, index = divmod(step, steps_per_epoch)
@@ -92,13 +98,16 @@ class ShuffledSource:
                 # one stream of seeds for all runs of a project would give seed 0, epoch 1 the order of seed 1, epoch 0
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order_epoch, order = epoch, torch.randperm(self.num_sequences, generator=generator)
+                if self.shifted is not None:
+                    shift = int(torch.randint(self.shifted.num_shifts, (), generator=generator))
             rows = global_rows(row // self.pass_size, self.rank, self.device_batch_size, self.world_size)
             first = index * self.batch_size
-            yield order[first + rows.start : first + rows.stop].tolist()
+            indices = order[first + rows.start : first + rows.stop].tolist()
+            yield indices if self.shifted is None else [(index, shift) for index in indices]
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from the position on, which moves along."""
-        for batch in DataLoader(self.dataset, batch_sampler=self.order(), **self.loader_arguments):
+        for batch in DataLoader(self.shifted or self.dataset, batch_sampler=self.order(), **self.loader_arguments):
             self.sequences_taken += self.pass_size
             yield batch
 
@@ -200,6 +209,8 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
         batch_size: sequences of one optimiser step over all ranks and passes.
         device_batch_size: B.
         num_workers: processes that prepare batches; 0: this one.
+        shift_chunks: whether all chunks of an epoch begin some tokens later, as many as a random number says; not
+            those of a stream.
 
     Raises:
         ValueError: too little text, or batch sizes that do not divide.
@@ -214,15 +225,18 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
         world_size: int,
         seed: int,
         num_workers: int = 0,
+        shift_chunks: bool = False,
     ):
         # workers are seeded from here, so that the loader leaves the global random state alone
         arguments: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator().manual_seed(seed)}
         arguments["pin_memory"] = torch.cuda.is_available()
         self._source: StreamSource | ShuffledSource
-        if isinstance(dataset, StreamedTokenChunks):
+        if isinstance(dataset, StreamedTokenChunks) and not shift_chunks:
             self._source = StreamSource(dataset, device_batch_size, arguments)
         else:
-            self._source = ShuffledSource(dataset, batch_size, device_batch_size, rank, world_size, seed, arguments)
+            self._source = ShuffledSource(
+                dataset, batch_size, device_batch_size, rank, world_size, seed, shift_chunks, arguments
+            )
         self._batches: Iterator[dict[str, torch.Tensor]] | None = None
 
     def __next__(self) -> dict[str, torch.Tensor]:

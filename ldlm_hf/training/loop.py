@@ -84,6 +84,7 @@ class TrainingLoop:
             world_size=accelerator.num_processes,
             seed=settings.loop.seed,
             num_workers=settings.loop.dataloader_workers,
+            shift_chunks=settings.loop.shift_chunks,
         )
         # a copy for evaluation, made before the module is sharded or wrapped
         self.snapshot = copy.deepcopy(recipe.module).to(accelerator.device) if accelerator.is_main_process else None

@@ -45,6 +45,8 @@ class ModelSettings:
         token_decoder: fields of `LDLMTokenDecoderConfig`.
         token_decoder_head_from_backbone: start the vocabulary head from the backbone's token embeddings, their common
             mean taken off (ours; a shortcut for small runs). Needs a head as wide as those.
+        transformer_from_backbone: start the denoiser's blocks from the backbone's last ones, bidirectional and with
+            open gates, in place of DiT's zero start (ours). Needs blocks as wide as those; of BERT and GPT-2.
         transformer: arguments of `LDLMTransformer1DModel`.
         scheduler: arguments of `TangentEulerMaruyamaScheduler`.
     """
@@ -63,6 +65,7 @@ class ModelSettings:
     latent_decoder: dict[str, Any] = arguments_of(LDLMLatentDecoderConfig.__init__)
     token_decoder: dict[str, Any] = arguments_of(LDLMTokenDecoderConfig.__init__)
     token_decoder_head_from_backbone: bool = False
+    transformer_from_backbone: bool = False
     transformer: dict[str, Any] = arguments_of(LDLMTransformer1DModel.__init__)
     scheduler: dict[str, Any] = arguments_of(TangentEulerMaruyamaScheduler.__init__)
 
@@ -135,6 +138,8 @@ class LoopSettings:
         max_steps: optimiser steps.
         batch_size: sequences of one optimiser step, over all devices and accumulated passes.
         device_batch_size: sequences of one pass on one device; batch_size when smaller.
+        shift_chunks: cut the text at other places in each epoch, so that a small corpus is not learned in the same
+            pieces over and over (ours); a stream has no epochs.
         mixed_precision: `no` or `bf16`.
         compile: `torch.compile` the repeated blocks of the trained models.
         gradient_checkpointing: compute activations again in the backward pass.
@@ -154,6 +159,7 @@ class LoopSettings:
     max_steps: int = 500_000
     batch_size: int = 512
     device_batch_size: int = 512
+    shift_chunks: bool = False
     mixed_precision: str = "bf16"
     compile: bool = False
     gradient_checkpointing: bool = False

@@ -215,3 +215,44 @@ def test_an_error_of_a_worker_is_told(load_stream, tmp_path: Path) -> None:
     (tmp_path / "part-1.txt").write_bytes(b"w2 w3 \xff\n")
     with pytest.raises(ValueError, match=r"part-1.txt is not UTF-8"):
         take(batches, 100)
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_shifted_chunks_are_pieces_of_the_text_that_begin_elsewhere_in_each_epoch(
+    tmp_path: Path, tiny_tokenizer: Any, num_workers: int
+) -> None:
+    generator = random.Random(0)
+    words = [f"w{generator.randint(2, 39)}" for _ in range(90)]
+    (tmp_path / "text.txt").write_text(" ".join(words) + "\n", encoding="utf-8")
+    settings = DataSettings(source=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"))
+    chunks = load_corpora(settings, tiny_tokenizer, 8).train
+    stream = torch.cat([chunks.chunk_at(first)["input_ids"] for first in range(0, len(chunks) * 8, 8)])
+    windows = {tuple(window.tolist()): first for first, window in enumerate(stream.unfold(0, 8, 1))}
+
+    def batches() -> TrainingBatches:
+        return TrainingBatches(chunks, 11, 11, 0, 1, 3, num_workers, shift_chunks=True)
+
+    assert len(chunks) == 11
+    epochs = [epoch["input_ids"] for epoch in itertools.islice(batches(), 12)]
+    shifts = []
+    for epoch in epochs:
+        places = sorted(windows.get(tuple(chunk.tolist()), -1) for chunk in epoch)
+        inside = [place for place in places if place >= 0]
+        assert len(set(inside)) == len(inside) >= 10
+        shifts.append({place % 8 for place in inside[:-1]})
+    assert all(len(shift) == 1 for shift in shifts)
+    assert len(set.union(*shifts)) > 3
+
+    resumed = batches()
+    position = batches()
+    list(itertools.islice(position, 5))
+    resumed.load_state_dict(saved_and_read_back(position.state_dict()))
+    assert torch.equal(next(resumed)["input_ids"], epochs[5])
+
+
+def test_a_stream_has_no_shifted_chunks(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "text.txt").write_text("w2 w3 w4 w5\n" * 9, encoding="utf-8")
+    settings = DataSettings(source=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"), streaming=True)
+    stream = load_corpora(settings, tiny_tokenizer, 8).train
+    with pytest.raises(ValueError, match="shift_chunks"):
+        TrainingBatches(stream, 2, 2, 0, 1, 0, shift_chunks=True)

@@ -122,7 +122,7 @@ def final_numbers(runs: Sequence[LoggedRun]) -> list[str]:
 
 def training_section(runs: Sequence[LoggedRun], output_dir: Path) -> list[str]:
     """Figure 3, middle and right."""
-    window = round(SMOOTHING_SHARE * max(run.last_step for run in runs))
+    window = max(1, round(SMOOTHING_SHARE * max(run.last_step for run in runs)))
     save_figure(plot_training(runs, window), output_dir / "figure_3_training")
     heading = "## Diffusion loss and decoder accuracy over training (Figure 3, middle and right)"
     return [heading, "", *picture("figure_3_training", TRAINING_CAPTION.format(window=window))]
