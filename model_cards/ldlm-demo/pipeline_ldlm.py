@@ -941,11 +941,18 @@ class LDLMPipeline(RepositoryPipeline):
     def denoising_steps(self, solver: Solver, scale: float | None, decay: float) -> Iterator[DenoisingStep]:
         """The steps of a grid; scale and decay as in [`~LDLMPipeline.self_condition_weights`]."""
         weights = self.self_condition_weights(solver.times, scale, decay)
-        modulations = self.transformer.modulations(solver.times, solver.next_times)
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            # the transformer has learned what guidance gives, and is told how much of it
+            guidance = torch.tensor([weight or 1.0 for weight in weights], device=solver.times.device)
+            weights = [float(bool(weight)) for weight in weights]
+        modulations = self.transformer.modulations(solver.times, solver.next_times, guidance)
         for i, (weight, modulation) in enumerate(zip(weights, modulations, strict=True)):
             conditions = {"modulation": modulation}
             if solver.next_times is not None:
                 conditions["next_timestep"] = solver.next_times[i]
+            if guidance is not None:
+                conditions["guidance"] = guidance[i]
             yield DenoisingStep(solver.timesteps[i], solver.times[i], weight, conditions)
 
     def predict(self, latents: torch.Tensor, step: DenoisingStep, self_condition: torch.Tensor) -> torch.Tensor:

@@ -850,7 +850,8 @@ class LDLMLatentConfig(PretrainedConfig):
         initializer_range: standard deviation of learned positions and latents at the start.
         standardize_latents: whether latents have zero mean and unit variance in each dimension, by statistics that
             the models hold: of a frozen autoencoder, whose diffusion is trained in a second stage (COSMOS,
-            Meshchaninov et al., 2025). Joint training leaves their scale free.
+            Meshchaninov et al., 2025), or, for the encoder alone, from the first step of joint training on (ours). The
+            paper's joint training leaves their scale free.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown architecture.

@@ -845,7 +845,8 @@ class LDLMLatentConfig(PretrainedConfig):
         initializer_range: standard deviation of learned positions and latents at the start.
         standardize_latents: whether latents have zero mean and unit variance in each dimension, by statistics that
             the models hold: of a frozen autoencoder, whose diffusion is trained in a second stage (COSMOS,
-            Meshchaninov et al., 2025). Joint training leaves their scale free.
+            Meshchaninov et al., 2025), or, for the encoder alone, from the first step of joint training on (ours). The
+            paper's joint training leaves their scale free.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown architecture.
@@ -1020,11 +1021,13 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
         )
 
     @can_return_tuple
-    def forward(self, hidden_states: torch.Tensor) -> LDLMLatentEncoderOutput:
+    def forward(self, hidden_states: torch.Tensor, batch_statistics: bool = False) -> LDLMLatentEncoderOutput:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, token_hidden_size)`):
                 Standardised hidden states of [`LDLMTokenEncoder`].
+            batch_statistics: standardise latents by their own batch's mean and standard deviation, through which their
+                gradient goes, instead of by those that the model holds: as joint training does, which changes both.
             return_dict: whether to return an [`LDLMLatentEncoderOutput`] instead of a tuple; as the configuration has
                 it by default.
 
@@ -1041,7 +1044,10 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
             )
         latents = self.map_sequence(hidden_states)  # (B, N, d_z)
         if config.standardize_latents:
-            latents = ((latents.float() - self.latents_mean) / self.latents_std).to(latents.dtype)
+            mean, std = self.latents_mean, self.latents_std
+            if batch_statistics:
+                std, mean = torch.std_mean(latents.float(), dim=(0, 1), correction=0)
+            latents = ((latents.float() - mean) / std).to(latents.dtype)
         return LDLMLatentEncoderOutput(latents=latents)
 
 

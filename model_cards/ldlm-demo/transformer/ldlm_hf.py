@@ -856,12 +856,15 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             Whether the model is also told the time that a step goes to, and predicts the mean of the clean latents on
             the way there (see `ldlm_hf/objective/flow_map.py`). Where the two times are one, it is the model without
             this.
+        guidance_embeds (`bool`, defaults to `False`):
+            Whether the model is also told a weight of its self-condition, and predicts what guidance by it would give
+            (see [`guided_target`]).
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = [DiffusionTransformerBlock.__name__]
     _repeated_blocks = [DiffusionTransformerBlock.__name__]
-    _skip_layerwise_casting_patterns = ["time_proj", "time_embedder", "positions", "modulation"]
+    _skip_layerwise_casting_patterns = ["time_proj", "time_embedder", "guidance_embedder", "positions", "modulation"]
     # a row is 6 num_layers + 2 vectors, 227 KB at the paper's size in float32: 64 of them read the modulations'
     # weights once instead of 64 times, and are small beside the activations of one sample
     _times_modulated_at_once = 64
@@ -878,6 +881,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         frequency_embedding_size: int = 256,
         self_conditioning: bool = True,
         next_timestep_conditioning: bool = False,
+        guidance_embeds: bool = False,
     ):
         check_settings(
             LDLMTransformer1DModel.__init__,
@@ -900,6 +904,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self.next_time_embedder = None
         if next_timestep_conditioning:
             self.next_time_embedder = TimestepEmbedding(frequency_embedding_size, width)
+        self.guidance_embedder = None
+        if guidance_embeds:
+            self.guidance_embedder = TimestepEmbedding(frequency_embedding_size, width)
         self.blocks = nn.ModuleList(
             [DiffusionTransformerBlock(width, num_attention_heads, int(width * mlp_ratio)) for _ in range(num_layers)]
         )
@@ -909,12 +916,14 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """DiT's start: every block is the identity, and the prediction is zero; the second time changes nothing."""
+        """DiT's start: every block is the identity, and the prediction is zero; second time and guidance change
+        nothing."""
         self.apply(lambda module: initialize_layer(module, initializer_range=0.02))
         nn.init.normal_(self.positions, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
-        if self.next_time_embedder is not None:
-            nn.init.zeros_(self.next_time_embedder.linear_2.weight)
+        for embedder in (self.next_time_embedder, self.guidance_embedder):
+            if embedder is not None:
+                nn.init.zeros_(embedder.linear_2.weight)
 
     def set_attention_backend(self, backend: str) -> None:
         """As in [`~diffusers.ModelMixin.set_attention_backend`], which looks for diffusers' own attention layers."""
@@ -939,6 +948,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         return_dict: bool = True,
         next_timestep: torch.Tensor | float | None = None,
         modulation: torch.Tensor | None = None,
+        guidance: torch.Tensor | float | None = None,
     ) -> LDLMTransformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -955,6 +965,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
                 `timestep` itself, where the prediction is that of the clean latents at one time.
             modulation (`torch.Tensor` of shape `(1, 6 * num_layers + 2, width)`, *optional*):
                 What [`~LDLMTransformer1DModel.modulations`] gave for these times, which are then not read.
+            guidance (as `timestep`, *optional*):
+                Weight of the self-condition, for a model with `guidance_embeds`; `None` stands for 1, the prediction
+                without guidance.
 
         Raises:
             ValueError: shapes that do not fit the model or each other.
@@ -962,11 +975,13 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep, device=hidden_states.device)
         if next_timestep is not None:
             next_timestep = torch.as_tensor(next_timestep, device=hidden_states.device)
+        if guidance is not None:
+            guidance = torch.as_tensor(guidance, device=hidden_states.device)
         self._check_shapes(hidden_states, timestep, self_condition, modulation)
         time_embedding: torch.Tensor | None = None  # (R, D), R = B or 1
         of_blocks: list[torch.Tensor | None] = [None] * len(self.blocks)
         if modulation is None:
-            time_embedding = self._embed_times(timestep, next_timestep, hidden_states.dtype)
+            time_embedding = self._embed_times(timestep, next_timestep, guidance, hidden_states.dtype)
             shift, scale = self.modulation_out(time_embedding)
         else:
             *of_blocks, shift, scale = modulation.split([6] * len(self.blocks) + [1, 1], dim=1)
@@ -986,18 +1001,27 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         return LDLMTransformer1DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_times(
-        self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None, dtype: torch.dtype
+        self,
+        timesteps: torch.Tensor,
+        next_timesteps: torch.Tensor | None,
+        guidance: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Embeddings (R, D) of R times, which may have any shape, or of both ends of steps.
+        """Embeddings (R, D) of R times, which may have any shape, or of both ends of steps, and of R or 1 weights.
 
         Of two ends e(s) + f(t) - f(s), which is e(s) for t = s.
 
         Raises:
-            ValueError: second times for a model that knows one only, or not as many as first ones.
+            ValueError: second times or weights for a model that knows none, or not as many as first times.
         """
         # the embedder may be cast to half precision; the sinusoids are not
         frequencies = self.time_proj(timesteps.reshape(-1).float()).to(dtype)
         embedding = self.time_embedder(frequencies)
+        if self.guidance_embedder is not None:
+            weights = torch.ones_like(timesteps) if guidance is None else guidance
+            embedding = embedding + self.guidance_embedder(self.time_proj(weights.reshape(-1).float()).to(dtype))
+        elif guidance is not None:
+            raise ValueError("guidance is for a model with guidance_embeds=True; leave it out.")
         if next_timesteps is None:
             return embedding
         if self.next_time_embedder is None:
@@ -1014,7 +1038,10 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         return embedding + self.next_time_embedder(next_frequencies) - self.next_time_embedder(frequencies)
 
     def modulations(
-        self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None = None
+        self,
+        timesteps: torch.Tensor,
+        next_timesteps: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor | None]:
         """All that `forward` derives from the time, for each of a grid of times, of which every sample shares one.
 
@@ -1024,6 +1051,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         Args:
             timesteps (`torch.Tensor` of shape `(num_steps,)`): times in [0, 1].
             next_timesteps (`torch.Tensor` of the same shape, *optional*): where each step goes, for a flow map.
+            guidance (`torch.Tensor` of the same shape, *optional*): weights, for a model with `guidance_embeds`.
 
         Returns:
             An iterator over one tensor of shape `(1, 6 * num_layers + 2, width)` a time; over `None`, with which
@@ -1032,15 +1060,18 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         for first in range(0, len(timesteps), self._times_modulated_at_once):
             some = slice(first, first + self._times_modulated_at_once)
             ends = None if next_timesteps is None else next_timesteps[some]
+            weights = None if guidance is None else guidance[some]
             if any(hasattr(module, "_diffusers_hook") for module in self.blocks.modules()):
                 yield from [None] * len(timesteps[some])
             else:
-                yield from self._modulate_times(timesteps[some], ends).split(1)
+                yield from self._modulate_times(timesteps[some], ends, weights).split(1)
 
     @apply_forward_hook
-    def _modulate_times(self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None) -> torch.Tensor:
-        """Modulations (S, 6 num_layers + 2, D) of S times, or of the two ends of S steps."""
-        time_embedding = self._embed_times(timesteps, next_timesteps, self.dtype)
+    def _modulate_times(
+        self, timesteps: torch.Tensor, next_timesteps: torch.Tensor | None, guidance: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Modulations (S, 6 num_layers + 2, D) of S times, or of the two ends of S steps, and of S weights."""
+        time_embedding = self._embed_times(timesteps, next_timesteps, guidance, self.dtype)
         layers = [*(block.get_submodule("modulation") for block in self.blocks), self.modulation_out]
         return torch.cat([part for layer in layers for part in layer(time_embedding)], dim=1)
 
