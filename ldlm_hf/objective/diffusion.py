@@ -63,12 +63,16 @@ def guided_target(latents: torch.Tensor, denoised: Denoised, guidance: torch.Ten
     it is trained to, z^ = z^_0 + w (E[z | z_t, z^_0] - z^_0): the guided prediction, in one evaluation instead of two
     (the target of ELF's guidance in training, written so that it needs no further pass).
 
+    Examples without a first estimate have z as their target, whatever weight the denoiser is told: else it would take
+    the weight for a sign of whether there is one.
+
     Args:
         latents: clean latents z (B, N, d_z).
         denoised: the denoiser's pass with these weights.
-        guidance: w > 0, (B,); 1 leaves an example's target at z.
+        guidance: w > 0, (B,).
     """
-    share = (1 - 1 / guidance)[:, None, None]
+    is_guided = denoised.self_condition.flatten(1).any(1)
+    share = ((1 - 1 / guidance) * is_guided)[:, None, None]
     return latents + share * (denoised.clean_latents - denoised.self_condition).detach().float()
 
 

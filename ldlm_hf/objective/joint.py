@@ -257,7 +257,7 @@ class JointObjective(Objective):
                 Which examples, at which times, are denoised with their own first estimate; drawn by default. No
                 tensor: what DDP moves to an accelerator cannot be looked at without waiting for it.
             guidance (as `timesteps`, *optional*):
-                Weights of the self-condition that the denoiser is told; those without one have the weight 1.
+                Weights of the self-condition that the denoiser is told, whether or not there is one.
             next_timesteps (as `timesteps`, *optional*):
                 Where steps from these times lead, for the consistency loss; `None` leaves it out.
             consistency_weight: of that loss.

@@ -80,6 +80,15 @@ def test_the_guided_targets_fixed_point_is_guidance(weight: float):
     torch.testing.assert_close(target, guided)
 
 
+def test_without_a_first_estimate_the_target_is_the_clean_latents():
+    latents, first = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    first[1] = 0
+    denoised = Denoised(torch.randn(2, 3, 4), first, torch.randn(2, 3, 4))
+    target = guided_target(latents, denoised, torch.tensor([3.0, 3.0]))
+    assert torch.equal(target[1], latents[1])
+    assert not torch.isclose(target[0], latents[0]).any()
+
+
 def test_guidance_reaches_the_denoiser_and_moves_the_target_only(make_objective, random_tokens):
     objective = make_objective(guidance_embeds=True, self_conditioning_probability=1.0)
     told: list[torch.Tensor] = []

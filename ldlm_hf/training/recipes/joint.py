@@ -141,7 +141,9 @@ class JointRecipe(PipelineRecipe):
         self_conditioned = drawn[randomness.rows.start * levels : randomness.rows.stop * levels]
         guidance = next_timesteps = None
         if settings.guidance_range is not None:
-            guidance = guidance_weights(randomness.uniforms(levels), settings.guidance_range, self_conditioned)
+            lowest, highest = settings.guidance_range
+            # evenly in log w
+            guidance = (lowest * (highest / lowest) ** randomness.uniforms(levels)).float()
             guidance = guidance.to(device, non_blocking=True)
         if self.module.averaged_transformer is not None:
             later = (warped - 1 / self.settings.consistency.num_steps).clamp(min=0)
@@ -264,12 +266,3 @@ def measure_latents(
     )
     mean, std, _ = mean_and_std(encoder.map_sequence(some).float() for some in hidden_states)
     return mean, std
-
-
-def guidance_weights(
-    uniforms: torch.Tensor, guidance_range: list[float], self_conditioned: Sequence[bool]
-) -> torch.Tensor:
-    """Weights (B, K) from uniform numbers in [0, 1), evenly in log w; 1 where there is no self-condition."""
-    lowest, highest = guidance_range
-    weights = (lowest * (highest / lowest) ** uniforms).float()
-    return torch.where(torch.tensor(self_conditioned).view_as(weights), weights, torch.ones_like(weights))
