@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..models.latent_decoder import LDLMLatentDecoder, LDLMLatentDecoderConfig
@@ -19,7 +19,6 @@ from ..models.latent_encoder import LDLMLatentEncoder, LDLMLatentEncoderConfig
 from ..models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
-from ..models.warm_start import start_from_language_model
 from ..objective import ConsistencySettings, JointObjective
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
@@ -108,17 +107,13 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
     if settings.train_token_decoder:
         head_from = model.backbone if model.token_decoder_head_from_backbone else None
         token_decoder = build_token_decoder(decoder_geometry | model.token_decoder, head_from)
-    transformer = None
-    if settings.stage != "autoencoder":
-        transformer = LDLMTransformer1DModel(**denoiser_geometry, **model.transformer)
-        if model.transformer_from_backbone:
-            source = resolve_pretrained_source(model.backbone)
-            start_from_language_model(transformer, AutoModel.from_pretrained(source.name_or_path, **source.kwargs))
     return {
         "latent_encoder": LDLMLatentEncoder(LDLMLatentEncoderConfig(**geometry, **model.latent_encoder)),
         "latent_decoder": LDLMLatentDecoder(LDLMLatentDecoderConfig(**geometry, **model.latent_decoder)),
         "token_decoder": token_decoder,
-        "transformer": transformer,
+        "transformer": None
+        if settings.stage == "autoencoder"
+        else LDLMTransformer1DModel(**denoiser_geometry, **model.transformer),
         "scheduler": TangentEulerMaruyamaScheduler(**model.scheduler),
     }
 

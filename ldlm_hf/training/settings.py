@@ -45,8 +45,6 @@ class ModelSettings:
         token_decoder: fields of `LDLMTokenDecoderConfig`.
         token_decoder_head_from_backbone: start the vocabulary head from the backbone's token embeddings, their common
             mean taken off (ours; a shortcut for small runs). Needs a head as wide as those.
-        transformer_from_backbone: start the denoiser's blocks from the backbone's last ones, bidirectional and with
-            open gates, in place of DiT's zero start (ours). Needs blocks as wide as those; of BERT and GPT-2.
         transformer: arguments of `LDLMTransformer1DModel`.
         scheduler: arguments of `TangentEulerMaruyamaScheduler`.
     """
@@ -65,7 +63,6 @@ class ModelSettings:
     latent_decoder: dict[str, Any] = arguments_of(LDLMLatentDecoderConfig.__init__)
     token_decoder: dict[str, Any] = arguments_of(LDLMTokenDecoderConfig.__init__)
     token_decoder_head_from_backbone: bool = False
-    transformer_from_backbone: bool = False
     transformer: dict[str, Any] = arguments_of(LDLMTransformer1DModel.__init__)
     scheduler: dict[str, Any] = arguments_of(TangentEulerMaruyamaScheduler.__init__)
 
