@@ -201,6 +201,12 @@ class JointObjective(Objective):
             )
         if self.token_decoder is None and "token" in reconstruction:
             raise ValueError(f"reconstruction={reconstruction!r} needs a token decoder in joint training.")
+        has_guidance = self.transformer is not None and self.transformer.config.guidance_embeds
+        if self.settings.guidance_range is not None and not has_guidance:
+            raise ValueError(
+                f"guidance_range={self.settings.guidance_range} needs a denoiser that is told the weight: "
+                "guidance_embeds=True (model.transformer.guidance_embeds=true in training)."
+            )
         encoder, decoder = self.latent_encoder.config, self.latent_decoder.config
         pairs = [
             ("token encoder hidden_size", self.token_encoder.config.hidden_size),
@@ -286,8 +292,7 @@ class JointObjective(Objective):
 
         settings = self.settings
         total = settings.diffusion_weight * diffusion + settings.token_weight * reconstruction.token
-        if next_timesteps is not None:
-            total = total + consistency_weight * consistency
+        total = total + consistency_weight * consistency
         if "hidden" in settings.reconstruction:
             total = total + settings.hidden_weight * reconstruction.hidden
         return JointLosses(
@@ -380,17 +385,6 @@ class JointObjective(Objective):
             guidance,
         )
 
-    def diffusion_losses(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        generator: Generators = None,
-        self_conditioned: Sequence[bool] | None = None,
-    ) -> torch.Tensor:
-        """Diffusion loss (Eq. 1) of each example, (B,), on latents (B, N, d_z) at times (B,)."""
-        denoised = self.denoise(latents, timesteps, generator, self_conditioned)
-        return example_errors(denoised.clean_latents, latents)
-
     def denoising_losses(
         self,
         latents: torch.Tensor,
@@ -403,7 +397,9 @@ class JointObjective(Objective):
         """What trains the denoiser on latents (B, N, d_z): the diffusion loss of each example at each of its times, of
         their shape, and the consistency loss; arguments as of `forward`."""
         shape, levels = timesteps.shape, timesteps[:1].numel()
-        latents, timesteps = latents.repeat_interleave(levels, dim=0), timesteps.flatten()
+        # a view, no copy, for one time of each example
+        latents = latents[:, None].expand(-1, levels, -1, -1).flatten(0, 1)
+        timesteps = timesteps.flatten()
         if isinstance(generator, list):
             generator = [one for one in generator for _ in range(levels)]
         if guidance is not None:

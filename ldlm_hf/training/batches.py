@@ -39,8 +39,8 @@ def text_digest(dataset: Dataset[dict[str, torch.Tensor]]) -> str:
 
 
 class ShuffledSource:
-    """Batches of one rank from a data set at random access, each epoch in a new order and, with `shift_chunks`, cut at
-    other places.
+    """Batches of one rank from a data set at random access, each epoch in a new order and, where its chunks can be
+    `shifted`, cut at other places.
 
     An epoch is `num_sequences // batch_size` optimiser steps; what is left after them is left out, and comes at
     another place of the next epoch. Step s takes the same sequences in the same rows (`global_rows`) however many
@@ -55,13 +55,11 @@ class ShuffledSource:
         rank: int,
         world_size: int,
         seed: int,
-        shift_chunks: bool,
         loader_arguments: dict[str, Any],
+        shifted: ShiftedChunks | None = None,
     ):
         self.dataset = dataset
-        if shift_chunks and not isinstance(dataset, TokenChunks):
-            raise ValueError("loop.shift_chunks=true needs chunks at random access; a stream is cut once.")
-        self.shifted = ShiftedChunks(dataset) if shift_chunks and isinstance(dataset, TokenChunks) else None
+        self.shifted = shifted
         self.num_sequences = len(dataset)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self.device_batch_size = device_batch_size
@@ -213,7 +211,7 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
             those of a stream.
 
     Raises:
-        ValueError: too little text, or batch sizes that do not divide.
+        ValueError: too little text, batch sizes that do not divide, or a stream whose chunks should be shifted.
     """
 
     def __init__(
@@ -230,12 +228,17 @@ class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
         # workers are seeded from here, so that the loader leaves the global random state alone
         arguments: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator().manual_seed(seed)}
         arguments["pin_memory"] = torch.cuda.is_available()
+        shifted = None
+        if shift_chunks:
+            if not isinstance(dataset, TokenChunks):
+                raise ValueError("loop.shift_chunks=true needs chunks at random access; a stream is cut once.")
+            shifted = ShiftedChunks(dataset)
         self._source: StreamSource | ShuffledSource
-        if isinstance(dataset, StreamedTokenChunks) and not shift_chunks:
+        if isinstance(dataset, StreamedTokenChunks):
             self._source = StreamSource(dataset, device_batch_size, arguments)
         else:
             self._source = ShuffledSource(
-                dataset, batch_size, device_batch_size, rank, world_size, seed, shift_chunks, arguments
+                dataset, batch_size, device_batch_size, rank, world_size, seed, arguments, shifted
             )
         self._batches: Iterator[dict[str, torch.Tensor]] | None = None
 

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from ..evaluation.samples import sample
 from ..evaluation.scores import score_without_judge
 from ..objective import JointObjective
+from ..objective.diffusion import example_errors
 from .randomness import RowRandomness
 from .settings import EvaluationSettings
 
@@ -51,12 +52,13 @@ def diffusion_loss_at(
         self_conditioned = randomness.uniform() < objective.settings.self_conditioning_probability
         hidden_states = objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states
         latents = objective.latent_encoder(hidden_states, return_dict=True).latents.float()
-        losses = objective.diffusion_losses(
+        denoised = objective.denoise(
             latents,
             times[some_places].float().to(device),
             randomness.generators(device),
             self_conditioned.tolist(),
         )
+        losses = example_errors(denoised.clean_latents, latents)
         totals.index_add_(0, some_places, losses.double().cpu())
         counts.index_add_(0, some_places, torch.ones(len(some_places), dtype=torch.float64))
     return (totals / counts)[counts > 0].tolist()

@@ -138,7 +138,7 @@ class LoopSettings:
         shift_chunks: cut the text at other places in each epoch, so that a small corpus is not learned in the same
             pieces over and over (ours); a stream has no epochs.
         mixed_precision: `no` or `bf16`.
-        compile: `torch.compile` the repeated blocks of the trained models.
+        compile: `torch.compile` the repeated blocks of our models, frozen ones included.
         gradient_checkpointing: compute activations again in the backward pass.
         dataloader_workers: processes that read the data, for each device.
         logging_steps: steps between two lines of the log.

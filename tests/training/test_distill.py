@@ -60,14 +60,13 @@ def test_a_flow_map_learns_and_samples_in_few_steps(
         *shared,
         f"components={teacher}",
         f"loop.output_dir={folder}",
-        "loop.max_steps=300",
+        "loop.max_steps=1000",
         "optimizer.learning_rate=0.001",
         "evaluation.every=10",
         "evaluation.num_inference_steps=2",
     )
     losses = evaluations(folder, "distillation_loss")
-    # it starts as a copy of the teacher, which the first steps disturb; how much depends on the processor
-    assert losses[-1] < 0.8 * max(losses)
+    assert losses[-1] < 0.6 * losses[0]
     # so small a teacher predicts nearly the same whatever it is given, and its student is near it from the beginning
     assert max(evaluations(folder, f"distance_to_teacher/steps={steps}")[-1] for steps in (1, 2, 4, 8)) < 1e-3
     pipe = LDLMPipeline.from_pretrained(folder / "pipeline")

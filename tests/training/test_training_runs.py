@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
 from torch import nn
@@ -201,6 +202,16 @@ def test_the_consistency_loss_asks_the_ema_weights(tiny_overrides: list[str], tm
             assert torch.equal(averaged[name], weight)
     assert not torch.equal(recipe.module.averaged_transformer.proj_in.weight, recipe.module.transformer.proj_in.weight)
     assert of_transformer == len(averaged)
+
+
+def test_the_consistency_loss_is_refused_where_ema_weights_are_sharded(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(RunSettings, None, [*tiny_overrides, *BEYOND_THE_PAPER])
+    recipe = JointRecipe(settings, Accelerator(cpu=True))
+    monkeypatch.setattr(recipe.accelerator.state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"consistency.weight=1.* with FSDP"):
+        recipe.load()
 
 
 def test_ema_weights_are_those_of_diffusers() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -47,6 +47,11 @@ class JointRecipe(PipelineRecipe):
         self.timestep_sampler = settings.timestep_sampler.build()
 
     def load(self) -> None:
+        if self.settings.consistency.weight and self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                f"consistency.weight={self.settings.consistency.weight} with FSDP: the denoiser's EMA weights are "
+                "sharded, and the consistency loss needs them whole. Use DDP, or consistency.weight=0."
+            )
         self.tokenizer = build_tokenizer(self.settings)
         self.sequence_length = self.settings.model.sequence_length
         if self.settings.stage == "diffusion":
@@ -69,22 +74,16 @@ class JointRecipe(PipelineRecipe):
         if self.settings.stage == "diffusion":
             if not self.module.latent_encoder.config.standardize_latents:
                 standardize_latents(self.module, self.statistics_batches(train), self.device)
-        elif not self.module.token_encoder.is_fitted:
-            fit_token_encoder(self.module.token_encoder, self.statistics_batches(train), self.device)
-        if self.encoder_standardizes:
-            self.latent_statistics_batches = self.statistics_batches(train)
-
-    @property
-    def encoder_standardizes(self) -> bool:
-        """Whether the encoder that is trained standardises its latents."""
-        return self.settings.stage != "diffusion" and self.module.latent_encoder.config.standardize_latents
+            return
+        self.statistics = self.statistics_batches(train)
+        if not self.module.token_encoder.is_fitted:
+            fit_token_encoder(self.module.token_encoder, self.statistics, self.device)
 
     def complete(self, snapshot: nn.Module) -> None:
         """Measures the latents' statistics, which differ between EMA weights, over the run's statistics_sequences."""
         assert isinstance(snapshot, JointObjective)
-        if self.encoder_standardizes:
-            mean, std = measure_latents(snapshot, self.latent_statistics_batches, self.device)
-            snapshot.latent_encoder.set_latent_statistics(mean, std)
+        if self.settings.stage != "diffusion" and snapshot.latent_encoder.config.standardize_latents:
+            snapshot.latent_encoder.set_latent_statistics(*measure_latents(snapshot, self.statistics, self.device))
 
     def use_ema_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Makes them the weights of the denoiser that the consistency loss asks."""
@@ -264,5 +263,5 @@ def measure_latents(
     hidden_states = (
         objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states for input_ids in batches
     )
-    mean, std, _ = mean_and_std(encoder.map_sequence(some).float() for some in hidden_states)
+    mean, std, _ = mean_and_std(encoder.map_sequence(some) for some in hidden_states)
     return mean, std
