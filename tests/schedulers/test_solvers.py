@@ -17,6 +17,7 @@ from ldlm_hf import (
 )
 from ldlm_hf.schedulers import tangent
 from ldlm_hf.schedulers.discrete import check_schedule, model_times
+from ldlm_hf.schedulers.scheduling_tangent import StepWeights
 
 
 SOLVERS = [
@@ -88,6 +89,7 @@ def test_a_learned_grid_of_uniform_draws_is_the_papers():
         lambda **kw: TangentDDIMScheduler(**kw),
         lambda **kw: TangentDDIMScheduler(eta=0.3, **kw),
         lambda **kw: TangentDDIMScheduler(eta=1.0, **kw),
+        lambda **kw: TangentDDIMScheduler(fresh_noise_t_min=0.2, fresh_noise_t_max=0.7, **kw),
         lambda **kw: TangentDPMSolverMultistepScheduler(**kw),
         lambda **kw: TangentDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **kw),
         lambda **kw: TangentChurnScheduler(update="noised", **kw),
@@ -131,6 +133,20 @@ def test_ddim_written_out(eta: float):
         if eta:
             expected = expected + std * torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
         torch.testing.assert_close(samples[i + 1], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_fresh_noise_written_out():
+    """Where it is asked for a step forgets its sample; elsewhere it is the step that it was."""
+    plain, fresh = TangentDDIMScheduler(), TangentDDIMScheduler(fresh_noise_t_min=0.3, fresh_noise_t_max=0.6)
+    for scheduler in (plain, fresh):
+        scheduler.set_timesteps(10)
+    is_fresh = [0.3 <= float(t) <= 0.6 for t in fresh.timesteps]
+    assert any(is_fresh) and not all(is_fresh)
+    grid = fresh.make_time_grid(10)
+    for i, asked in enumerate(is_fresh):
+        alpha, sigma = (float(x) for x in tangent.alpha_sigma(grid[i + 1], 3.0))
+        expected = StepWeights(sample=0.0, clean=alpha, noise=sigma) if asked else plain.step_weights[i]
+        assert fresh.step_weights[i] == expected
 
 
 @pytest.mark.parametrize("algorithm_type", ["dpmsolver++", "sde-dpmsolver++"])
@@ -342,6 +358,11 @@ def test_a_setting_of_one_solver_survives_another():
     [
         (TangentDDIMScheduler, {"eta": 1.5}, r"eta=1\.5 must lie in \[0, 1\]"),
         (TangentDDIMScheduler, {"eta": -0.1}, "eta=-0.1"),
+        (
+            TangentDDIMScheduler,
+            {"fresh_noise_t_min": 0.5, "fresh_noise_t_max": 0.4},
+            r"fresh_noise_t_max=0.4 must lie in \[0.5, 1\]",
+        ),
         (TangentDDIMScheduler, {"time_grid": "cosine"}, "time_grid='cosine' must be one of uniform, log_snr, learned"),
         (TangentDDIMScheduler, {"time_grid": "learned"}, "needs timestep_cdf"),
         (TangentDDIMScheduler, {"time_grid": "log_snr", "t_min": 0.0}, "set a positive t_min"),
