@@ -151,23 +151,17 @@ class TrainingLoop:
     def train_step(self) -> dict[str, torch.Tensor]:
         """One optimiser step over all accumulated batches, without a look at any result.
 
-        A step whose loss or gradient is not finite leaves weights and optimiser as they were: fused AdamW skips its
-        update where `found_inf` says so, on the device.
+        A step whose loss or gradient is not finite leaves weights and optimisers as they were.
         """
         values, observations = self.accumulate_gradients()
-        optimizer, settings = self.state.optimizer, self.settings.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.state.step, settings, self.settings.loop.max_steps)
+        settings = self.settings.optimizer
+        self.state.set_learning_rate(learning_rate_at(self.state.step, settings, self.settings.loop.max_steps))
         gradient_norm = self.accelerator.clip_grad_norm_(self.state.parameters, settings.max_grad_norm)
         if isinstance(gradient_norm, DTensor):
             gradient_norm = gradient_norm.full_tensor()
         # every rank sees the same norm and the same mean loss, so all of them skip or none does
         loss = self.accelerator.reduce(values["loss"], reduction="mean")
-        finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
-        optimizer.optimizer.found_inf = (~finite).float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.state.ema.step(self.state.local_parameters())
+        self.state.update_weights(torch.isfinite(loss) & torch.isfinite(gradient_norm))
         self.not_read_back.append(TakenStep(self.state.step + 1, loss, gradient_norm, observations))
         if len(self.not_read_back) == self.recipe.steps_until_observation():
             self.read_back()

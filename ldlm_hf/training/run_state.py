@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .batches import TrainingBatches
+from .optimizers import build_optimizers, set_arguments
 from .recipe import Recipe
 from .settings import OptimizerSettings
 
@@ -38,6 +39,7 @@ class RunState:
 
     Attributes:
         module: the recipe's, as accelerate has wrapped or sharded it.
+        optimizers: one or two, each of some of the parameters.
         parameters: the trained ones.
         ema: their exponential moving average; of sharded parameters this rank's part.
         step: optimiser steps done.
@@ -55,19 +57,44 @@ class RunState:
         self.step = 0
         self.seconds = 0.0
         self.nonfinite_steps = 0
+        self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
+        if self.is_sharded and settings.name == "muon":
+            raise ValueError(
+                "optimizer.name=muon with FSDP: Muon needs each matrix whole, and these are sharded. Use DDP, or "
+                "optimizer.name=adamw."
+            )
         self.frozen = {name for name, parameter in recipe.module.named_parameters() if not parameter.requires_grad}
-        self.module, self.optimizer = accelerator.prepare(recipe.module, build_optimizer(recipe.module, settings))
+        self.module, *self.optimizers = accelerator.prepare(recipe.module, *build_optimizers(recipe.module, settings))
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.ema = EMAWeights(self.local_parameters(), decay=settings.ema_decay, foreach=True)
         trained = [name for name, parameter in recipe.module.named_parameters() if parameter.requires_grad]
         recipe.use_ema_weights(dict(zip(trained, self.ema.shadow_params, strict=True)))
-        self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
         accelerator.register_save_state_pre_hook(self.save_trained_weights)
         accelerator.register_load_state_pre_hook(self.load_trained_weights)
 
     def local_parameters(self) -> list[torch.Tensor]:
         """The trained parameters; of sharded ones this rank's part, since averaging knows plain tensors only."""
         return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in self.parameters]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+    def update_weights(self, is_finite: torch.Tensor) -> None:
+        """A step of the optimisers and of the EMA weights; weights stay as they are where gradients are not finite.
+
+        Fused AdamW skips its update where `found_inf` says so, on the device. For Muon, which knows no such thing, the
+        host looks.
+        """
+        for optimizer in self.optimizers:
+            if isinstance(optimizer.optimizer, torch.optim.AdamW):
+                optimizer.optimizer.found_inf = (~is_finite).float()
+                optimizer.step()
+            elif bool(is_finite):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.local_parameters())
 
     def copy_ema_weights(self, snapshot: nn.Module | None) -> None:
         """Loads the EMA weights into the main process's snapshot; all processes take part."""
@@ -116,9 +143,9 @@ class RunState:
         self.batches.load_state_dict(rank_state["data"])
         self.recipe.load_state_dict(rank_state["task"])
         self.accelerator.load_state(str(checkpoint))
-        for group in self.optimizer.param_groups:
+        for optimizer in self.optimizers:
             # a checkpoint brings those of its own run, which a new one may have gone on from with others
-            group.update(adamw_arguments(self.settings))
+            set_arguments(optimizer.optimizer, self.settings)
         weights = load_file(checkpoint / self.ema_weights_name(rank))
         for index, weight in enumerate(self.ema.shadow_params):
             weight.copy_(weights[str(index)])
@@ -163,22 +190,3 @@ class RunState:
                     f"{folder} holds other weights than this run trains: missing {sorted(missing)[:3]}, unexpected "
                     f"{sorted(found.unexpected_keys)[:3]}."
                 )
-
-
-def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW over all trained parameters (App. C)."""
-    return torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=settings.initial_learning_rate,
-        fused=True,
-        **adamw_arguments(settings),
-    )
-
-
-def adamw_arguments(settings: OptimizerSettings) -> dict[str, Any]:
-    """What AdamW keeps beside the learning rate, which every step sets."""
-    return {
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from ..data import DataSettings
 from ..evaluation.samplers import OWN, Sampler
 from ..loading.checks import check_settings
@@ -19,6 +21,9 @@ from ..models.token_decoder import LDLMTokenDecoderConfig
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..objective import ConsistencySettings, JointObjectiveSettings, TimestepSamplerSettings
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
+
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -79,14 +84,17 @@ class WarmupSettings:
         steps: S_wu; 0 opens the gate at once.
         midpoint: c, as a share of the warmup.
         steepness: k.
+        end: what the gate opens to (1 in the paper): the weight of the diffusion loss in what the latents learn.
     """
 
     steps: int = 10_000
     midpoint: float = 0.8
     steepness: float = 10.0
+    end: float = 1.0
 
     def __post_init__(self) -> None:
-        check_settings(type(self).__init__, vars(self), steps="[0, inf)", midpoint="[0, 1]", steepness="(0, inf)")
+        ranges = {"steps": "[0, inf)", "midpoint": "[0, 1]", "steepness": "(0, inf)", "end": "[0, 1]"}
+        check_settings(type(self).__init__, vars(self), **ranges)
 
 
 @dataclass
@@ -94,6 +102,8 @@ class OptimizerSettings:
     """AdamW with linear warmup, then constant (App. C; configs/README.md says where each value comes from).
 
     Attributes:
+        name: `adamw`, or `muon`: Muon (Jordan et al., 2024) for the matrices of layers and AdamW for everything else,
+            both with this learning rate and weight decay.
         learning_rate: after the warmup.
         initial_learning_rate: at the first step.
         lr_warmup_steps: steps from one to the other.
@@ -107,6 +117,7 @@ class OptimizerSettings:
         ema_decay: of the EMA weights, which are evaluated and saved (the paper does not mention any).
     """
 
+    name: str = "adamw"
     learning_rate: float = 2e-4
     initial_learning_rate: float = 1e-8
     lr_warmup_steps: int = 5_000
@@ -122,7 +133,9 @@ class OptimizerSettings:
         ranges = dict.fromkeys(("learning_rate", "initial_learning_rate", "eps", "max_grad_norm"), "(0, inf)")
         ranges |= dict.fromkeys(("lr_warmup_steps", "lr_decay_steps", "weight_decay"), "[0, inf)")
         ranges |= dict.fromkeys(("beta1", "beta2", "ema_decay"), "[0, 1)")
-        check_settings(type(self).__init__, vars(self), **ranges)
+        check_settings(type(self).__init__, vars(self), name=OPTIMIZERS, **ranges)
+        if self.name == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"name='muon' needs torch 2.9 or later, and this is torch {torch.__version__}.")
 
 
 @dataclass

@@ -40,8 +40,8 @@ from ldlm_hf.training.components import (
     save_components,
 )
 from ldlm_hf.training.launch import parse_arguments
+from ldlm_hf.training.optimizers import build_optimizers
 from ldlm_hf.training.recipes.token_decoder import TokenDecoderObjective, TokenDecoderSettings, load_components
-from ldlm_hf.training.run_state import build_optimizer
 from ldlm_hf.training.settings import RunSettings
 
 
@@ -308,7 +308,8 @@ def test_every_row_takes_a_training_step_of_its_modules_alone(
         # a shut gate keeps the diffusion loss from what makes the latents
         assert reached_by(lambda: losses(0.0).diffusion) == of_diffusion & {"transformer"}
         assert reached_by(lambda: losses(0.5).total) == whole
-    build_optimizer(module, run.settings.optimizer).step()
+    (optimizer,) = build_optimizers(module, run.settings.optimizer)
+    optimizer.step()
     assert all(torch.isfinite(weight).all() for weight in module.parameters())
 
 

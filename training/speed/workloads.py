@@ -29,7 +29,7 @@ from ldlm_hf import (
     TangentEulerMaruyamaScheduler,
 )
 from ldlm_hf.training.components import compile_blocks
-from ldlm_hf.training.run_state import build_optimizer
+from ldlm_hf.training.optimizers import build_optimizers
 from ldlm_hf.training.settings import OptimizerSettings
 from speed.token_level_peers import (
     TokenLevelDenoiser,
@@ -208,7 +208,7 @@ def training_workloads(case: Case) -> list[Workload]:
     settings = OptimizerSettings()
     objective = build_objective(case.sizes, case.length).to(device).train()
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(objective, settings)
+    (optimizer,) = build_optimizers(objective, settings)
     average = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
     vocab_size = objective.token_encoder.config.vocab_size
     input_ids = torch.randint(vocab_size, (case.batch_size, case.length), device=device)

@@ -126,7 +126,7 @@ class JointRecipe(PipelineRecipe):
     def gate(self, step: int) -> float:
         """gamma at a step (Eq. 29–30)."""
         warmup = self.settings.warmup
-        return warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
+        return warmup.end * warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
         device, settings = input_ids.device, self.settings.objective
