@@ -25,7 +25,7 @@ def build_optimizers(module: nn.Module, settings: OptimizerSettings) -> list[tor
     return optimizers
 
 
-def layer_matrices(module: nn.Module) -> list[nn.Parameter]:
+def layer_matrices(module: nn.Module) -> list[torch.Tensor]:
     """Trained weights of linear layers, but those of vocabulary heads."""
     parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     heads = [part.get_output_embeddings() for part in parts]

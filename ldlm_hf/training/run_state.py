@@ -89,7 +89,7 @@ class RunState:
         """
         for optimizer in self.optimizers:
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
-                optimizer.optimizer.found_inf = (~is_finite).float()
+                optimizer.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
                 optimizer.step()
             elif bool(is_finite):
                 optimizer.step()
