@@ -527,22 +527,25 @@ def test_token_decoder_can_be_trained_afterwards(
         if reads == "latents"
         else "num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48"
     )
-    run_script(
-        "train_token_decoder",
+    common = [
         *after,
         f"components={tmp_path / 'run' / 'pipeline'}",
         f"reads={reads}",
         "decoder_noise=0.0",
         "optimizer.learning_rate=0.01",
         f"token_decoder={{hidden_size: 24, {layers}}}",
-        f"loop.output_dir={tmp_path / 'decoder'}",
-        "loop.max_steps=80",
-    )
+    ]
+    run_script("train_token_decoder", *common, f"loop.output_dir={tmp_path / 'decoder'}", "loop.max_steps=80")
     rows = [row for row in records(tmp_path / "decoder") if "token_loss" in row]
     assert rows[-1]["token_loss"] < rows[0]["token_loss"] - 0.05
     pipe = LDLMPipeline.from_pretrained(tmp_path / "decoder" / "pipeline")
     assert (pipe.latent_decoder is None) == (reads == "latents")
     assert pipe(num_inference_steps=2).sequences.shape == (1, 8)
+
+    # on what the denoiser makes of noisy latents the same weights have another loss
+    denoised = ["denoised_from=0.5", f"loop.output_dir={tmp_path / 'denoised'}", "loop.max_steps=1"]
+    run_script("train_token_decoder", *common, *denoised)
+    assert records(tmp_path / "denoised")[0]["token_loss"] != rows[0]["token_loss"]
 
 
 def test_steps_that_are_not_finite_never_reach_the_weights(

@@ -17,10 +17,13 @@ from ...models.latent_decoder import LDLMLatentDecoder
 from ...models.latent_encoder import LDLMLatentEncoder
 from ...models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
 from ...models.token_encoder import LDLMTokenEncoder
+from ...models.transformer_ldlm import LDLMTransformer1DModel
 from ...objective.base import Objective
+from ...objective.diffusion import denoise
 from ...objective.draws import Generators, normal_like
 from ...objective.reconstruction import token_cross_entropy
 from ...pipelines.pipeline_ldlm import LDLMPipeline
+from ...schedulers.scheduling_tangent import TangentScheduler
 from ..components import build_pipeline, build_token_decoder, load_part
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
@@ -40,6 +43,9 @@ class TokenDecoderSettings:
         reads: `hidden_states` (reconstructed by the latent decoder) or `latents`, which leaves the latent decoder out
             of the pipeline (App. B.2).
         decoder_noise: delta; that of joint training.
+        denoised_from: the token decoder reads what the denoiser makes, in one pass, of latents with noise of times
+            that are uniform in [0, this], so that it learns to repair the denoiser's errors (ours); 0 leaves the
+            denoiser out.
         token_decoder: fields of `LDLMTokenDecoderConfig`.
         head_from: language model whose token embeddings, their common mean taken off, the vocabulary head starts from
             (ours; see `model.token_decoder_head_from_backbone` of joint training).
@@ -48,6 +54,7 @@ class TokenDecoderSettings:
     components: str = ""
     reads: str = "hidden_states"
     decoder_noise: float = 3.0
+    denoised_from: float = 0.0
     token_decoder: dict[str, Any] = arguments_of(LDLMTokenDecoderConfig.__init__)
     head_from: str | None = None
     data: DataSettings = field(default_factory=DataSettings)
@@ -58,7 +65,7 @@ class TokenDecoderSettings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
-        check_settings(type(self).__init__, vars(self), reads=READS, decoder_noise="[0, inf)")
+        check_settings(type(self).__init__, vars(self), reads=READS, decoder_noise="[0, inf)", denoised_from="[0, 1]")
         check_decay(self.optimizer, self.loop)
 
 
@@ -70,7 +77,9 @@ class TokenDecoderLosses(NamedTuple):
 
 
 class TokenDecoderObjective(Objective):
-    """Token loss (Eq. 3) of a token decoder on frozen encoders' noisy latents, decoded to hidden states or not."""
+    """Token loss (Eq. 3) of a token decoder on frozen encoders' noisy latents, denoised or not, decoded to hidden
+    states or not.
+    """
 
     def __init__(
         self,
@@ -79,6 +88,8 @@ class TokenDecoderObjective(Objective):
         latent_decoder: LDLMLatentDecoder | None,
         token_decoder: LDLMTokenDecoder,
         decoder_noise: float,
+        transformer: LDLMTransformer1DModel | None = None,
+        scheduler: TangentScheduler | None = None,
     ):
         super().__init__()
         self.token_encoder = token_encoder.requires_grad_(False)
@@ -86,22 +97,30 @@ class TokenDecoderObjective(Objective):
         self.latent_decoder = None if latent_decoder is None else latent_decoder.requires_grad_(False)
         self.token_decoder = token_decoder
         self.decoder_noise = decoder_noise
+        self.transformer = None if transformer is None else transformer.requires_grad_(False)
+        self.scheduler = scheduler
 
     def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
         """Arguments of `forward` for a batch of no particular text, to count what a pass costs."""
-        return {"input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long)}
+        timesteps = None if self.transformer is None else torch.full((batch_size,), 0.5)
+        return {"input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.long), "timesteps": timesteps}
 
     def forward(
         self,
         input_ids: torch.Tensor,
         decoder_noise: float | None = None,
         generator: Generators = None,
+        timesteps: torch.Tensor | None = None,
     ) -> TokenDecoderLosses:
-        """Loss and accuracy on token ids (B, L), at the noise of training or another."""
+        """Loss and accuracy on token ids (B, L), at the decoder noise of training or another; with `timesteps` (B,) on
+        latents that were noised to these times and denoised.
+        """
         noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
         with torch.no_grad():
             hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
             latents = self.latent_encoder(hidden_states, return_dict=True).latents.float()
+            if timesteps is not None:
+                latents = self.denoised(latents, timesteps, generator)
             if noise_level:
                 latents = latents + noise_level * normal_like(latents, generator)
             decoded = latents
@@ -109,6 +128,14 @@ class TokenDecoderObjective(Objective):
                 decoded = self.latent_decoder(latents, return_dict=True).hidden_states
         logits = self.token_decoder(decoded, return_dict=True).logits
         return TokenDecoderLosses(*token_cross_entropy(logits, input_ids))
+
+    def denoised(self, latents: torch.Tensor, timesteps: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """The denoiser's prediction (B, N, d_z), from its own first estimate where it is used to that."""
+        assert self.transformer is not None and self.scheduler is not None
+        self_conditioned = [True] * len(latents) if self.transformer.config.self_conditioning else None
+        noise = normal_like(latents, generator)
+        denoised = denoise(self.transformer, self.scheduler, latents, timesteps, noise, self_conditioned)
+        return denoised.clean_latents.float()
 
 
 class TokenDecoderRecipe(PipelineRecipe):
@@ -120,11 +147,14 @@ class TokenDecoderRecipe(PipelineRecipe):
 
     def load(self) -> None:
         components = load_components(self.settings)
-        self.module = TokenDecoderObjective(**components, decoder_noise=self.settings.decoder_noise)
         self.sequence_length = components["latent_encoder"].config.sequence_length
         # what the pipeline has beside what is trained
         source = self.settings.components
         self.transformer, self.scheduler = (load_part(source, name) for name in ("transformer", "scheduler"))
+        denoiser = {}
+        if self.settings.denoised_from:
+            denoiser = {"transformer": self.transformer, "scheduler": self.scheduler}
+        self.module = TokenDecoderObjective(**components, **denoiser, decoder_noise=self.settings.decoder_noise)
         self.tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
 
     def expected_scheduler(self) -> SchedulerMixin:
@@ -135,7 +165,10 @@ class TokenDecoderRecipe(PipelineRecipe):
         return build_pipeline(snapshot, **others).to(self.device)
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
-        loss, accuracy = module(input_ids, generator=randomness.generators(input_ids.device))
+        device, timesteps = input_ids.device, None
+        if self.settings.denoised_from:
+            timesteps = (self.settings.denoised_from * randomness.uniform()).float().to(device, non_blocking=True)
+        loss, accuracy = module(input_ids, generator=randomness.generators(device), timesteps=timesteps)
         return StepLosses(total=loss, values={"token_loss": loss, "token_accuracy": accuracy})
 
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
