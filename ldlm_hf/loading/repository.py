@@ -166,9 +166,11 @@ class RepositoryPipeline(DiffusionPipeline):
 
     Attributes:
         scheduler_classes: names of the classes that are loaded as a component annotated `SchedulerMixin`.
+        saved_settings: numbers that the constructor takes, and that are saved beside the components.
     """
 
     scheduler_classes: tuple[str, ...] = ()
+    saved_settings: tuple[str, ...] = ()
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:

@@ -122,6 +122,10 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
             continue
         if name not in parameters:
             raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
+        if name in getattr(pipeline_class, "saved_settings", ()):
+            if not (entry is None or type(entry) in (int, float)):
+                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be a number.")
+            continue
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
             raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")
         library, class_name = entry

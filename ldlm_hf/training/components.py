@@ -46,6 +46,15 @@ def load_part(source: str, name: str) -> Any:
     return part_class.from_pretrained(source, subfolder=name)
 
 
+def load_pipeline_settings(source: str) -> dict[str, Any]:
+    """What a pipeline keeps beside its components; nothing of what a run has left that trained no whole one."""
+    try:
+        config = LDLMPipeline.load_config(source)
+    except OSError:
+        return {}
+    return {name: config[name] for name in LDLMPipeline.saved_settings if name in config}
+
+
 def build_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of the frozen components, the one that the settings name, or the backbone's own."""
     if settings.components:

@@ -13,7 +13,7 @@ from ..evaluation.machine import hardware, versions
 from ..evaluation.provenance import source, without_path
 from ..evaluation.quality_ladder import quality_ladder
 from ..evaluation.real_text import held_out_sequences
-from ..evaluation.samplers import OWN, Sampler
+from ..evaluation.samplers import Sampler
 from ..evaluation.samples import missing_encoders, sample
 from ..evaluation.scores import beside_real_text, judge_conditions
 from ..hub import training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
@@ -44,8 +44,10 @@ def finish_run(
     """
     evaluation, output_dir = settings.evaluation, Path(settings.loop.output_dir)
     sampler = Sampler.parse(evaluation.sampler)
-    if sampler.scheduler != OWN:
+    if sampler != Sampler():
         sampler.apply(pipeline)
+        if arguments := dict(sampler.arguments):
+            pipeline.set_guidance(**arguments)
         pipeline.save_pretrained(output_dir / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     components = {name: module for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}

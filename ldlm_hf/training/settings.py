@@ -20,6 +20,7 @@ from ..models.latent_encoder import LDLMLatentEncoderConfig
 from ..models.token_decoder import LDLMTokenDecoderConfig
 from ..models.transformer_ldlm import LDLMTransformer1DModel
 from ..objective import ConsistencySettings, JointObjectiveSettings, TimestepSamplerSettings
+from ..pipelines.pipeline_ldlm import LDLMPipeline
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 
 
@@ -208,7 +209,8 @@ class EvaluationSettings:
         num_preview_samples: texts sampled at each evaluation before that.
         num_inference_steps: sampling steps.
         sampler: scheduler of the finished pipeline, which its final samples come from, named as for `evaluate.py`;
-            `own` leaves it the one it is trained with, which all samples before the end come from.
+            `own` leaves it the one it is trained with, which all samples before the end come from. With a
+            `self_condition_scale` the finished pipeline is guided by default.
         judge: causal language model for generative perplexity and MAUVE; None leaves both out.
         judge_batch_size: texts of one pass of the judge.
     """
@@ -229,11 +231,11 @@ class EvaluationSettings:
         ranges = dict.fromkeys(positive, "[1, inf)")
         ranges |= dict.fromkeys(("every", "num_samples", "num_preview_samples"), "[0, inf)")
         check_settings(type(self).__init__, vars(self), **ranges)
-        if arguments := Sampler.parse(self.sampler).arguments:
-            raise ValueError(
-                f"sampler={self.sampler!r}: {', '.join(name for name, _ in arguments)} goes with the pipeline's "
-                "call, and no saved pipeline keeps it."
-            )
+        for name, _ in Sampler.parse(self.sampler).arguments:
+            if name not in LDLMPipeline.saved_settings:
+                raise ValueError(
+                    f"sampler={self.sampler!r}: {name} goes with the pipeline's call, and no saved pipeline keeps it."
+                )
 
 
 class LoopRunSettings(Protocol):
@@ -280,11 +282,20 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_decay(self.optimizer, self.loop)
+        check_guidance(self.evaluation, self.model.transformer.get("self_conditioning", True))
         if (self.stage == "diffusion") != bool(self.components):
             raise ValueError(
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
                 "frozen components that components=RUN/pipeline names, and no other stage does."
             )
+
+
+def check_guidance(evaluation: EvaluationSettings, has_self_condition: bool) -> None:
+    """Raises ValueError for a finished pipeline that is to be guided by a self-condition which it does not have."""
+    if Sampler.parse(evaluation.sampler).arguments and not has_self_condition:
+        raise ValueError(
+            f"evaluation.sampler={evaluation.sampler!r}: this denoiser is trained without a self-condition."
+        )
 
 
 def check_decay(optimizer: OptimizerSettings, loop: LoopSettings) -> None:

@@ -356,6 +356,11 @@ def index_cases() -> Iterator[Case]:
     ):
         change = edit("model_index.json", **{component: entry})
         yield Case(f"model_index.json: {component}={json.dumps(entry)}", change, match, ways=PIPELINES)
+    for setting in ("2.0", [2.0], ["ldlm_hf", "LDLMTokenDecoder"], {"a": 1}, True):
+        change = edit("model_index.json", self_condition_scale=setting)
+        yield Case(f"model_index.json: self_condition_scale={setting}", change, "must be a number", ways=PIPELINES)
+    change = edit("model_index.json", self_condition_scale=-1)
+    yield Case("model_index.json: a negative scale", change, "must be a finite number that is", ways=PIPELINES)
     for name in ("../outside", "/etc", "safety_checker"):
         change = edit("model_index.json", **{name: ["ldlm_hf", "LDLMTokenDecoder"]})
         yield Case(f"model_index.json: a component {name!r}", change, "names a component", ways=PIPELINES)

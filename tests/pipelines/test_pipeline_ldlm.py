@@ -517,6 +517,27 @@ def test_bad_guidance(pipe: LDLMPipeline, name: str, value: Any):
         pipe(num_inference_steps=1, **{name: value})
 
 
+def test_a_pipeline_is_guided_as_it_was_saved(pipe: LDLMPipeline, tmp_path: Path):
+    guided = LDLMPipeline(**pipe.components, self_condition_scale=2.5)
+    guided.save_pretrained(tmp_path)
+    loaded = LDLMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    expected = pipe(2, 3, generator=seeded(), self_condition_scale=2.5, output_type="latent").latents
+    assert torch.equal(loaded(2, 3, generator=seeded(), output_type="latent").latents, expected)
+    assert loaded.num_function_evaluations == 5
+    assert torch.equal(
+        LDLMPipeline.from_pipe(loaded)(2, 3, generator=seeded(), output_type="latent").latents, expected
+    )
+    plain = pipe(2, 3, generator=seeded(), output_type="latent").latents
+    assert torch.equal(loaded(2, 3, generator=seeded(), self_condition_scale=1, output_type="latent").latents, plain)
+    with pytest.raises(ValueError, match="`self_condition_scale` must be a finite number"):
+        LDLMPipeline(**pipe.components, self_condition_scale=-1.0)
+    transformer = LDLMTransformer1DModel.from_config(pipe.transformer.config, self_conditioning=False)
+    without = pipe.components | {"transformer": transformer}
+    with pytest.raises(ValueError, match="trained without a self-condition"):
+        LDLMPipeline(**without, self_condition_scale=2.5)
+
+
 def test_every_component_has_its_turn_when_memory_is_short(pipe: LDLMPipeline):
     in_order = pipe.model_cpu_offload_seq.split("->")
     modules = [name for name, component in pipe.components.items() if isinstance(component, torch.nn.Module)]

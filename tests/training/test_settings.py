@@ -70,7 +70,7 @@ def test_file_wins_over_defaults_and_overrides_win_over_the_file(tmp_path: Path)
         ("timestep_sampler.floor=-1", "timestep_sampler.floor=-1.0"),
         ("model.transformer.num_layers=[", "model.transformer.num_layers=["),
         ("evaluation.sampler=DDIM", "unknown scheduler 'DDIM'"),
-        ("evaluation.sampler=own:self_condition_scale=1.5", "no saved pipeline keeps it"),
+        ("evaluation.sampler=own:self_condition_decay=1.5", "self_condition_decay goes with the pipeline's call"),
         ("loop.mixed_precision=fp16", "float16"),
         ("optimizer.lr_decay_steps=1000000", "more than loop.max_steps"),
         ("objective.reconstruction=mse", "hidden, token, hidden"),

@@ -109,12 +109,19 @@ def test_the_finished_pipeline_has_the_sampler_of_its_settings(
 ) -> None:
     sampler = "evaluation.sampler=TangentDDIMScheduler:eta=1.0,time_grid=learned"
     settings = [*tiny_overrides, "timestep_sampler.num_bins=2", "loop.checkpointing_steps=4"]
+    with pytest.raises(ValueError, match="this denoiser is trained without a self-condition"):
+        unconditioned = "model.transformer.self_conditioning=false"
+        run_script("train_joint", *settings, f"{sampler},self_condition_scale=2", unconditioned)
     run_script("train_joint", *settings)
     own = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert type(own.scheduler) is TangentEulerMaruyamaScheduler
     # a finished run gets another one when it is resumed at its end
+    sampler += ",self_condition_scale=2"
     run_script("train_joint", *settings, sampler, "--resume_from_checkpoint", "latest")
     pipe = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.config.self_condition_scale == 2
+    pipe(num_inference_steps=3)
+    assert pipe.num_function_evaluations == 5
     assert type(pipe.scheduler) is TangentDDIMScheduler
     assert (pipe.scheduler.config.eta, pipe.scheduler.config.time_grid) == (1.0, "learned")
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))

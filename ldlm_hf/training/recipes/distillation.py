@@ -26,7 +26,7 @@ from ..components import AUTOENCODER, build_pipeline, load_part
 from ..held_out import preview
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
-from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
+from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay, check_guidance
 
 
 METHODS = ("flow_map", "progressive")
@@ -84,6 +84,7 @@ class DistillationSettings:
             self_condition_scale="[0, inf)",
         )
         check_decay(self.optimizer, self.loop)
+        check_guidance(self.evaluation, has_self_condition=False)
 
 
 def flow_map_times(scheduler: TangentScheduler, uniforms: torch.Tensor) -> tuple[torch.Tensor, list[bool]]:

@@ -24,7 +24,7 @@ from ...objective.draws import Generators, normal_like
 from ...objective.reconstruction import token_cross_entropy
 from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ...schedulers.scheduling_tangent import TangentScheduler
-from ..components import build_pipeline, build_token_decoder, load_part
+from ..components import build_pipeline, build_token_decoder, load_part, load_pipeline_settings
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
 from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
@@ -156,13 +156,14 @@ class TokenDecoderRecipe(PipelineRecipe):
             denoiser = {"transformer": self.transformer, "scheduler": self.scheduler}
         self.module = TokenDecoderObjective(**components, **denoiser, decoder_noise=self.settings.decoder_noise)
         self.tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+        self.pipeline_settings = load_pipeline_settings(source)
 
     def expected_scheduler(self) -> SchedulerMixin:
         return self.scheduler
 
     def pipeline(self, snapshot: TokenDecoderObjective) -> LDLMPipeline:
         others = {"transformer": self.transformer, "tokenizer": self.tokenizer, "scheduler": self.scheduler}
-        return build_pipeline(snapshot, **others).to(self.device)
+        return build_pipeline(snapshot, **others, **self.pipeline_settings).to(self.device)
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
         device, timesteps = input_ids.device, None
