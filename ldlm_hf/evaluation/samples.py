@@ -23,7 +23,7 @@ from .samplers import Sampler
 class Subject:
     """A pipeline that is evaluated, with a way to sample it.
 
-    `digest` is of its components and of the arguments that it is called with, `vocabulary` of its tokenizer's;
+    `digest` is of its components and of the arguments that its call takes, `vocabulary` of its tokenizer's;
     `sequence_length` is in tokens, and `missing_encoders` are the components that `encode` needs and that it lacks.
     """
 
@@ -47,13 +47,15 @@ class Subject:
             if component is not None and part != "tokenizer"
         }
         vocabulary = digest(pipeline.tokenizer.get_vocab())
+        saved = {setting: pipeline.config[setting] for setting in getattr(pipeline, "saved_settings", ())}
+        arguments = {setting: value for setting, value in saved.items() if value is not None} | dict(sampler.arguments)
         return cls(
             name=name,
             source=source,
             dtype=dtype,
             sampler=sampler,
             sequence_length=pipeline.sequence_length,
-            digest=digest([parts, vocabulary, sampler.arguments]),
+            digest=digest([parts, vocabulary, tuple(arguments.items())]),
             vocabulary=vocabulary,
             missing_encoders=missing_encoders(pipeline),
         )

@@ -368,6 +368,12 @@ def test_other_weights_and_steps_are_never_served_from_what_is_there(
     second = run("out", *no_judge)
     assert len(made) == 2 * 20
     assert second["pipelines"][0]["digest"] != first["pipelines"][0]["digest"]
+    pipeline.set_guidance(1.5)
+    pipeline.save_pretrained(pipeline_folder)
+    made.clear()
+    guided = run("out", *no_judge)
+    assert len(made) == 2 * 20
+    assert [one["nfe"] for one in guided["pipelines"][0]["sets"]] == [1, 5]
     made.clear()
     run("out", *no_judge, "--dtype", "bfloat16")
     assert len(made) == 2 * 20
