@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each dimension over a sample that does not fit into memory."""
+"""Statistics over a sample that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -41,3 +41,33 @@ def mean_and_std(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.T
     centred_mean = total / count
     variance = (total_of_squares / count - centred_mean.square()).clamp_min(VARIANCE_FLOOR)
     return offset + centred_mean, variance.sqrt(), count
+
+
+class LatentSpread:
+    """How the variance of latents (n, N, d_z), taken in batches, is spread over their dimensions and places.
+
+    `rank` is the participation ratio of the covariance of what differs between texts, (sum of its eigenvalues)^2 over
+    the sum of their squares: d_z for white latents, k for latents that fill a space of k dimensions evenly.
+    `position_share` is the share of the variance that is between the places of a sequence, and says nothing of the
+    text.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.products = torch.zeros((), dtype=torch.float64)
+
+    def add(self, latents: torch.Tensor) -> None:
+        latents = latents.double()
+        self.count += len(latents)
+        self.total = self.total + latents.sum(0)  # (N, d_z)
+        vectors = latents.flatten(0, 1)
+        self.products = self.products + vectors.T @ vectors  # (d_z, d_z)
+
+    def measure(self) -> tuple[float, float]:
+        """`rank` and `position_share`."""
+        means = self.total / self.count
+        between_texts = self.products / self.count / len(means) - means.T @ means / len(means)
+        between_places = (means - means.mean(0)).square().mean(0).sum()
+        variance = between_texts.trace()
+        rank = variance.square() / between_texts.square().sum()
+        return float(rank), float(between_places / (variance + between_places))

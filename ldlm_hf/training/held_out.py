@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from ..evaluation.samples import sample
 from ..evaluation.scores import score_without_judge
+from ..models.statistics import LatentSpread
 from ..objective import JointObjective
 from ..objective.diffusion import example_errors
 from .randomness import RowRandomness
@@ -17,18 +18,27 @@ from .settings import EvaluationSettings
 def reconstruction(
     objective: JointObjective, sequences: torch.Tensor, batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Held-out reconstruction from clean latents: mean squared error of hidden states, and token accuracy."""
+    """Held-out reconstruction from clean latents: mean squared error of hidden states, token accuracy, and how the
+    latents are spread ([`LatentSpread`]).
+    """
     squared_error = correct = 0.0
+    spread = LatentSpread()
     for input_ids in sequences.split(batch_size):
         input_ids = input_ids.to(device)
         hidden_states = objective.token_encoder(input_ids, return_dict=True).hidden_states
         latents = objective.latent_encoder(hidden_states, return_dict=True).latents
+        spread.add(latents)
         predicted = objective.latent_decoder(latents, return_dict=True).hidden_states
         squared_error += float((predicted.float() - hidden_states.float()).square().mean()) * len(input_ids)
         if objective.token_decoder is not None:
             tokens = objective.token_decoder(predicted, return_dict=True).logits.argmax(-1)
             correct += float((tokens == input_ids).float().mean()) * len(input_ids)
-    result = {"reconstruction_mse": squared_error / len(sequences)}
+    rank, position_share = spread.measure()
+    result = {
+        "reconstruction_mse": squared_error / len(sequences),
+        "latent_rank": rank,
+        "latent_position_share": position_share,
+    }
     if objective.token_decoder is not None:
         result["reconstruction_accuracy"] = correct / len(sequences)
     return result
