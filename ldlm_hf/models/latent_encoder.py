@@ -41,9 +41,6 @@ class LDLMLatentConfig(PretrainedConfig):
             the models hold: of a frozen autoencoder, whose diffusion is trained in a second stage (COSMOS,
             Meshchaninov et al., 2025), or, for the encoder alone, from the first step of joint training on (ours). The
             paper's joint training leaves their scale free.
-        position_means: whether the mean that is subtracted is that of each latent's place in the sequence (ours).
-            Otherwise joint training finds unit variance in what differs between places, which says nothing of the text
-            and is denoised without an error.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown architecture.
@@ -63,7 +60,6 @@ class LDLMLatentConfig(PretrainedConfig):
         aligned_queries: bool = True,
         initializer_range: float = 0.02,
         standardize_latents: bool = False,
-        position_means: bool = False,
         **kwargs: Any,
     ):
         check_settings(
@@ -91,8 +87,6 @@ class LDLMLatentConfig(PretrainedConfig):
                 f"latent_size={latent_size} with architecture='identity' must equal token_hidden_size="
                 f"{token_hidden_size}, since the hidden states themselves are the latents."
             )
-        if position_means and not standardize_latents:
-            raise ValueError("position_means=True goes with standardize_latents=True.")
         check_attention_heads(hidden_size, num_attention_heads)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -106,7 +100,6 @@ class LDLMLatentConfig(PretrainedConfig):
         self.aligned_queries = aligned_queries
         self.initializer_range = initializer_range
         self.standardize_latents = standardize_latents
-        self.position_means = position_means
         super().__init__(**kwargs)
 
 
@@ -167,14 +160,12 @@ class LDLMLatentPreTrainedModel(LDLMPreTrainedModel):
             )
             self.proj_out = nn.Identity() if output_size == width else nn.Linear(width, output_size)
         if config.standardize_latents:
-            places = (config.num_latents,) if config.position_means else ()
-            self.set_latent_statistics(torch.zeros(*places, config.latent_size), torch.ones(config.latent_size))
+            self.set_latent_statistics(torch.zeros(config.latent_size), torch.ones(config.latent_size))
         self.gradient_checkpointing = False
         self.post_init()
 
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Makes mean (d_z,), or (N, d_z) with `position_means`, and standard deviation (d_z,) of the latents part of
-        the weights.
+        """Makes the mean and standard deviation of each dimension of the latents, (d_z,), part of the weights.
 
         The latent encoder divides by what the latent decoder multiplies with, so both must be given the same.
         """
@@ -235,8 +226,7 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
                 it by default.
 
         Raises:
-            ValueError: the sequence is not as long or as wide as the model was built for, or one text is to give
-                `batch_statistics` with `position_means`.
+            ValueError: the sequence is not as long or as wide as the model was built for.
         """
         length, width = hidden_states.shape[-2:]
         config = self.config
@@ -250,12 +240,6 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
         if config.standardize_latents:
             mean, std = self.latents_mean, self.latents_std
             if batch_statistics:
-                if config.position_means and len(latents) == 1:
-                    raise ValueError(
-                        "A batch of one text has no statistics with position_means=True; let loop.device_batch_size "
-                        "be 2 or more."
-                    )
-                mean = latents.float().mean(0 if config.position_means else (0, 1))
-                std = (latents.float() - mean).square().mean((0, 1)).sqrt()
+                std, mean = torch.std_mean(latents.float(), dim=(0, 1), correction=0)
             latents = ((latents.float() - mean) / std).to(latents.dtype)
         return LDLMLatentEncoderOutput(latents=latents)

@@ -85,17 +85,14 @@ class WarmupSettings:
         steps: S_wu; 0 opens the gate at once.
         midpoint: c, as a share of the warmup.
         steepness: k.
-        end: what the gate opens to (1 in the paper): the weight of the diffusion loss in what the latents learn.
     """
 
     steps: int = 10_000
     midpoint: float = 0.8
     steepness: float = 10.0
-    end: float = 1.0
 
     def __post_init__(self) -> None:
-        ranges = {"steps": "[0, inf)", "midpoint": "[0, 1]", "steepness": "(0, inf)", "end": "[0, 1]"}
-        check_settings(type(self).__init__, vars(self), **ranges)
+        check_settings(type(self).__init__, vars(self), steps="[0, inf)", midpoint="[0, 1]", steepness="(0, inf)")
 
 
 @dataclass

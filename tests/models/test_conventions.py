@@ -54,7 +54,6 @@ def make_fresh(
     config = model.config
     if name != "token_decoder":
         config.standardize_latents = True
-        config.position_means = name == "latent_encoder"
     if name == "identity":
         config.architecture, config.num_latents, config.latent_size = "identity", 8, 32
     return lambda: type(model)(config)

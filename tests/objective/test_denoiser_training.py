@@ -154,21 +154,3 @@ def test_latents_of_unit_variance_cannot_shrink_the_diffusion_loss(make_objectiv
     unit = losses(standardize=True, scale=1.0)
     assert losses(standardize=True, scale=0.5) == pytest.approx(unit, rel=1e-4)
     assert unit[1] == pytest.approx(1.0, abs=0.01)
-
-
-def test_what_differs_between_places_is_no_variance(make_objective, random_tokens):
-    """With a mean of each place, latents that say where they stand and nothing else are nothing."""
-    objective = make_objective()
-    encoder = objective.latent_encoder
-    encoder.config.position_means = True
-    encoder.set_latent_statistics(torch.zeros(6, 16), torch.ones(16))
-    place = torch.randn(6, 16)
-    objective.latent_encoder.map_sequence = lambda states, own=encoder.map_sequence: own(states) + 10 * place
-    latents = encoder(torch.randn(6, 8, 32), batch_statistics=True).latents
-    torch.testing.assert_close(latents.mean(0), torch.zeros(6, 16), rtol=0, atol=1e-4)
-    torch.testing.assert_close(latents.square().mean((0, 1)), torch.ones(16), rtol=0, atol=1e-3)
-    with pytest.raises(ValueError, match="A batch of one text has no statistics"):
-        encoder(torch.randn(1, 8, 32), batch_statistics=True)
-    encoder.config.position_means = False
-    latents = encoder(torch.randn(6, 8, 32), batch_statistics=True).latents
-    assert latents.mean(0).square().mean() > 0.9

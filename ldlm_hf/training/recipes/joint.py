@@ -126,7 +126,7 @@ class JointRecipe(PipelineRecipe):
     def gate(self, step: int) -> float:
         """gamma at a step (Eq. 29–30)."""
         warmup = self.settings.warmup
-        return warmup.end * warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
+        return warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
 
     def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
         device, settings = input_ids.device, self.settings.objective
@@ -257,17 +257,11 @@ def standardize_latents(objective: JointObjective, batches: Sequence[torch.Tenso
 def measure_latents(
     objective: JointObjective, batches: Sequence[torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of what the latent encoder gives before it standardises, in the shapes of
-    `set_latent_statistics`."""
+    """Mean and standard deviation (d_z,) of each dimension of what the latent encoder gives before it standardises."""
     objective.to(device)
     encoder = objective.latent_encoder
     hidden_states = (
         objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states for input_ids in batches
     )
-    latents = (encoder.map_sequence(some) for some in hidden_states)  # (B, N, d_z)
-    if not encoder.config.position_means:
-        mean, std, _ = mean_and_std(latents)
-        return mean, std
-    mean, std, _ = mean_and_std(some.flatten(1) for some in latents)
-    shape = (encoder.config.num_latents, encoder.config.latent_size)
-    return mean.view(shape), std.view(shape).square().mean(0).sqrt()
+    mean, std, _ = mean_and_std(encoder.map_sequence(some) for some in hidden_states)
+    return mean, std
