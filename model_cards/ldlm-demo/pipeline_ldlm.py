@@ -113,6 +113,10 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
             continue
         if name not in parameters:
             raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
+        if name in getattr(pipeline_class, "saved_settings", ()):
+            if not (entry is None or type(entry) in (int, float)):
+                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be a number.")
+            continue
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
             raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")
         library, class_name = entry
@@ -329,9 +333,11 @@ class RepositoryPipeline(DiffusionPipeline):
 
     Attributes:
         scheduler_classes: names of the classes that are loaded as a component annotated `SchedulerMixin`.
+        saved_settings: numbers that the constructor takes, and that are saved beside the components.
     """
 
     scheduler_classes: tuple[str, ...] = ()
+    saved_settings: tuple[str, ...] = ()
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -688,9 +694,12 @@ class LDLMPipeline(RepositoryPipeline):
             that [`diffusers_config`] has put on it.
         token_encoder ([`LDLMTokenEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
         latent_encoder ([`LDLMLatentEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
+        self_condition_scale (`float`, *optional*):
+            What a call without one takes, saved with the pipeline: guidance that suits its denoiser.
 
     Raises:
-        ValueError: components whose sizes do not fit each other.
+        ValueError: components whose sizes do not fit each other, or a `self_condition_scale` that the denoiser cannot
+            be guided by.
     """
 
     model_cpu_offload_seq = "token_encoder->latent_encoder->transformer->latent_decoder->token_decoder"
@@ -705,6 +714,7 @@ class LDLMPipeline(RepositoryPipeline):
     ]
     _callback_tensor_inputs = ["latents", "clean_latents"]
     scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
+    saved_settings = ("self_condition_scale",)
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
     max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
@@ -717,6 +727,7 @@ class LDLMPipeline(RepositoryPipeline):
         scheduler: SchedulerMixin | None,
         token_encoder: LDLMTokenEncoder | None = None,
         latent_encoder: LDLMLatentEncoder | None = None,
+        self_condition_scale: float | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -729,6 +740,7 @@ class LDLMPipeline(RepositoryPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
+        self.set_guidance(self_condition_scale)
         self._calls = Calls()
 
     def check_components(self) -> None:
@@ -834,17 +846,7 @@ class LDLMPipeline(RepositoryPipeline):
             whole = whole_number(value)
             if whole is None or whole < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        for name, number in (
-            ("self_condition_scale", 1.0 if self_condition_scale is None else self_condition_scale),
-            ("self_condition_decay", self_condition_decay),
-        ):
-            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
-                raise ValueError(f"`{name}` must be a finite number that is not negative, got {number!r}.")
-        if self_condition_scale and not self.transformer.config.self_conditioning:
-            raise ValueError(
-                f"`self_condition_scale`={self_condition_scale}: this transformer was trained without a "
-                "self-condition; leave it out."
-            )
+        self.check_guidance(self_condition_scale, self_condition_decay)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         generators = generator if isinstance(generator, list) else [generator]
@@ -873,6 +875,27 @@ class LDLMPipeline(RepositoryPipeline):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
                 f"{unknown}."
+            )
+
+    def set_guidance(self, self_condition_scale: float | None) -> None:
+        """Makes a scale that of calls without one, which is saved with the pipeline.
+
+        Raises:
+            ValueError: one that the denoiser cannot be guided by.
+        """
+        if self.transformer is not None:
+            self.check_guidance(self_condition_scale)
+        scale = None if self_condition_scale is None else float(self_condition_scale)
+        self.register_to_config(self_condition_scale=scale)
+
+    def check_guidance(self, scale: float | None, decay: float = 0.0) -> None:
+        """Raises ValueError for a scale or decay of the self-condition that the denoiser cannot be guided by."""
+        for name, number in (("self_condition_scale", scale or 0.0), ("self_condition_decay", decay)):
+            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
+                raise ValueError(f"`{name}` must be a finite number that is not negative, got {number!r}.")
+        if scale and not self.transformer.config.self_conditioning:
+            raise ValueError(
+                f"`self_condition_scale`={scale}: this transformer was trained without a self-condition; leave it out."
             )
 
     def prepare_latents(
@@ -926,9 +949,12 @@ class LDLMPipeline(RepositoryPipeline):
 
         Args:
             times: those of the steps, in [0, 1].
-            scale: w without noise; None is 1, or 0 for a model trained without a self-condition.
+            scale: w without noise; None is the pipeline's own, or 1, or 0 for a model trained without a
+                self-condition.
             decay: how fast w - 1 falls as the noise level sigma / alpha grows.
         """
+        if scale is None:
+            scale = self.config.self_condition_scale
         if scale is None:
             scale = 1.0 if self.transformer.config.self_conditioning else 0.0
         if decay == 0 or scale == 1:
@@ -1014,7 +1040,8 @@ class LDLMPipeline(RepositoryPipeline):
                 Weight w of the last prediction as the next step's self-condition: 1 carries it over as it is, 0
                 leaves it out, and other weights, above 1 beyond what the model says, guide by it (classifier-free
                 guidance with the self-condition in the condition's place), which costs a second evaluation of the
-                transformer in every step but the first. By default 1, or 0 for a model trained without it.
+                transformer in every step but the first. By default the pipeline's own `self_condition_scale`, or
+                where it has none 1, or 0 for a model trained without it.
             self_condition_decay (`float`, defaults to 0.0):
                 How fast w goes to 1 as the noise level sigma / alpha grows; 0 keeps it in all steps.
             output_type (`str`, defaults to `"text"`):

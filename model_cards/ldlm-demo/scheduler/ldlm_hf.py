@@ -587,6 +587,10 @@ class TangentDDIMScheduler(TangentScheduler):
 
     Args:
         eta (`float`, defaults to 0.0): share of the ancestral step's noise that a step adds, in [0, 1].
+        fresh_noise_t_min (`float`, defaults to 0.0): see `fresh_noise_t_max`.
+        fresh_noise_t_max (`float`, defaults to 0.0):
+            Steps that begin at times in [`fresh_noise_t_min`, `fresh_noise_t_max`] keep nothing of their sample: they
+            go to alpha' x0 + sigma' eps ("q-sampling", arXiv 2604.02028). By default there are none.
         tangent_d, t_min, t_max, time_grid, timestep_cdf: as for every solver, see [`TangentScheduler`].
 
     Raises:
@@ -598,17 +602,27 @@ class TangentDDIMScheduler(TangentScheduler):
         self,
         tangent_d: float = 3.0,
         eta: float = 0.0,
+        fresh_noise_t_min: float = 0.0,
+        fresh_noise_t_max: float = 0.0,
         t_min: float = 0.05,
         t_max: float = 0.99,
         time_grid: str = "uniform",
         timestep_cdf: list[float] | None = None,
     ):
-        super().__init__(eta="[0, 1]")
+        super().__init__(eta="[0, 1]", fresh_noise_t_min="[0, 1]", fresh_noise_t_max=f"[{fresh_noise_t_min}, 1]")
 
     def solver_weights(self, grid: torch.Tensor) -> tuple[torch.Tensor, list[StepWeights]]:
-        """[`ddim_coefficients`]; arguments as of [`TangentScheduler.solver_weights`]."""
+        """[`ddim_coefficients`], and fresh noise where it is asked for; arguments as of
+        [`TangentScheduler.solver_weights`].
+        """
+        config = self.config
         begins, ends = grid[:-1], grid[1:]
-        return begins, step_weights(*ddim_coefficients(begins, ends, self.config.tangent_d, self.config.eta))
+        sample, clean, noise = ddim_coefficients(begins, ends, config.tangent_d, config.eta)
+        alpha, sigma = alpha_sigma(ends, config.tangent_d)
+        is_fresh = (begins >= config.fresh_noise_t_min) & (begins <= config.fresh_noise_t_max)
+        return begins, step_weights(
+            sample.masked_fill(is_fresh, 0.0), torch.where(is_fresh, alpha, clean), torch.where(is_fresh, sigma, noise)
+        )
 
 
 # what saving a pipeline writes beside its weights
