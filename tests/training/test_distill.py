@@ -24,6 +24,7 @@ from ldlm_hf.training.recipes.distillation import (
     DistillationSettings,
     flow_map_times,
     follow_teacher,
+    load_objective,
     progressive_times,
 )
 
@@ -190,6 +191,15 @@ def test_bad_settings(
     make_pipeline().save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match=message):
         run_script("distill", *shared, f"components={tmp_path / 'teacher'}", *overrides)
+
+
+def test_a_teacher_teaches_what_its_pipeline_does(tmp_path: Path, make_pipeline: Callable) -> None:
+    teacher = make_pipeline()
+    for own, asked, expected in ((None, None, 1.0), (2.5, None, 2.5), (2.5, 1.5, 1.5), (0.0, None, 0.0)):
+        teacher.set_guidance(own)
+        teacher.save_pretrained(tmp_path)
+        settings = DistillationSettings(components=str(tmp_path), self_condition_scale=asked)
+        assert load_objective(settings)[0].self_condition_scale == expected
 
 
 def test_a_flow_map_teaches_no_progressive_student(

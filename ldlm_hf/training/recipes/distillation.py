@@ -22,7 +22,7 @@ from ...schedulers.scheduling_tangent import TangentScheduler
 from ...schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
 from ...schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
 from ...schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
-from ..components import AUTOENCODER, build_pipeline, load_part
+from ..components import AUTOENCODER, build_pipeline, load_part, load_pipeline_settings
 from ..held_out import preview
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
@@ -58,7 +58,7 @@ class DistillationSettings:
         diagonal_share: share of a flow map's examples that keep it a denoiser, at the teacher's prediction.
         self_condition_scale: weight of the self-condition of a teacher that was trained with one: 1 as in its
             training, which takes a second pass of it; 0 none; above 1 guidance by it, for which the student then
-            needs no pass of its own.
+            needs no pass of its own. None is what the teacher's pipeline has as its own, or 1.
     """
 
     components: str = ""
@@ -67,7 +67,7 @@ class DistillationSettings:
     time_grid: str = "uniform"
     t_min: float = 0.0
     diagonal_share: float = 0.25
-    self_condition_scale: float = 1.0
+    self_condition_scale: float | None = None
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(output_dir="runs/distilled", max_steps=100_000))
@@ -223,12 +223,15 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
     scheduler_class = TangentFlowMapScheduler if settings.method == "flow_map" else TangentDDIMScheduler
     config = load_part(settings.components, "scheduler").config
     scheduler = scheduler_class.from_config(config, time_grid=settings.time_grid, t_min=settings.t_min)
+    scale = settings.self_condition_scale
+    if scale is None:
+        scale = load_pipeline_settings(settings.components).get("self_condition_scale")
     objective = DistillationObjective(
         parts["token_encoder"],
         parts["latent_encoder"],
         build_student(parts["transformer"], settings.method),
         parts["transformer"],
         scheduler,
-        settings.self_condition_scale,
+        1.0 if scale is None else scale,
     )
     return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")}
