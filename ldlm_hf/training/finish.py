@@ -42,18 +42,9 @@ def finish_run(
     MAUVE is measured if there are twice as many held-out sequences as samples. ValueError where `evaluation.sampler`
     has a learned time grid and the run has not seen every time yet.
     """
-    evaluation, output_dir = settings.evaluation, Path(settings.loop.output_dir)
-    sampler = Sampler.parse(evaluation.sampler)
-    if sampler != Sampler():
-        sampler.apply(pipeline)
-        if arguments := dict(sampler.arguments):
-            pipeline.set_guidance(**arguments)
-        pipeline.save_pretrained(output_dir / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
     components = {name: module for name, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
-    held_out = held_out_sequences(validation, max(1, 2 * evaluation.num_samples))
     run_results = replace(
-        describe(settings, held_out.shape[1]),
+        describe(settings, len(validation[0]["input_ids"])),
         pipeline=type(pipeline).__name__,
         license=license,
         language=language,
@@ -63,9 +54,29 @@ def finish_run(
         versions=versions(),
         seconds=seconds,
         held_out={name: value for name, value in results.items() if "/" not in name},
-        num_held_out=min(evaluation.num_sequences, len(validation)),  # type: ignore[arg-type]
+        num_held_out=min(settings.evaluation.num_sequences, len(validation)),  # type: ignore[arg-type]
     )
+    score_run(pipeline, validation, settings, run_results)
+
+
+def score_run(
+    pipeline: DiffusionPipeline,
+    validation: Dataset[dict[str, torch.Tensor]],
+    settings: TrainingSettings,
+    run_results: RunResults,
+) -> None:
+    """The part of `finish_run` that `settings.evaluation` is about: sampler, samples, scores, and the files that tell
+    of them. What else the card says is in `run_results`."""
+    evaluation, output_dir = settings.evaluation, Path(settings.loop.output_dir)
+    sampler = Sampler.parse(evaluation.sampler)
+    if sampler != Sampler():
+        sampler.apply(pipeline)
+        if arguments := dict(sampler.arguments):
+            pipeline.set_guidance(**arguments)
+        pipeline.save_pretrained(output_dir / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
     if evaluation.num_samples:
+        held_out = held_out_sequences(validation, 2 * evaluation.num_samples)
         sequences, texts = sample(
             pipeline,
             evaluation.num_samples,
