@@ -38,12 +38,14 @@ AUTOENCODER = ("token_encoder", "latent_encoder", "latent_decoder", "token_decod
 
 
 def load_part(source: str, name: str) -> Any:
-    """A part of a pipeline, or of what a run has left that trained no whole one: folder or Hub id."""
+    """A part of a pipeline, or of what a run has left that trained no whole one: folder or Hub id. Weights that are
+    stored in half precision are trained in float32."""
     part_class = PARTS[name]
     if name == "scheduler":
         # whichever the pipeline has: one of diffusers', where ours are registered too
         part_class = getattr(diffusers, part_class.load_config(source, subfolder=name)["_class_name"])
-    return part_class.from_pretrained(source, subfolder=name)
+    part = part_class.from_pretrained(source, subfolder=name)
+    return part.float() if isinstance(part, nn.Module) else part
 
 
 def load_pipeline_settings(source: str) -> dict[str, Any]:
@@ -172,15 +174,48 @@ def build_averaged_transformer(
     return copy.deepcopy(transformer).requires_grad_(False) if transformer is not None and settings.weight else None
 
 
+def load_autoencoder(settings: RunSettings) -> dict[str, Any]:
+    """The parts of `components` but denoiser and scheduler; ValueError unless their length is that of the settings."""
+    autoencoder = {name: load_part(settings.components, name) for name in AUTOENCODER}
+    length = autoencoder["latent_encoder"].config.sequence_length
+    if settings.model.sequence_length != length:
+        raise ValueError(
+            f"model.sequence_length={settings.model.sequence_length} is not that of "
+            f"components={settings.components!r}, {length}."
+        )
+    return autoencoder
+
+
+def load_denoiser(source: str, changes: dict[str, Any]) -> LDLMTransformer1DModel:
+    """A pipeline's denoiser with other arguments, which may add parts to it; what the pipeline lacks is new."""
+    pretrained = load_part(source, "transformer")
+    transformer = LDLMTransformer1DModel.from_config(pretrained.config, **changes)
+    try:
+        lost = transformer.load_state_dict(pretrained.state_dict(), strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ValueError(f"model.transformer={changes} does not fit components={source!r}: {error}") from error
+    if lost:
+        raise ValueError(f"model.transformer={changes} has no place for {', '.join(lost)} of components={source!r}.")
+    return transformer
+
+
+def build_finetuning_objective(settings: RunSettings) -> JointObjective:
+    """The joint objective over all parts of a trained pipeline."""
+    transformer = load_denoiser(settings.components, settings.model.transformer)
+    tangent_d = load_part(settings.components, "scheduler").config.tangent_d
+    return JointObjective(
+        **load_autoencoder(settings),
+        transformer=transformer,
+        scheduler=TangentEulerMaruyamaScheduler(**{"tangent_d": tangent_d} | settings.model.scheduler),
+        settings=settings.objective,
+        averaged_transformer=build_averaged_transformer(transformer, settings.consistency),
+    )
+
+
 def build_diffusion_objective(settings: RunSettings) -> JointObjective:
     """The objective of a new denoiser on the latents of a frozen autoencoder of the same sequence length."""
-    autoencoder = {name: load_part(settings.components, name) for name in AUTOENCODER}
-    config, model = autoencoder["latent_encoder"].config, settings.model
-    if model.sequence_length != config.sequence_length:
-        raise ValueError(
-            f"model.sequence_length={model.sequence_length} is not that of components={settings.components!r}, "
-            f"{config.sequence_length}."
-        )
+    autoencoder, model = load_autoencoder(settings), settings.model
+    config = autoencoder["latent_encoder"].config
     transformer = LDLMTransformer1DModel(
         in_channels=config.latent_size, sample_size=config.num_latents, **model.transformer
     )

@@ -260,8 +260,10 @@ class RunSettings:
         stage: `joint`, or for latent spaces of two stages (Section 7) `autoencoder`, which trains no denoiser, and
             then `diffusion`, which trains a denoiser alone on the frozen autoencoder in `components`, its latents
             standardised.
-        components: folder or Hub id of the frozen components; with `stage=diffusion` only. Sections that describe
-            these components (all of `model` but `transformer`, `scheduler` and `statistics_sequences`) are not read.
+        components: folder or Hub id of a pipeline. With `stage=diffusion` its autoencoder is the frozen one; with
+            `stage=joint` all its parts are trained further; `model.transformer` and `model.scheduler` then change
+            arguments of its denoiser and scheduler, such as `guidance_embeds`. Settings that describe the components
+            otherwise (of `model` all but these, `sequence_length` and `statistics_sequences`) are not read.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -280,10 +282,10 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_decay(self.optimizer, self.loop)
         check_guidance(self.evaluation, self.model.transformer.get("self_conditioning", True))
-        if (self.stage == "diffusion") != bool(self.components):
+        if self.stage == ("autoencoder" if self.components else "diffusion"):
             raise ValueError(
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
-                "frozen components that components=RUN/pipeline names, and no other stage does."
+                "frozen components that components=RUN/pipeline names, and the stage 'autoencoder' on none."
             )
 
 

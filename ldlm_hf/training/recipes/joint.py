@@ -20,6 +20,7 @@ from ...pipelines.pipeline_ldlm import LDLMPipeline
 from ...schedulers.scheduling_tangent import TangentScheduler
 from ..components import (
     build_diffusion_objective,
+    build_finetuning_objective,
     build_objective,
     build_pipeline,
     build_token_encoder,
@@ -56,6 +57,8 @@ class JointRecipe(PipelineRecipe):
         self.sequence_length = self.settings.model.sequence_length
         if self.settings.stage == "diffusion":
             self.module = build_diffusion_objective(self.settings)
+        elif self.settings.components:
+            self.module = build_finetuning_objective(self.settings)
         else:
             token_encoder = build_token_encoder(self.settings.model, self.tokenizer)
             self.module = build_objective(self.settings, token_encoder, self.tokenizer)
