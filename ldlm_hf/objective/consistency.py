@@ -51,7 +51,6 @@ def consistency_losses(
     denoised: Denoised,
     timesteps: torch.Tensor,
     next_timesteps: torch.Tensor,
-    guidance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """L_ct of each example, a mean over its entries, (B,).
 
@@ -61,7 +60,6 @@ def consistency_losses(
         denoised: the denoiser's pass, whose prediction carries its graph.
         timesteps: t in (0, 1], (B,).
         next_timesteps: t' <= t, where the step leads, (B,).
-        guidance: as for [`denoise`].
     """
     prediction = denoised.clean_latents
     with torch.no_grad(), without_autocast_cache(prediction.device):
@@ -69,5 +67,6 @@ def consistency_losses(
         next_latents = flow_map_step(
             denoised.noisy_latents.detach(), clean_latents, timesteps, next_timesteps, scheduler.config.tangent_d
         )
-        target = averaged_transformer(next_latents, next_timesteps, clean_latents, guidance=guidance).sample
+        # without guidance, which would strengthen itself from step to step
+        target = averaged_transformer(next_latents, next_timesteps, clean_latents).sample
     return example_errors(prediction, target)

@@ -410,7 +410,7 @@ class JointObjective(Objective):
         if next_timesteps is not None:
             assert self.averaged_transformer is not None, "the consistency loss needs the denoiser's EMA weights"
             consistency = consistency_losses(
-                self.averaged_transformer, self.scheduler, denoised, timesteps, next_timesteps.flatten(), guidance
+                self.averaged_transformer, self.scheduler, denoised, timesteps, next_timesteps.flatten()
             ).mean()
         return example_errors(denoised.clean_latents, target).view(shape), consistency
 
