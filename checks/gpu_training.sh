@@ -33,7 +33,7 @@ PYTHON
 }
 
 train() {
-    local out=$1 settings=$2 site
+    local out=$1 settings=$2 site run runs=()
     shift 2
     site=$(mktemp -d)
     python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" checks/wheels/*.whl
@@ -41,9 +41,12 @@ train() {
     mkdir -p "$out" "$site/runs"
     while (($#)); do
         one "$out" "$site/runs/$1" "$settings $2" &
+        runs+=($!)
         shift 2
     done
-    wait
+    for run in "${runs[@]}"; do
+        wait "$run" # ends with its status where that is an error
+    done
 }
 
 one() {

@@ -8,6 +8,7 @@ For a run whose judge was not at hand where it was trained, or for more texts, s
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from ldlm_hf import LDLMPipeline
 from ldlm_hf.data import load_held_out
 from ldlm_hf.hub.run_files import RunResults, read_settings_and_log
-from ldlm_hf.loading.settings_reader import load_settings, to_yaml
+from ldlm_hf.loading.settings_reader import flatten, load_settings, saved_values, to_yaml
 from ldlm_hf.training.finish import describe, score_run
 from ldlm_hf.training.recipes.distillation import DistillationRecipe
 from ldlm_hf.training.recipes.joint import JointRecipe
@@ -40,9 +41,12 @@ def load_run_settings(folder: Path, overrides: list[str]) -> TrainingSettings:
         if not override.startswith("evaluation."):
             raise ValueError(f"{override}: the run is over; settings of `evaluation` are all that can still change.")
     classes: list[type[Any]] = [recipe.settings_class for recipe in RECIPES]
-    (settings_class,) = [one for one in classes if {field.name for field in fields(one)} == saved.keys()]
-    moved = f"loop.output_dir={folder}"
-    settings: TrainingSettings = load_settings(settings_class, str(folder / "settings.yaml"), [*overrides, moved])
+    (settings_class,) = [one for one in classes if saved.keys() <= {field.name for field in fields(one)}]
+    # settings that came after the run have the values that say what it did
+    earlier = saved_values(settings_class, saved)
+    added = [f"{key}={json.dumps(earlier[key])}" for key in earlier.keys() - flatten(saved).keys()]
+    changes = [*added, *overrides, f"loop.output_dir={folder}"]
+    settings: TrainingSettings = load_settings(settings_class, str(folder / "settings.yaml"), changes)
     return settings
 
 
