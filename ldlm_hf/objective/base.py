@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,14 @@ from torch import nn
 
 
 class Objective(nn.Module):
-    """One batch → losses by one `forward`, so that DDP and FSDP see one call."""
+    """One batch → losses by one `forward`, so that DDP and FSDP see one call.
+
+    Attributes:
+        batch_sizes_vary: whether components are called with other numbers of examples from step to step, so that
+            compiled blocks have to take any.
+    """
+
+    batch_sizes_vary: ClassVar[bool] = False
 
     @property
     def _no_split_modules(self) -> list[str]:

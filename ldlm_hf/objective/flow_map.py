@@ -101,6 +101,9 @@ class DistillationObjective(Objective):
             the second out, as for a teacher that was trained without a self-condition.
     """
 
+    # each batch is split at random into examples that the teacher leads and those that the student leads
+    batch_sizes_vary = True
+
     def __init__(
         self,
         token_encoder: LDLMTokenEncoder,

@@ -257,9 +257,9 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def compile_blocks(model: nn.Module, **kwargs: Any) -> None:
+def compile_blocks(model: nn.Module, batch_sizes_vary: bool = False, **kwargs: Any) -> None:
     """Compiles the repeated blocks of a model, which share a graph, with arguments of `torch.compile` if need be."""
     for block in model.modules():
         if type(block).__name__ in getattr(model, "_repeated_blocks", ()):
-            # shapes stay the same from step to step, and a graph break shall not go unnoticed
-            block.compile(fullgraph=True, dynamic=False, **kwargs)
+            # a graph break shall not go unnoticed; graphs of one size are the faster ones
+            block.compile(fullgraph=True, dynamic=None if batch_sizes_vary else False, **kwargs)

@@ -178,7 +178,7 @@ def speed_up(objective: nn.Module, settings: LoopSettings) -> None:
                 module.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.compile:
         for module in objective.children():
-            compile_blocks(module)
+            compile_blocks(module, getattr(objective, "batch_sizes_vary", False))
 
 
 def load_text(

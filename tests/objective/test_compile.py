@@ -14,8 +14,17 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from ldlm_hf import JointObjective, JointObjectiveSettings, LDLMLatentEncoder, LDLMLatentEncoderConfig
+from ldlm_hf import (
+    DistillationObjective,
+    JointObjective,
+    JointObjectiveSettings,
+    LDLMLatentEncoder,
+    LDLMLatentEncoderConfig,
+    LDLMTransformer1DModel,
+)
 from ldlm_hf.models import layers
+from ldlm_hf.objective.flow_map import BY_STUDENT, BY_TEACHER, DIAGONAL
+from ldlm_hf.training.components import compile_blocks
 
 
 TRAINED = ("latent_encoder", "latent_decoder", "token_decoder", "transformer")
@@ -146,3 +155,26 @@ def test_steps_bring_no_new_graphs(
         assert numbers[-1] == numbers[0] + 1
     # at most one graph for each way in which a layer is called, whatever the number of layers
     assert 4 <= numbers[0] <= 8
+
+
+def test_distillation_with_other_numbers_of_each_target_in_every_step(
+    make_components: Callable, random_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """A batch of 16, of which 1 to 15 examples go after the teacher, as `loop.compile` compiles it; a size that is
+    not known yet would be a graph of its own, and more than eight are refused."""
+    parts = make_components()
+    teacher = parts["transformer"]
+    student = LDLMTransformer1DModel.from_config(
+        teacher.config, self_conditioning=False, next_timestep_conditioning=True
+    )
+    objective = DistillationObjective(
+        parts["token_encoder"], parts["latent_encoder"], student, teacher, parts["scheduler"], self_condition_scale=2.0
+    )
+    for module in objective.children():
+        compile_blocks(module, objective.batch_sizes_vary, backend="aot_eager")
+    times = torch.tensor([[0.9, 0.6, 0.3]]).repeat(16, 1)
+    for by_teacher in range(1, 13):
+        targets = [DIAGONAL] * 4 + [BY_TEACHER] * by_teacher + [BY_STUDENT] * (12 - by_teacher)
+        objective(random_tokens(16, seed=by_teacher), times, targets).total.backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 16
