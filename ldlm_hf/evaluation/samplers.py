@@ -79,3 +79,9 @@ class Sampler:
         if pipeline.components.get("scheduler") is None:
             raise ValueError(f"sampler {self.text!r}: a {type(pipeline).__name__} has no scheduler; use {OWN!r}.")
         pipeline.scheduler = self.scheduler_for(pipeline.scheduler)
+
+    def become_default(self, pipeline: DiffusionPipeline) -> None:
+        """Gives a pipeline the scheduler and the guidance; ValueError as of `apply`."""
+        self.apply(pipeline)
+        if self.arguments:
+            pipeline.set_guidance(**dict(self.arguments))

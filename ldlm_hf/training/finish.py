@@ -70,9 +70,7 @@ def score_run(
     evaluation, output_dir = settings.evaluation, Path(settings.loop.output_dir)
     sampler = Sampler.parse(evaluation.sampler)
     if sampler != Sampler():
-        sampler.apply(pipeline)
-        if arguments := dict(sampler.arguments):
-            pipeline.set_guidance(**arguments)
+        sampler.become_default(pipeline)
         pipeline.save_pretrained(output_dir / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     if evaluation.num_samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import DiffusionPipeline
 
+from ..evaluation.samplers import Sampler
 from ..evaluation.samples import sample
 from ..evaluation.scores import score_without_judge
 from ..models.statistics import LatentSpread
@@ -75,7 +76,8 @@ def diffusion_loss_at(
 
 
 def preview(pipeline: DiffusionPipeline, settings: EvaluationSettings) -> tuple[list[str], dict[str, float]]:
-    """A few samples: their texts, and what can be said of them without a judge, for the log."""
+    """A few samples by the sampler of the settings: texts, and what can be said without a judge, for the log."""
+    Sampler.parse(settings.sampler).become_default(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     count = settings.num_preview_samples
     sequences, texts = sample(pipeline, count, settings.num_inference_steps, seed=0, batch_size=settings.batch_size)

@@ -205,9 +205,9 @@ class EvaluationSettings:
         num_samples: texts sampled at the end, and scored.
         num_preview_samples: texts sampled at each evaluation before that.
         num_inference_steps: sampling steps.
-        sampler: scheduler of the finished pipeline, which its final samples come from, named as for `evaluate.py`;
-            `own` leaves it the one it is trained with, which all samples before the end come from. With a
-            `self_condition_scale` the finished pipeline is guided by default.
+        sampler: scheduler of the finished pipeline, which all samples come from, named as for `evaluate.py`; `own`
+            leaves it the one it is trained with. With a `self_condition_scale` the finished pipeline is guided by
+            default. Until the run has seen every time, the learned grid is even in t.
         judge: causal language model for generative perplexity and MAUVE; None leaves both out.
         judge_batch_size: texts of one pass of the judge.
     """

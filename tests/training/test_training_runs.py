@@ -26,6 +26,7 @@ from ldlm_hf.data import load_corpora
 from ldlm_hf.evaluation.real_text import held_out_part, training_sequences
 from ldlm_hf.evaluation.samples import sample, sample_rows
 from ldlm_hf.loading.settings_reader import load_settings
+from ldlm_hf.training import held_out
 from ldlm_hf.training.devices import check_sharding
 from ldlm_hf.training.loop import TrainingLoop, learning_rate_at, split_batch
 from ldlm_hf.training.randomness import RowRandomness
@@ -463,6 +464,28 @@ def test_held_out_numbers_are_the_same_in_any_batches(
         run_script("train_joint", *tiny_overrides, f"evaluation.batch_size={size}", f"loop.output_dir={folder}")
         results.append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["held_out"])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_previews_come_from_the_sampler_of_the_settings(
+    run_script: Run, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = []
+
+    def record(pipeline: LDLMPipeline, *args: Any, **kwargs: Any) -> Any:
+        sampled.append((pipeline.scheduler, pipeline.config.self_condition_scale))
+        return sample(pipeline, *args, **kwargs)
+
+    monkeypatch.setattr(held_out, "sample", record)
+    sampler = "evaluation.sampler=TangentDDIMScheduler:eta=1.0,time_grid=learned,self_condition_scale=3"
+    learned = ["timestep_sampler.num_bins=2", "timestep_sampler.update_every=3"]
+    run_script("train_joint", *tiny_overrides, *learned, "evaluation.every=1", sampler)
+    assert len(sampled) == 3
+    for scheduler, scale in sampled:
+        assert type(scheduler) is TangentDDIMScheduler and scale == 3
+        assert (scheduler.config.eta, scheduler.config.time_grid) == (1.0, "learned")
+    # until every time was seen, the grid is an even one
+    assert sampled[0][0].config.timestep_cdf == [0.0, 1.0]
+    assert len(sampled[-1][0].config.timestep_cdf) > 2
 
 
 def test_no_previews_are_sampled_where_none_are_asked_for(

@@ -234,7 +234,11 @@ class JointRecipe(PipelineRecipe):
             return Evaluation(results, loss_over_time=grid)
         texts: list[str] = []
         if step < self.settings.loop.max_steps and evaluation.num_preview_samples:
-            texts, scores = preview(build_pipeline(snapshot, tokenizer=self.tokenizer), evaluation)
+            scheduler = self.expected_scheduler()
+            assert scheduler is not None
+            pipeline = build_pipeline(snapshot, tokenizer=self.tokenizer)
+            pipeline.register_modules(scheduler=self.with_timestep_cdf(scheduler))
+            texts, scores = preview(pipeline, evaluation)
             results |= scores
         return Evaluation(results, texts, grid)
 
