@@ -38,6 +38,16 @@ def device_name(device: torch.device) -> str:
     return cpu_info("model name") or platform.processor() or platform.machine()
 
 
+def multiplies_in_bfloat16() -> bool:
+    """Whether this machine's GPU, or its CPU where there is none, has bfloat16 products of its own.
+
+    Without them torch emulates these on a CPU, which takes longer than in float32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def cpu_info(key: str) -> str | None:
     """What Linux says of the first processor; None where it does not."""
     file = Path("/proc/cpuinfo")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ..data import DataSettings
+from ..evaluation.machine import multiplies_in_bfloat16
 from ..evaluation.samplers import OWN, Sampler
 from ..loading.checks import check_settings
 from ..loading.settings_reader import added, arguments_of
@@ -148,7 +149,7 @@ class LoopSettings:
         device_batch_size: sequences of one pass on one device; batch_size when smaller.
         shift_chunks: cut the text at other places in each epoch, so that a small corpus is not learned in the same
             pieces over and over (ours); a stream has no epochs.
-        mixed_precision: `no` or `bf16`.
+        mixed_precision: `no` or `bf16`; `auto` becomes `bf16` where this machine multiplies in bfloat16, else `no`.
         compile: `torch.compile` the repeated blocks of our models, frozen ones included.
         gradient_checkpointing: compute activations again in the backward pass.
         dataloader_workers: processes that read the data, for each device.
@@ -186,11 +187,13 @@ class LoopSettings:
         # seeds are what numpy takes
         ranges |= {"seed": f"[0, {2**32})", "dataloader_workers": "[0, inf)", "peak_tflops": "(0, inf)"}
         check_settings(type(self).__init__, vars(self), **ranges)
-        if self.mixed_precision not in ("no", "bf16"):
+        if self.mixed_precision not in ("no", "bf16", "auto"):
             raise ValueError(
-                f"mixed_precision={self.mixed_precision!r} must be 'no' or 'bf16'; float16's range does not hold the "
-                "gradients of a loss whose scale the latents set."
+                f"mixed_precision={self.mixed_precision!r} must be 'no', 'bf16' or 'auto'; float16's range does not "
+                "hold the gradients of a loss whose scale the latents set."
             )
+        if self.mixed_precision == "auto":
+            self.mixed_precision = "bf16" if multiplies_in_bfloat16() else "no"
 
 
 @dataclass

@@ -355,6 +355,17 @@ def test_token_decoders_are_trained_on_the_default_rows_noisy_latents(
 
 def test_the_demos_default_row_at_half_scale_is_this_command() -> None:
     by_hand = [
+        "model.latent_size=null",
+        "objective.decoder_noise=0.3",
+        "objective.token_share=0.25",
+        "optimizer.lr_decay_steps=0",
+        "loop.batch_size=16",
+        "loop.device_batch_size=16",
+        "loop.shift_chunks=false",
+        "loop.mixed_precision=no",
+        "loop.logging_steps=50",
+        "evaluation.num_inference_steps=128",
+        "evaluation.sampler=own",
         "loop.max_steps=1000",
         "loop.checkpointing_steps=250",
         "loop.trackers=[]",

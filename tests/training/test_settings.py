@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 from ldlm_hf import (
     DataSettings,
@@ -229,3 +230,16 @@ def test_saved_settings_are_complete_and_differences_are_named() -> None:
     settings = load_settings(RunSettings, None, ["loop.seed=5", "model.transformer.num_layers=3"])
     assert differences(settings, to_yaml(settings)) == []
     assert set(differences(settings, to_yaml(RunSettings()))) >= {"loop.seed", "model.transformer.num_layers"}
+
+
+@pytest.mark.parametrize(("has_products", "precision"), [(True, "bf16"), (False, "no")])
+def test_automatic_precision_is_that_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, has_products: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_products)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    settings = load_settings(RunSettings, None, ["loop.mixed_precision=auto"])
+    # what the run saves is what it did, so that it goes on with that elsewhere
+    assert f"mixed_precision: {'bf16' if has_products else repr('no')}" in to_yaml(settings).replace('"', "'")
+    assert settings.loop.mixed_precision == precision
