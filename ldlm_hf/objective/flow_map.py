@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ..models.guidance import guide
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_encoder import LDLMTokenEncoder
 from ..models.transformer_ldlm import LDLMTransformer1DModel
@@ -99,6 +100,7 @@ class DistillationObjective(Objective):
         self_condition_scale: weight w of the teacher's self-condition, x^ = x^_0 + w (x^_sc - x^_0), where x^_0 is its
             first estimate and x^_sc what it predicts from that: the student learns w at no cost of its own. 0 leaves
             the second out, as for a teacher that was trained without a self-condition.
+        guidance_rescale: how far its guided prediction keeps the standard deviation of x^_sc, see [`guide`].
     """
 
     # each batch is split at random into examples that the teacher leads and those that the student leads
@@ -112,6 +114,7 @@ class DistillationObjective(Objective):
         teacher: LDLMTransformer1DModel,
         scheduler: TangentScheduler,
         self_condition_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
     ):
         super().__init__()
         self.token_encoder = token_encoder.requires_grad_(False)
@@ -120,6 +123,7 @@ class DistillationObjective(Objective):
         self.teacher = teacher.requires_grad_(False)
         self.scheduler = scheduler
         self.self_condition_scale = self_condition_scale if teacher.config.self_conditioning else 0.0
+        self.guidance_rescale = guidance_rescale
         self.is_flow_map = transformer.config.next_timestep_conditioning
 
     def student_denoiser(self, latents: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -133,7 +137,7 @@ class DistillationObjective(Objective):
         if self.self_condition_scale == 0:
             return estimate.float()
         conditioned = self.teacher(latents, s.float(), estimate).sample
-        return torch.lerp(estimate.float(), conditioned.float(), self.self_condition_scale)
+        return guide(estimate, conditioned, self.self_condition_scale, self.guidance_rescale)
 
     def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
         """Arguments of `forward` for a batch of no particular text, to count what a pass costs.

@@ -426,6 +426,30 @@ class RepositoryPipeline(DiffusionPipeline):
             )
 
 
+# from ldlm_hf/models/guidance.py:
+#
+# Guidance by the self-condition: a prediction moved further along what the condition changes.
+
+
+def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:
+    """x^ = x^_0 + w (x^_sc - x^_0) in float32, classifier-free guidance with the self-condition in the condition's
+    place.
+
+    Args:
+        unconditional: x^_0, the prediction without a self-condition, (B, ...).
+        conditional: x^_sc, that from it.
+        scale: w.
+        rescale: phi in [0, 1], how far the standard deviation of each example, which guidance raises, goes back to
+            that of x^_sc ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, 3.4).
+    """
+    conditional = conditional.float()
+    guided = torch.lerp(unconditional.float(), conditional, scale)
+    if rescale == 0:
+        return guided
+    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
+    return guided * torch.lerp(torch.ones_like(ratio), ratio, rescale).view(-1, *[1] * (guided.ndim - 1))
+
+
 # from ldlm_hf/schedulers/__init__.py:
 #
 # Noise processes and samplers, as diffusers schedulers on the tangent schedule.
@@ -656,12 +680,14 @@ class DenoisingStep:
         timestep: what the scheduler calls it.
         time: in [0, 1], of shape ().
         self_condition_weight: w of the prediction of the step before.
+        guidance_rescale: how far guidance keeps its prediction's standard deviation.
         conditions: further arguments of the transformer.
     """
 
     timestep: torch.Tensor
     time: torch.Tensor
     self_condition_weight: float
+    guidance_rescale: float
     conditions: dict[str, torch.Tensor | None]
 
     @property
@@ -696,10 +722,10 @@ class LDLMPipeline(RepositoryPipeline):
         latent_encoder ([`LDLMLatentEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
         self_condition_scale (`float`, *optional*):
             What a call without one takes, saved with the pipeline: guidance that suits its denoiser.
+        guidance_rescale (`float`, *optional*): the same of that argument.
 
     Raises:
-        ValueError: components whose sizes do not fit each other, or a `self_condition_scale` that the denoiser cannot
-            be guided by.
+        ValueError: components whose sizes do not fit each other, or guidance that the denoiser cannot be given.
     """
 
     model_cpu_offload_seq = "token_encoder->latent_encoder->transformer->latent_decoder->token_decoder"
@@ -714,7 +740,7 @@ class LDLMPipeline(RepositoryPipeline):
     ]
     _callback_tensor_inputs = ["latents", "clean_latents"]
     scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
-    saved_settings = ("self_condition_scale",)
+    saved_settings = ("self_condition_scale", "guidance_rescale")
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
     max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
 
@@ -728,6 +754,7 @@ class LDLMPipeline(RepositoryPipeline):
         token_encoder: LDLMTokenEncoder | None = None,
         latent_encoder: LDLMLatentEncoder | None = None,
         self_condition_scale: float | None = None,
+        guidance_rescale: float | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -740,7 +767,7 @@ class LDLMPipeline(RepositoryPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
-        self.set_guidance(self_condition_scale)
+        self.set_guidance(self_condition_scale, guidance_rescale)
         self._calls = Calls()
 
     def check_components(self) -> None:
@@ -835,6 +862,7 @@ class LDLMPipeline(RepositoryPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None,
         self_condition_scale: float | None = None,
         self_condition_decay: float = 0.0,
+        guidance_rescale: float | None = None,
     ) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that `__call__` cannot work with."""
         if isinstance(batch_size, (str, list, tuple)):
@@ -846,7 +874,7 @@ class LDLMPipeline(RepositoryPipeline):
             whole = whole_number(value)
             if whole is None or whole < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        self.check_guidance(self_condition_scale, self_condition_decay)
+        self.check_guidance(self_condition_scale, self_condition_decay, guidance_rescale)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         generators = generator if isinstance(generator, list) else [generator]
@@ -877,22 +905,28 @@ class LDLMPipeline(RepositoryPipeline):
                 f"{unknown}."
             )
 
-    def set_guidance(self, self_condition_scale: float | None) -> None:
-        """Makes a scale that of calls without one, which is saved with the pipeline.
+    def set_guidance(self, self_condition_scale: float | None = None, guidance_rescale: float | None = None) -> None:
+        """Makes guidance that of calls without any, which is saved with the pipeline.
 
         Raises:
-            ValueError: one that the denoiser cannot be guided by.
+            ValueError: some that the denoiser cannot be given.
         """
         if self.transformer is not None:
-            self.check_guidance(self_condition_scale)
-        scale = None if self_condition_scale is None else float(self_condition_scale)
-        self.register_to_config(self_condition_scale=scale)
+            self.check_guidance(self_condition_scale, rescale=guidance_rescale)
+        values = {"self_condition_scale": self_condition_scale, "guidance_rescale": guidance_rescale}
+        self.register_to_config(**{name: None if value is None else float(value) for name, value in values.items()})
 
-    def check_guidance(self, scale: float | None, decay: float = 0.0) -> None:
-        """Raises ValueError for a scale or decay of the self-condition that the denoiser cannot be guided by."""
-        for name, number in (("self_condition_scale", scale or 0.0), ("self_condition_decay", decay)):
-            if isinstance(number, bool) or not isinstance(number, numbers.Real) or not 0 <= number < math.inf:
-                raise ValueError(f"`{name}` must be a finite number that is not negative, got {number!r}.")
+    def check_guidance(self, scale: float | None, decay: float = 0.0, rescale: float | None = None) -> None:
+        """Raises ValueError for guidance by the self-condition that the denoiser cannot be given."""
+        for name, number, highest in (
+            ("self_condition_scale", scale or 0.0, math.inf),
+            ("self_condition_decay", decay, math.inf),
+            ("guidance_rescale", rescale or 0.0, 1),
+        ):
+            is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+            if not (is_number and math.isfinite(number) and 0 <= number <= highest):
+                bound = "finite number that is not negative" if highest == math.inf else "number in [0, 1]"
+                raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
         if scale and not self.transformer.config.self_conditioning:
             raise ValueError(
                 f"`self_condition_scale`={scale}: this transformer was trained without a self-condition; leave it out."
@@ -964,8 +998,12 @@ class LDLMPipeline(RepositoryPipeline):
             weights = [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
         return [1.0, *weights[1:]]
 
-    def denoising_steps(self, solver: Solver, scale: float | None, decay: float) -> Iterator[DenoisingStep]:
+    def denoising_steps(
+        self, solver: Solver, scale: float | None, decay: float, rescale: float | None = None
+    ) -> Iterator[DenoisingStep]:
         """The steps of a grid; scale and decay as in [`~LDLMPipeline.self_condition_weights`]."""
+        if rescale is None:
+            rescale = self.config.guidance_rescale or 0.0
         weights = self.self_condition_weights(solver.times, scale, decay)
         guidance = None
         if self.transformer.config.guidance_embeds:
@@ -979,7 +1017,7 @@ class LDLMPipeline(RepositoryPipeline):
                 conditions["next_timestep"] = solver.next_times[i]
             if guidance is not None:
                 conditions["guidance"] = guidance[i]
-            yield DenoisingStep(solver.timesteps[i], solver.times[i], weight, conditions)
+            yield DenoisingStep(solver.timesteps[i], solver.times[i], weight, rescale, conditions)
 
     def predict(self, latents: torch.Tensor, step: DenoisingStep, self_condition: torch.Tensor) -> torch.Tensor:
         """The denoiser's prediction (B, N, d_z), guided by its self-condition: x^ = x^_0 + w (x^_sc - x^_0).
@@ -999,8 +1037,8 @@ class LDLMPipeline(RepositoryPipeline):
             return self.transformer(latents, step.time, condition, **step.conditions).sample
         both = torch.cat([nothing, self_condition])
         predictions = self.transformer(torch.cat([latents, latents]), step.time, both, **step.conditions).sample
-        unguided, guided = predictions.float().chunk(2)
-        return torch.lerp(unguided, guided, step.self_condition_weight)
+        unguided, guided = predictions.chunk(2)
+        return guide(unguided, guided, step.self_condition_weight, step.guidance_rescale)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -1013,6 +1051,7 @@ class LDLMPipeline(RepositoryPipeline):
         latents: torch.Tensor | None = None,
         self_condition_scale: float | None = None,
         self_condition_decay: float = 0.0,
+        guidance_rescale: float | None = None,
         output_type: str = "text",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
@@ -1044,6 +1083,9 @@ class LDLMPipeline(RepositoryPipeline):
                 where it has none 1, or 0 for a model trained without it.
             self_condition_decay (`float`, defaults to 0.0):
                 How fast w goes to 1 as the noise level sigma / alpha grows; 0 keeps it in all steps.
+            guidance_rescale (`float`, *optional*):
+                How far, from 0 to 1, a guided prediction goes back to the standard deviation that it has without
+                guidance (Lin et al., arXiv 2305.08891). By default the pipeline's own, or 0.
             output_type (`str`, defaults to `"text"`):
                 `"text"`: texts and token ids; `"seq"` or `"pt"`: token ids, as a tensor; `"latent"`: clean latents,
                 which [`~LDLMPipeline.decode`] takes.
@@ -1080,6 +1122,7 @@ class LDLMPipeline(RepositoryPipeline):
             callback_on_step_end_tensor_inputs,
             self_condition_scale,
             self_condition_decay,
+            guidance_rescale,
         )
         device = self._execution_device
 
@@ -1087,7 +1130,7 @@ class LDLMPipeline(RepositoryPipeline):
         solver = self.prepare_solver(int(num_inference_steps), timesteps, device)
         latents = self.prepare_latents(int(batch_size), device, generator, latents)
         clean_latents = torch.zeros_like(latents)
-        steps = self.denoising_steps(solver, self_condition_scale, self_condition_decay)
+        steps = self.denoising_steps(solver, self_condition_scale, self_condition_decay, guidance_rescale)
 
         # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
         call = CallState(num_timesteps=len(solver.times))

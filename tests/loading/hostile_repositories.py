@@ -359,6 +359,8 @@ def index_cases() -> Iterator[Case]:
     for setting in ("2.0", [2.0], ["ldlm_hf", "LDLMTokenDecoder"], {"a": 1}, True):
         change = edit("model_index.json", self_condition_scale=setting)
         yield Case(f"model_index.json: self_condition_scale={setting}", change, "must be a number", ways=PIPELINES)
+    change = edit("model_index.json", guidance_rescale=2)
+    yield Case("model_index.json: a share above 1", change, r"must be a number in \[0, 1\]", ways=PIPELINES)
     change = edit("model_index.json", self_condition_scale=-1)
     yield Case("model_index.json: a negative scale", change, "must be a finite number that is", ways=PIPELINES)
     for name in ("../outside", "/etc", "safety_checker"):

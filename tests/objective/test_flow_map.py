@@ -122,7 +122,9 @@ def test_weights_at_the_ends():
 
 @pytest.fixture
 def make_objective(make_components: Callable) -> Callable[..., DistillationObjective]:
-    def make(is_flow_map: bool = True, self_condition_scale: float = 1.0) -> DistillationObjective:
+    def make(
+        is_flow_map: bool = True, self_condition_scale: float = 1.0, guidance_rescale: float = 0.0
+    ) -> DistillationObjective:
         parts = make_components()
         teacher = parts["transformer"]
         student = LDLMTransformer1DModel.from_config(
@@ -136,6 +138,7 @@ def make_objective(make_components: Callable) -> Callable[..., DistillationObjec
             teacher,
             TangentDDIMScheduler(),
             self_condition_scale,
+            guidance_rescale,
         )
 
     return make
@@ -162,7 +165,9 @@ def test_the_diagonal_stays_a_denoiser_of_one_time(make_objective: Callable, ran
         assert float((objective.student_denoiser(z, s, t) - one_time).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("self_condition_scale", [0.0, 1.0, 1.5])
+@pytest.mark.parametrize(
+    ("self_condition_scale", "guidance_rescale"), [(0.0, 0.0), (1.0, 0.0), (1.5, 0.0), (3.0, 0.6)]
+)
 @pytest.mark.parametrize(
     "targets",
     [
@@ -178,8 +183,9 @@ def test_losses_are_their_definition(
     randomize: Callable,
     targets: list[str] | None,
     self_condition_scale: float,
+    guidance_rescale: float,
 ):
-    objective = make_objective(targets is not None, self_condition_scale)
+    objective = make_objective(targets is not None, self_condition_scale, guidance_rescale)
     randomize(objective.transformer)
     randomize(objective.teacher)
     input_ids = random_tokens(4)
@@ -189,7 +195,8 @@ def test_losses_are_their_definition(
     def teach(z: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         estimate = objective.teacher(z, s.float()).sample
         conditioned = objective.teacher(z, s.float(), estimate).sample
-        return estimate + self_condition_scale * (conditioned - estimate)
+        guided = estimate + self_condition_scale * (conditioned - estimate)
+        return guided * (1 - guidance_rescale + guidance_rescale * conditioned.std() / guided.std())
 
     denoisers = {BY_STUDENT: objective.student_denoiser, BY_TEACHER: teach}
     with torch.no_grad():

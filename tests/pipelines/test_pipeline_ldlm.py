@@ -452,13 +452,28 @@ def test_diffusers_ddim_samples_what_ours_does(pipe: LDLMPipeline):
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(("scale", "decay"), [(1.0, 0.0), (0.0, 0.0), (1.7, 0.0), (0.5, 0.4), (2.0, 1.5)])
-def test_self_condition_guidance_is_its_formula(pipe: LDLMPipeline, scale: float, decay: float):
+@pytest.mark.parametrize(
+    ("scale", "decay", "rescale"),
+    [
+        (1.0, 0.0, 0.0),
+        (0.0, 0.0, 1.0),
+        (1.7, 0.0, 0.0),
+        (0.5, 0.4, 0.0),
+        (2.0, 1.5, 0.0),
+        (3.0, 0.0, 1.0),
+        (3.0, 0.5, 0.3),
+    ],
+)
+def test_self_condition_guidance_is_its_formula(pipe: LDLMPipeline, scale: float, decay: float, rescale: float):
     noise = torch.randn(2, 6, 16, generator=seeded())
     pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config)
     seen = []
     handle = pipe.transformer.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0]) // 2))
-    arguments: dict[str, Any] = {"self_condition_scale": scale, "self_condition_decay": decay}
+    arguments: dict[str, Any] = {
+        "self_condition_scale": scale,
+        "self_condition_decay": decay,
+        "guidance_rescale": rescale,
+    }
     found = pipe(2, STEPS, latents=noise, output_type="latent", **arguments).latents
     handle.remove()
     assert pipe.num_function_evaluations == sum(seen) == (STEPS if scale in (0, 1) and not decay else 2 * STEPS - 1)
@@ -473,6 +488,9 @@ def test_self_condition_guidance_is_its_formula(pipe: LDLMPipeline, scale: float
             # sigma / alpha = d tan(pi t / 2)
             weight = 1 + (scale - 1) * np.exp(-decay * 3 * np.tan(np.pi * float(t) / 2)) if i else 1.0
             clean = unguided + weight * (guided - unguided)
+            if weight not in (0, 1):
+                spread = [row.std() / moved.std() for row, moved in zip(guided, clean, strict=True)]
+                clean = (1 - rescale) * clean + rescale * clean * torch.stack(spread)[:, None, None]
             latents = scheduler.step(clean, t, latents).prev_sample
     torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
 
@@ -517,12 +535,21 @@ def test_bad_guidance(pipe: LDLMPipeline, name: str, value: Any):
         pipe(num_inference_steps=1, **{name: value})
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "1", True])
+def test_bad_rescaling_of_guidance(pipe: LDLMPipeline, value: Any):
+    with pytest.raises(ValueError, match=r"`guidance_rescale` must be a number in \[0, 1\]"):
+        pipe(num_inference_steps=1, guidance_rescale=value)
+
+
 def test_a_pipeline_is_guided_as_it_was_saved(pipe: LDLMPipeline, tmp_path: Path):
-    guided = LDLMPipeline(**pipe.components, self_condition_scale=2.5)
+    guided = LDLMPipeline(**pipe.components, self_condition_scale=2.5, guidance_rescale=0.7)
     guided.save_pretrained(tmp_path)
     loaded = LDLMPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    expected = pipe(2, 3, generator=seeded(), self_condition_scale=2.5, output_type="latent").latents
+    guidance = {"self_condition_scale": 2.5, "guidance_rescale": 0.7}
+    expected = pipe(2, 3, generator=seeded(), output_type="latent", **guidance).latents
+    as_it_is = pipe(2, 3, generator=seeded(), output_type="latent", self_condition_scale=2.5).latents
+    assert not torch.equal(expected, as_it_is)
     assert torch.equal(loaded(2, 3, generator=seeded(), output_type="latent").latents, expected)
     assert loaded.num_function_evaluations == 5
     assert torch.equal(

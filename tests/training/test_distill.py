@@ -196,10 +196,12 @@ def test_bad_settings(
 def test_a_teacher_teaches_what_its_pipeline_does(tmp_path: Path, make_pipeline: Callable) -> None:
     teacher = make_pipeline()
     for own, asked, expected in ((None, None, 1.0), (2.5, None, 2.5), (2.5, 1.5, 1.5), (0.0, None, 0.0)):
-        teacher.set_guidance(own)
+        teacher.set_guidance(own, guidance_rescale=0.5)
         teacher.save_pretrained(tmp_path)
         settings = DistillationSettings(components=str(tmp_path), self_condition_scale=asked)
-        assert load_objective(settings)[0].self_condition_scale == expected
+        objective, _ = load_objective(settings)
+        assert (objective.self_condition_scale, objective.guidance_rescale) == (expected, 0.5)
+    assert load_objective(DistillationSettings(components=str(tmp_path), guidance_rescale=0))[0].guidance_rescale == 0
 
 
 def test_a_flow_map_teaches_no_progressive_student(

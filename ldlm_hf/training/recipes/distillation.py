@@ -59,6 +59,8 @@ class DistillationSettings:
         self_condition_scale: weight of the self-condition of a teacher that was trained with one: 1 as in its
             training, which takes a second pass of it; 0 none; above 1 guidance by it, for which the student then
             needs no pass of its own. None is what the teacher's pipeline has as its own, or 1.
+        guidance_rescale: how far that guidance keeps the standard deviation of its predictions. None is what the
+            teacher's pipeline has as its own, or 0.
     """
 
     components: str = ""
@@ -68,6 +70,7 @@ class DistillationSettings:
     t_min: float = 0.0
     diagonal_share: float = 0.25
     self_condition_scale: float | None = None
+    guidance_rescale: float | None = None
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(output_dir="runs/distilled", max_steps=100_000))
@@ -82,6 +85,7 @@ class DistillationSettings:
             t_min="[0, 1)",
             diagonal_share="[0, 1)",
             self_condition_scale="[0, inf)",
+            guidance_rescale="[0, 1]",
         )
         check_decay(self.optimizer, self.loop)
         check_guidance(self.evaluation, has_self_condition=False)
@@ -223,15 +227,16 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
     scheduler_class = TangentFlowMapScheduler if settings.method == "flow_map" else TangentDDIMScheduler
     config = load_part(settings.components, "scheduler").config
     scheduler = scheduler_class.from_config(config, time_grid=settings.time_grid, t_min=settings.t_min)
-    scale = settings.self_condition_scale
-    if scale is None:
-        scale = load_pipeline_settings(settings.components).get("self_condition_scale")
+    asked = {name: getattr(settings, name) for name in LDLMPipeline.saved_settings}
+    guidance = load_pipeline_settings(settings.components) | {
+        name: value for name, value in asked.items() if value is not None
+    }
     objective = DistillationObjective(
         parts["token_encoder"],
         parts["latent_encoder"],
         build_student(parts["transformer"], settings.method),
         parts["transformer"],
         scheduler,
-        1.0 if scale is None else scale,
+        **{name: value for name, value in guidance.items() if value is not None},
     )
     return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")}
