@@ -465,7 +465,8 @@ class LDLMPipeline(RepositoryPipeline):
                 How fast w goes to 1 as the noise level sigma / alpha grows; 0 keeps it in all steps.
             guidance_rescale (`float`, *optional*):
                 How far, from 0 to 1, a guided prediction goes back to the standard deviation that it has without
-                guidance (Lin et al., arXiv 2305.08891). By default the pipeline's own, or 0.
+                guidance (Lin et al., arXiv 2305.08891); without effect where guidance was learned in training. By
+                default the pipeline's own, or 0.
             output_type (`str`, defaults to `"text"`):
                 `"text"`: texts and token ids; `"seq"` or `"pt"`: token ids, as a tensor; `"latent"`: clean latents,
                 which [`~LDLMPipeline.decode`] takes.
