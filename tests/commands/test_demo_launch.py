@@ -25,6 +25,7 @@ def command(repository: Path, output_dir: Path, *more: str) -> list[str]:
         str(repository / "training/configs/demo.yaml"),
         f"loop.output_dir={output_dir}",
         "loop.max_steps=6",
+        "optimizer.lr_decay_steps=2",
         "loop.batch_size=8",
         "loop.logging_steps=1",
         "loop.checkpointing_steps=2",
