@@ -54,7 +54,12 @@ def load_pipeline_settings(source: str) -> dict[str, Any]:
         config = LDLMPipeline.load_config(source)
     except OSError:
         return {}
-    return {name: config[name] for name in LDLMPipeline.saved_settings if name in config}
+    return without_nones({name: config.get(name) for name in LDLMPipeline.saved_settings})
+
+
+def without_nones(values: dict[str, Any]) -> dict[str, Any]:
+    """The values that are set."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def build_tokenizer(settings: RunSettings) -> PreTrainedTokenizerBase:

@@ -22,7 +22,7 @@ from ...schedulers.scheduling_tangent import TangentScheduler
 from ...schedulers.scheduling_tangent_ddim import TangentDDIMScheduler
 from ...schedulers.scheduling_tangent_dpmsolver_multistep import TangentDPMSolverMultistepScheduler
 from ...schedulers.scheduling_tangent_flow_map import TangentFlowMapScheduler
-from ..components import AUTOENCODER, build_pipeline, load_part, load_pipeline_settings
+from ..components import AUTOENCODER, build_pipeline, load_part, load_pipeline_settings, without_nones
 from ..held_out import preview
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
@@ -228,15 +228,13 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
     config = load_part(settings.components, "scheduler").config
     scheduler = scheduler_class.from_config(config, time_grid=settings.time_grid, t_min=settings.t_min)
     asked = {name: getattr(settings, name) for name in LDLMPipeline.saved_settings}
-    guidance = load_pipeline_settings(settings.components) | {
-        name: value for name, value in asked.items() if value is not None
-    }
+    guidance = load_pipeline_settings(settings.components) | without_nones(asked)
     objective = DistillationObjective(
         parts["token_encoder"],
         parts["latent_encoder"],
         build_student(parts["transformer"], settings.method),
         parts["transformer"],
         scheduler,
-        **{name: value for name, value in guidance.items() if value is not None},
+        **guidance,
     )
     return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")}
