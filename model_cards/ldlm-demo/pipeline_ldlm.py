@@ -1001,8 +1001,8 @@ class LDLMPipeline(RepositoryPipeline):
     def denoising_steps(
         self, solver: Solver, scale: float | None, decay: float, rescale: float | None
     ) -> Iterator[DenoisingStep]:
-        """The steps of a grid; scale and decay as in [`~LDLMPipeline.self_condition_weights`], and of `rescale` None is
-        the pipeline's own, or 0."""
+        """The steps of a grid; scale and decay as in [`~LDLMPipeline.self_condition_weights`], and a `rescale` of None
+        is the pipeline's own, or 0."""
         if rescale is None:
             rescale = self.config.guidance_rescale or 0.0
         weights = self.self_condition_weights(solver.times, scale, decay)
