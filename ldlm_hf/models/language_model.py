@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -59,12 +60,39 @@ def attend_without_mask(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA over (B, H, L, D/H), causal where the language model is.
+    """SDPA over (B, H, L, D/H), causal where the language model is, or with the mask that it was called with.
 
     For the attentions that it knows, transformers first looks for packed sequences among the positions. A look at
-    values waits until an accelerator has done everything that was queued; for this attention it does not look.
+    values waits until an accelerator has done everything that was queued; for this attention it does not look, and
+    makes no mask.
     """
-    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def is_causal(backbone: PreTrainedModel) -> bool:
+    """Whether a language model's tokens attend to those before them only."""
+    return any(getattr(module, "is_causal", False) for module in backbone.modules())
+
+
+def language_model_mask(
+    backbone: PreTrainedModel, attention_mask: torch.Tensor, has_prefix: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """A mask (B, L, L) as a language model's attention takes it, (B, 1, L, L); with a prefix L is one more there.
+
+    A prefix is seen by all tokens, and sees the tokens that all of them see, so that it hands nothing on that was
+    hidden.
+    """
+    if has_prefix:
+        seen_by_all = attention_mask.all(1)  # (B, L)
+        attention_mask = F.pad(attention_mask, (1, 0, 1, 0), value=True)
+        attention_mask[:, 0, 1:] = seen_by_all
+    if is_causal(backbone):
+        attention_mask = attention_mask.tril()
+    attention_mask = attention_mask[:, None]
+    if backbone.config._attn_implementation == "eager":
+        # it adds the mask to its scores
+        return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
+    return attention_mask
 
 
 def find_blocks(backbone: PreTrainedModel, num_blocks: int) -> tuple[nn.Module, nn.ModuleList]:

@@ -179,13 +179,13 @@ class LDLMLatentPreTrainedModel(LDLMPreTrainedModel):
             nn.init.zeros_(self.latents_mean)
             nn.init.ones_(self.latents_std)
 
-    def map_sequence(self, sequence: torch.Tensor) -> torch.Tensor:
+    def map_sequence(self, sequence: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, input_length, input_size) → (B, output_length, output_size)"""
         self.check_outputs()
         if self.mapper is None:
             return sequence
         checkpoint_function = self._gradient_checkpointing_func if self.gradient_checkpointing else None
-        return self.proj_out(self.mapper(self.proj_in(sequence), checkpoint_function))
+        return self.proj_out(self.mapper(self.proj_in(sequence), attention_mask, checkpoint_function))
 
 
 class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
@@ -215,18 +215,27 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
         )
 
     @can_return_tuple
-    def forward(self, hidden_states: torch.Tensor, batch_statistics: bool = False) -> LDLMLatentEncoderOutput:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        batch_statistics: bool = False,
+    ) -> LDLMLatentEncoderOutput:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, token_hidden_size)`):
                 Standardised hidden states of [`LDLMTokenEncoder`].
+            attention_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length, sequence_length)`, *optional*):
+                Whether the latent of token i may attend to token j and its latent; for a model with a latent for each
+                token. `None` stands for all.
             batch_statistics: standardise latents by their own batch's mean and standard deviation, through which their
                 gradient goes, instead of by those that the model holds: as joint training does, which changes both.
             return_dict: whether to return an [`LDLMLatentEncoderOutput`] instead of a tuple; as the configuration has
                 it by default.
 
         Raises:
-            ValueError: the sequence is not as long or as wide as the model was built for.
+            ValueError: the sequence is not as long or as wide as the model was built for, or a mask where no latent
+                belongs to a token.
         """
         length, width = hidden_states.shape[-2:]
         config = self.config
@@ -236,7 +245,12 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
                 f"(batch_size, {config.sequence_length}, {config.token_hidden_size}): sequence_length="
                 f"{config.sequence_length}, token_hidden_size={config.token_hidden_size}."
             )
-        latents = self.map_sequence(hidden_states)  # (B, N, d_z)
+        if attention_mask is not None and config.num_latents != length:
+            raise ValueError(
+                f"attention_mask: this latent encoder has num_latents={config.num_latents} for sequence_length="
+                f"{length}, so no latent belongs to a token, and texts cannot be given in part."
+            )
+        latents = self.map_sequence(hidden_states, attention_mask)  # (B, N, d_z)
         if config.standardize_latents:
             mean, std = self.latents_mean, self.latents_std
             if batch_statistics:

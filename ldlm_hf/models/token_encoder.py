@@ -24,13 +24,16 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..loading.checks import check_settings
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..loading.safe_loading import SafeLoadingMixin
+from .conditions import Conditions
 from .language_model import (
     add_position,
     cut_config,
     drop_parts_behind_blocks,
     language_model_config,
+    language_model_mask,
     leave_out_masks,
     longest_sequence,
+    needs_no_mask,
     prefix_token_id,
 )
 from .statistics import mean_and_std
@@ -340,6 +343,22 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 f"{self.config.layer}. Use another backbone, or representation='embedding'."
             )
 
+    @torch.no_grad()
+    def check_masks(self) -> None:
+        """Raises ValueError unless the language model heeds masks: given tokens must not see the others."""
+        given = torch.tensor([[True, False, True, False]], device=self.device)
+        texts = torch.arange(8, device=self.device).view(2, 4) % self.config.vocab_size
+        texts[1, given[0]] = texts[0, given[0]]  # two texts of the same given tokens
+        mask = Conditions(given.expand(2, -1)).attention_mask()
+        masked = self._run_language_model(texts, mask).last_hidden_state[:, given[0]]
+        everything = self._run_language_model(texts, torch.ones_like(mask)).last_hidden_state
+        unmasked = self._run_language_model(texts).last_hidden_state
+        if not torch.equal(masked[0], masked[1]) or not torch.allclose(everything, unmasked, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"The attention of {type(self.backbone).__name__} does not heed masks of its own for each token, so "
+                "texts cannot be given in part; use another backbone, or set conditioning's shares to 0."
+            )
+
     def train(self, mode: bool = True) -> LDLMTokenEncoder:
         """Sets the training mode; a frozen language model stays in evaluation mode, without dropout."""
         return super().train(mode and self.config.representation == "scratch")
@@ -353,21 +372,28 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         """Token ids (B, L) → hidden states (B, L, D), not standardised."""
         return self._run_language_model(input_ids).last_hidden_state
 
-    def _run_language_model(self, input_ids: torch.Tensor, **outputs: bool) -> ModelOutput:
+    def _run_language_model(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **outputs: bool
+    ) -> ModelOutput:
         """What the language model gives for token ids (B, L), with the further `outputs` that it is asked for."""
-        if self.config.prefix_token_id is not None:
-            return self._run_with_prefix(input_ids, **outputs)
+        has_prefix = self.config.prefix_token_id is not None
+        arguments: dict[str, Any] = {"return_dict": True, **outputs}
+        if attention_mask is not None and self.config.representation == "hidden":
+            mask = language_model_mask(self.backbone, attention_mask, has_prefix, self.backbone.dtype)
+            arguments["attention_mask"] = mask
+        if has_prefix:
+            return self._run_with_prefix(input_ids, arguments)
         if self.config.representation == "hidden":
-            return self.backbone(input_ids=input_ids, return_dict=True, **outputs)
+            return self.backbone(input_ids=input_ids, **arguments)
         embeddings = self.embedding(input_ids)
         if self.config.normalize_embeddings:
             embeddings = F.normalize(embeddings, dim=-1) * math.sqrt(self.config.hidden_size)
         return BaseModelOutput(last_hidden_state=embeddings, hidden_states=(embeddings,))
 
-    def _run_with_prefix(self, input_ids: torch.Tensor, **outputs: bool) -> ModelOutput:
+    def _run_with_prefix(self, input_ids: torch.Tensor, arguments: dict[str, Any]) -> ModelOutput:
         """The same for the text behind the prefix, without the prefix's hidden states."""
         input_ids = F.pad(input_ids, (1, 0), value=self.config.prefix_token_id)  # (B, 1 + L)
-        output = self.backbone(input_ids=input_ids, return_dict=True, **outputs)
+        output = self.backbone(input_ids=input_ids, **arguments)
         if output.hidden_states is not None:
             output.hidden_states = tuple(hidden_states[:, 1:] for hidden_states in output.hidden_states)
         output.last_hidden_state = output.last_hidden_state[:, 1:]  # (B, L, D)
@@ -426,20 +452,25 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> LDLMTokenEncoderOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids, without padding.
+            attention_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length, sequence_length)`, *optional*):
+                Whether token i may attend to token j, beside what a causal language model forbids anyway; `None`
+                stands for all.
             output_attentions: whether to return the language model's attention weights; as the configuration has it
                 by default.
             output_hidden_states: whether to return the language model's hidden states, likewise.
             return_dict: whether to return an [`LDLMTokenEncoderOutput`] instead of a tuple, likewise.
 
         Raises:
-            ValueError: token ids that are no integers, out of range or too long, an encoder that is not fitted, or
-                attention weights from an attention that has none.
+            ValueError: token ids that are no integers, out of range or too long, an encoder that is not fitted,
+                attention weights from an attention that has none, or a mask for a language model with layers that
+                attend in another way than to everything, or everything before.
         """
         self.check_input_ids(input_ids)
         if not self.is_fitted:
@@ -457,8 +488,14 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             outputs["output_attentions"] = True
         if output_hidden_states:
             outputs["output_hidden_states"] = True
+        has_layers = config.representation == "hidden"
+        if attention_mask is not None and has_layers and not needs_no_mask(self.backbone.config):
+            raise ValueError(
+                f"attention_mask: layers of {type(self.backbone).__name__} attend to their neighbourhood only, so no "
+                "part of a text can be given; use a backbone whose layers attend to everything, or everything before."
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.representation == "scratch"):
-            output = self._run_language_model(input_ids, **outputs)
+            output = self._run_language_model(input_ids, attention_mask, **outputs)
             hidden_states = output.last_hidden_state
             standardised = (hidden_states.float() - self.mean.float()) / self.std.float()
             hidden_states = standardised.to(hidden_states.dtype)  # (B, L, D)

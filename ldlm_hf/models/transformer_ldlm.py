@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -19,7 +18,6 @@ from ..loading.safe_loading import SafeLoadingMixin
 from .layers import (
     AdaLayerNormModulation,
     DiffusionTransformerBlock,
-    SelfAttention,
     checkpoint_layer,
     initialize_layer,
     modulate,
@@ -58,6 +56,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         guidance_embeds (`bool`, defaults to `False`):
             Whether the model is also told a weight of its self-condition, and predicts what guidance by it would give
             (see [`guided_target`]).
+        role_embeds (`bool`, defaults to `False`):
+            Whether the model is also told which latents are given, and writes the others around them (ours; see
+            `docs/conditioning.md`).
     """
 
     _supports_gradient_checkpointing = True
@@ -81,6 +82,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self_conditioning: bool = True,
         next_timestep_conditioning: bool = False,
         guidance_embeds: bool = False,
+        role_embeds: bool = False,
     ):
         check_settings(
             LDLMTransformer1DModel.__init__,
@@ -106,6 +108,8 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self.guidance_embedder = None
         if guidance_embeds:
             self.guidance_embedder = TimestepEmbedding(frequency_embedding_size, width)
+        # what is added to given latents, and nothing to those that are written
+        self.register_parameter("given_embedding", nn.Parameter(torch.empty(width)) if role_embeds else None)
         self.blocks = nn.ModuleList(
             [DiffusionTransformerBlock(width, num_attention_heads, int(width * mlp_ratio)) for _ in range(num_layers)]
         )
@@ -115,7 +119,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """DiT's start: every block is the identity, and the prediction is zero; second time and guidance change
+        """DiT's start: every block is the identity, and the prediction is zero; second time, guidance and roles change
         nothing."""
         self.apply(lambda module: initialize_layer(module, initializer_range=0.02))
         nn.init.normal_(self.positions, std=0.02)
@@ -123,21 +127,8 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         for embedder in (self.next_time_embedder, self.guidance_embedder):
             if embedder is not None:
                 nn.init.zeros_(embedder.linear_2.weight)
-
-    def set_attention_backend(self, backend: str) -> None:
-        """As in [`~diffusers.ModelMixin.set_attention_backend`], which looks for diffusers' own attention layers."""
-        super().set_attention_backend(backend)
-        self._set_attention_backend(AttentionBackendName(backend.lower()))
-
-    def reset_attention_backend(self) -> None:
-        """Goes back to torch's fused attention, or what is faster than that."""
-        super().reset_attention_backend()
-        self._set_attention_backend(None)
-
-    def _set_attention_backend(self, backend: AttentionBackendName | None) -> None:
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.attention_backend = backend
+        if self.given_embedding is not None:
+            nn.init.zeros_(self.given_embedding)
 
     def forward(
         self,
@@ -148,6 +139,8 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         next_timestep: torch.Tensor | float | None = None,
         modulation: torch.Tensor | None = None,
         guidance: torch.Tensor | float | None = None,
+        given: torch.Tensor | None = None,
+        given_latents: torch.Tensor | None = None,
     ) -> LDLMTransformer1DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -167,6 +160,11 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             guidance (as `timestep`, *optional*):
                 Weight of the self-condition, for a model with `guidance_embeds`; `None` stands for 1, the prediction
                 without guidance.
+            given (`torch.BoolTensor` of shape `(batch_size, sample_size)`, *optional*):
+                Which latents are given, for a model with `role_embeds`; `None` stands for none of them.
+            given_latents (`torch.Tensor` of shape `(batch_size, sample_size, in_channels)`, *optional*):
+                Their clean values, which stand there in place of the noisy latents, of the self-condition and of the
+                prediction; zeros where the model is not told them.
 
         Raises:
             ValueError: shapes that do not fit the model or each other.
@@ -187,7 +185,14 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
 
         if self_condition is None:
             self_condition = torch.zeros_like(hidden_states)
+        if given is not None:
+            given_latents = self._check_given(hidden_states, given, given_latents)
+            given = given[..., None]  # (B, N, 1)
+            hidden_states = torch.where(given, given_latents, hidden_states)
+            self_condition = torch.where(given, given_latents, self_condition)
         hidden_states = self.proj_in(torch.cat([hidden_states, self_condition], dim=-1)) + self.positions  # (B, N, D)
+        if given is not None:
+            hidden_states = hidden_states + given * self.given_embedding
         for block, of_block in zip(self.blocks, of_blocks, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = checkpoint_layer(
@@ -197,6 +202,8 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
                 hidden_states = block(hidden_states, time_embedding, of_block)
         hidden_states = modulate(hidden_states, shift, scale)
         sample = self.proj_out(hidden_states)  # (B, N, d_z)
+        if given is not None and given_latents is not None:
+            sample = torch.where(given, given_latents, sample)
         return LDLMTransformer1DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _embed_times(
@@ -273,6 +280,24 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         time_embedding = self._embed_times(timesteps, next_timesteps, guidance, self.dtype)
         layers = [*(block.get_submodule("modulation") for block in self.blocks), self.modulation_out]
         return torch.cat([part for layer in layers for part in layer(time_embedding)], dim=1)
+
+    def _check_given(
+        self, hidden_states: torch.Tensor, given: torch.Tensor, given_latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The given latents, of the noisy ones' type; ValueError unless they fit these."""
+        if self.given_embedding is None:
+            raise ValueError(
+                "given is for a model with role_embeds=True, as training with conditioning.prefix_share or "
+                "conditioning.gaps_share makes it; leave it out."
+            )
+        shape = tuple(hidden_states.shape)
+        found = None if given_latents is None else tuple(given_latents.shape)
+        if given_latents is None or found != shape or given.dtype != torch.bool or tuple(given.shape) != shape[:2]:
+            raise ValueError(
+                f"given must be bool of shape {shape[:2]} and given_latents of shape {shape}; got {given.dtype} of "
+                f"shape {tuple(given.shape)} and {found}."
+            )
+        return given_latents.to(hidden_states.dtype)
 
     def _check_shapes(
         self,

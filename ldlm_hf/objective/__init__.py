@@ -1,5 +1,6 @@
 """The joint-training recipe, one equation of the paper a function, and distillation to few steps."""
 
+from .conditioning import ConditioningSettings
 from .consistency import ConsistencySettings
 from .flow_map import DistillationLosses, DistillationObjective
 from .joint import JointLosses, JointObjective, JointObjectiveSettings
@@ -10,6 +11,7 @@ from .warmup import scale_gradient, warmup_gate
 
 __all__ = [
     "AdaptiveTimestepSampler",
+    "ConditioningSettings",
     "ConsistencySettings",
     "DistillationLosses",
     "DistillationObjective",

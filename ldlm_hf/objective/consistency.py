@@ -51,6 +51,7 @@ def consistency_losses(
     denoised: Denoised,
     timesteps: torch.Tensor,
     next_timesteps: torch.Tensor,
+    given: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """L_ct of each example, a mean over its entries, (B,).
 
@@ -60,7 +61,9 @@ def consistency_losses(
         denoised: the denoiser's pass, whose prediction carries its graph.
         timesteps: t in (0, 1], (B,).
         next_timesteps: t' <= t, where the step leads, (B,).
+        given: what the denoiser was told of given latents.
     """
+    given = given or {}
     prediction = denoised.clean_latents
     with torch.no_grad(), without_autocast_cache(prediction.device):
         clean_latents = prediction.detach().float()
@@ -68,5 +71,5 @@ def consistency_losses(
             denoised.noisy_latents.detach(), clean_latents, timesteps, next_timesteps, scheduler.config.tangent_d
         )
         # without guidance, which would strengthen itself from step to step
-        target = averaged_transformer(next_latents, next_timesteps, clean_latents).sample
-    return example_errors(prediction, target)
+        target = averaged_transformer(next_latents, next_timesteps, clean_latents, **given).sample
+    return example_errors(prediction, target, given.get("given"))

@@ -35,6 +35,7 @@ def denoise(
     noise: torch.Tensor,
     self_conditioned: Sequence[bool] | None,
     guidance: torch.Tensor | None = None,
+    given: dict[str, torch.Tensor] | None = None,
 ) -> Denoised:
     """Puts noise on latents and denoises them.
 
@@ -47,12 +48,14 @@ def denoise(
         self_conditioned: which examples are denoised with their own first estimate, of length B; None where no batch
             ever has one.
         guidance: weights (B,) of the self-condition that a denoiser with `guidance_embeds` is told.
+        given: what the denoiser is told of given latents (see [`Conditions.of_denoiser`]).
     """
+    given = given or {}
     noisy_latents = scheduler.add_noise(latents, noise, timesteps)
     self_condition = torch.zeros_like(noisy_latents)
     if self_conditioned is not None:
-        self_condition = first_estimate(transformer, noisy_latents, timesteps, self_conditioned)
-    clean_latents = transformer(noisy_latents, timesteps, self_condition, guidance=guidance).sample
+        self_condition = first_estimate(transformer, noisy_latents, timesteps, self_conditioned, given)
+    clean_latents = transformer(noisy_latents, timesteps, self_condition, guidance=guidance, **given).sample
     return Denoised(noisy_latents, self_condition, clean_latents)
 
 
@@ -76,9 +79,13 @@ def guided_target(latents: torch.Tensor, denoised: Denoised, guidance: torch.Ten
     return latents + share * (denoised.clean_latents - denoised.self_condition).detach().float()
 
 
-def example_errors(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the entries of each example (B, N, d_z) → (B,)."""
-    return squared_errors(prediction, target).flatten(1).mean(1)
+def example_errors(prediction: torch.Tensor, target: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error over the entries of each example (B, N, d_z), but those of latents that are given (B, N), →
+    (B,)."""
+    if given is None:
+        return squared_errors(prediction, target).flatten(1).mean(1)
+    errors = squared_errors(prediction, target).mean(-1).masked_fill(given, 0)  # (B, N)
+    return errors.sum(1) / (~given).sum(1).clamp(min=1)
 
 
 def first_estimate(
@@ -86,6 +93,7 @@ def first_estimate(
     noisy_latents: torch.Tensor,
     timesteps: torch.Tensor,
     self_conditioned: Sequence[bool],
+    given: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The self-condition: a first estimate of the clean latents for the chosen examples, zeros for the others.
 
@@ -96,6 +104,7 @@ def first_estimate(
     places = torch.tensor([place for place, drawn in enumerate(self_conditioned) if drawn] or [0])
     chosen = places.to(device, non_blocking=True)
     with torch.no_grad(), without_autocast_cache(device):
-        estimate = transformer(noisy_latents[chosen].detach(), timesteps[chosen]).sample
+        of_chosen = {name: value[chosen] for name, value in (given or {}).items()}
+        estimate = transformer(noisy_latents[chosen].detach(), timesteps[chosen], **of_chosen).sample
         estimate = estimate.to(noisy_latents.dtype) * any(self_conditioned)
         return torch.zeros_like(noisy_latents).index_copy(0, chosen, estimate)

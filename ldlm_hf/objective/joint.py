@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..loading.checks import check_settings
+from ..models.conditions import Conditions
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
 from ..models.token_decoder import LDLMTokenDecoder
@@ -249,6 +250,7 @@ class JointObjective(Objective):
         guidance: torch.Tensor | None = None,
         next_timesteps: torch.Tensor | None = None,
         consistency_weight: float = 0.0,
+        conditions: Conditions | None = None,
     ) -> JointLosses:
         """
         Args:
@@ -267,14 +269,19 @@ class JointObjective(Objective):
             next_timesteps (as `timesteps`, *optional*):
                 Where steps from these times lead, for the consistency loss; `None` leaves it out.
             consistency_weight: of that loss.
+            conditions: which tokens are given; the losses of the denoiser are those of the others. A denoiser that is
+                trained with conditions has to be given some in each pass, if only of no token, or DDP misses a
+                parameter.
         """
+        mask = None if conditions is None else conditions.attention_mask()  # (B, L, L)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "diffusion"):
             # losses and noise are float32 whatever autocast makes of the layers
-            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states.float()  # (B, L, D)
-            disturbed = self.disturbed_hidden_states(input_ids, hidden_states, generator)
+            encoded_tokens = self.token_encoder(input_ids, attention_mask=mask, return_dict=True)
+            hidden_states = encoded_tokens.hidden_states.float()  # (B, L, D)
+            disturbed = self.disturbed_hidden_states(input_ids, hidden_states, generator, mask)
             # while the encoder learns, those that it holds are of another encoder
             learns = self.stage != "diffusion"
-            encoded = self.latent_encoder(disturbed, batch_statistics=learns, return_dict=True)
+            encoded = self.latent_encoder(disturbed, attention_mask=mask, batch_statistics=learns, return_dict=True)
             latents = encoded.latents.float()  # (B, N, d_z)
 
         # 1. reconstruction from noisy latents
@@ -286,7 +293,13 @@ class JointObjective(Objective):
         consistency = diffusion_per_example.new_zeros(())
         if self.stage != "autoencoder":
             diffusion_per_example, consistency = self.denoising_losses(
-                scale_gradient(latents, gate), timesteps, generator, self_conditioned, guidance, next_timesteps
+                scale_gradient(latents, gate),
+                timesteps,
+                generator,
+                self_conditioned,
+                guidance,
+                next_timesteps,
+                conditions,
             )
         diffusion = diffusion_per_example.mean()
 
@@ -320,7 +333,11 @@ class JointObjective(Objective):
         }
 
     def disturbed_hidden_states(
-        self, input_ids: torch.Tensor, hidden_states: torch.Tensor, generator: Generators
+        self,
+        input_ids: torch.Tensor,
+        hidden_states: torch.Tensor,
+        generator: Generators,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What is encoded (B, L, D): the hidden states, or with augmentations those of a masked text, noised.
 
@@ -330,7 +347,8 @@ class JointObjective(Objective):
         if settings.token_masking:
             assert settings.mask_token_id is not None  # _check_stage has refused this
             masked_ids = mask_tokens(input_ids, settings.token_masking, settings.mask_token_id, generator)
-            hidden_states = self.token_encoder(masked_ids, return_dict=True).hidden_states.float()
+            encoded = self.token_encoder(masked_ids, attention_mask=mask, return_dict=True)
+            hidden_states = encoded.hidden_states.float()
         if settings.feature_noise:
             hidden_states = add_feature_noise(hidden_states, settings.feature_noise, generator)
         return hidden_states
@@ -368,6 +386,7 @@ class JointObjective(Objective):
         generator: Generators = None,
         self_conditioned: Sequence[bool] | None = None,
         guidance: torch.Tensor | None = None,
+        given: dict[str, torch.Tensor] | None = None,
     ) -> Denoised:
         """The denoiser's pass on latents (B, N, d_z) with noise of times (B,)."""
         assert self.transformer is not None, "the stage 'autoencoder' has no diffusion loss"
@@ -383,6 +402,7 @@ class JointObjective(Objective):
             noise,
             self_conditioned if probability else None,
             guidance,
+            given,
         )
 
     def denoising_losses(
@@ -393,26 +413,31 @@ class JointObjective(Objective):
         self_conditioned: Sequence[bool] | None,
         guidance: torch.Tensor | None,
         next_timesteps: torch.Tensor | None,
+        conditions: Conditions | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What trains the denoiser on latents (B, N, d_z): the diffusion loss of each example at each of its times, of
         their shape, and the consistency loss; arguments as of `forward`."""
         shape, levels = timesteps.shape, timesteps[:1].numel()
         # a view, no copy, for one time of each example
         latents = latents[:, None].expand(-1, levels, -1, -1).flatten(0, 1)
+        given: dict[str, torch.Tensor] = {}
+        if conditions is not None:
+            given = conditions.repeat(levels).of_denoiser(latents)
         timesteps = timesteps.flatten()
         if isinstance(generator, list):
             generator = [one for one in generator for _ in range(levels)]
         if guidance is not None:
             guidance = guidance.flatten()
-        denoised = self.denoise(latents, timesteps, generator, self_conditioned, guidance)
+        denoised = self.denoise(latents, timesteps, generator, self_conditioned, guidance, given)
         target = latents if guidance is None else guided_target(latents, denoised, guidance)
         consistency = latents.new_zeros(())
         if next_timesteps is not None:
             assert self.averaged_transformer is not None, "the consistency loss needs the denoiser's EMA weights"
             consistency = consistency_losses(
-                self.averaged_transformer, self.scheduler, denoised, timesteps, next_timesteps.flatten()
+                self.averaged_transformer, self.scheduler, denoised, timesteps, next_timesteps.flatten(), given
             ).mean()
-        return example_errors(denoised.clean_latents, target).view(shape), consistency
+        errors = example_errors(denoised.clean_latents, target, given.get("given"))
+        return errors.view(shape), consistency
 
 
 def check_equal(*named_sizes: tuple[str, int]) -> None:

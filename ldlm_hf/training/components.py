@@ -103,7 +103,11 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
         "latent_size": model.latent_size or encoder_width,
         "token_hidden_size": token_encoder.config.hidden_size,
     }
-    denoiser_geometry = {"in_channels": geometry["latent_size"], "sample_size": geometry["num_latents"]}
+    denoiser_geometry = {
+        "in_channels": geometry["latent_size"],
+        "sample_size": geometry["num_latents"],
+        **role_arguments(settings),
+    }
     decoder_geometry = {
         "vocab_size": token_encoder.config.vocab_size,
         "token_hidden_size": token_encoder.config.hidden_size,
@@ -117,7 +121,7 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
         for key in derived.keys() & getattr(model, section).keys():
             raise ValueError(
                 f"model.{section}.{key} follows from the other components ({derived[key]} here); set "
-                "model.sequence_length, model.num_latents, model.latent_size or model.backbone instead."
+                "model.sequence_length, model.num_latents, model.latent_size, model.backbone or conditioning instead."
             )
     token_decoder = None
     if settings.train_token_decoder:
@@ -132,6 +136,11 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
         else LDLMTransformer1DModel(**denoiser_geometry, **model.transformer),
         "scheduler": TangentEulerMaruyamaScheduler(**model.scheduler),
     }
+
+
+def role_arguments(settings: RunSettings) -> dict[str, bool]:
+    """What makes a denoiser one that is told what is given, where a run gives anything."""
+    return {"role_embeds": True} if settings.conditioning.gives_texts else {}
 
 
 def build_token_decoder(arguments: dict[str, Any], head_from: str | None = None) -> LDLMTokenDecoder:
@@ -206,7 +215,7 @@ def load_denoiser(source: str, changes: dict[str, Any]) -> LDLMTransformer1DMode
 
 def build_finetuning_objective(settings: RunSettings) -> JointObjective:
     """The joint objective over all parts of a trained pipeline."""
-    transformer = load_denoiser(settings.components, settings.model.transformer)
+    transformer = load_denoiser(settings.components, role_arguments(settings) | settings.model.transformer)
     tangent_d = load_part(settings.components, "scheduler").config.tangent_d
     return JointObjective(
         **load_autoencoder(settings),
@@ -222,7 +231,9 @@ def build_diffusion_objective(settings: RunSettings) -> JointObjective:
     autoencoder, model = load_autoencoder(settings), settings.model
     config = autoencoder["latent_encoder"].config
     transformer = LDLMTransformer1DModel(
-        in_channels=config.latent_size, sample_size=config.num_latents, **model.transformer
+        in_channels=config.latent_size,
+        sample_size=config.num_latents,
+        **role_arguments(settings) | model.transformer,
     )
     scheduler = TangentEulerMaruyamaScheduler(**model.scheduler)
     return JointObjective(

@@ -8,8 +8,9 @@ from diffusers import DiffusionPipeline
 from ..evaluation.samplers import Sampler
 from ..evaluation.samples import sample
 from ..evaluation.scores import score_without_judge
+from ..models.conditions import Conditions
 from ..models.statistics import LatentSpread
-from ..objective import JointObjective
+from ..objective import ConditioningSettings, JointObjective
 from ..objective.diffusion import example_errors
 from .randomness import RowRandomness
 from .settings import EvaluationSettings
@@ -45,7 +46,6 @@ def reconstruction(
     return result
 
 
-@torch.no_grad()
 def diffusion_loss_at(
     objective: JointObjective, sequences: torch.Tensor, times: torch.Tensor, batch_size: int, device: torch.device
 ) -> list[float]:
@@ -57,22 +57,64 @@ def diffusion_loss_at(
     totals = torch.zeros(len(times), dtype=torch.float64)
     counts = torch.zeros(len(times), dtype=torch.float64)
     places = torch.arange(len(sequences)) % len(times)
+    losses = denoising_errors(objective, sequences, times[places], batch_size, device)
+    totals.index_add_(0, places, losses)
+    counts.index_add_(0, places, torch.ones_like(losses))
+    return (totals / counts)[counts > 0].tolist()
+
+
+def conditional_diffusion_losses(
+    objective: JointObjective,
+    sequences: torch.Tensor,
+    settings: ConditioningSettings,
+    times: torch.Tensor,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Held-out diffusion loss of what is written where a part of each text is given, and of the same where the
+    denoiser is not told what; over `times` (G,), which are dealt out to the sequences in turn."""
+    rows = RowRandomness(0, 0, range(len(sequences)), len(sequences))
+    of_conditional_rows = rows.places() * (settings.prefix_share + settings.gaps_share)
+    given = settings.draw(of_conditional_rows.tolist(), rows.numpy_generators(), sequences.shape[1]).given
+    times = times[torch.arange(len(sequences)) % len(times)]
+    losses = {}
+    for name, dropped in (("conditional_diffusion_loss", False), ("dropped_diffusion_loss", True)):
+        conditions = Conditions(given, torch.full((len(given),), dropped))
+        losses[name] = float(denoising_errors(objective, sequences, times, batch_size, device, conditions).mean())
+    return losses
+
+
+@torch.no_grad()
+def denoising_errors(
+    objective: JointObjective,
+    sequences: torch.Tensor,
+    times: torch.Tensor,
+    batch_size: int,
+    device: torch.device,
+    conditions: Conditions | None = None,
+) -> torch.Tensor:
+    """Diffusion loss of each of the sequences (B, L) at a time of its own (B,), in float64 on the CPU; a sequence has
+    the same noise at each call."""
+    losses = []
     for first in range(0, len(sequences), batch_size):
-        some_places, input_ids = (one[first : first + batch_size] for one in (places, sequences))
+        rows = slice(first, first + batch_size)
+        input_ids = sequences[rows].to(device)
         randomness = RowRandomness(0, 0, range(first, first + len(input_ids)), len(sequences))
         self_conditioned = randomness.uniform() < objective.settings.self_conditioning_probability
-        hidden_states = objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states
-        latents = objective.latent_encoder(hidden_states, return_dict=True).latents.float()
+        some = None if conditions is None else conditions[rows].to(device)
+        mask = None if some is None else some.attention_mask()
+        hidden_states = objective.token_encoder(input_ids, attention_mask=mask, return_dict=True).hidden_states
+        latents = objective.latent_encoder(hidden_states, attention_mask=mask, return_dict=True).latents.float()
         denoised = objective.denoise(
             latents,
-            times[some_places].float().to(device),
+            times[rows].float().to(device),
             randomness.generators(device),
             self_conditioned.tolist(),
+            given=None if some is None else some.of_denoiser(latents),
         )
-        losses = example_errors(denoised.clean_latents, latents)
-        totals.index_add_(0, some_places, losses.double().cpu())
-        counts.index_add_(0, some_places, torch.ones(len(some_places), dtype=torch.float64))
-    return (totals / counts)[counts > 0].tolist()
+        errors = example_errors(denoised.clean_latents, latents, None if some is None else some.given)
+        losses.append(errors.double().cpu())
+    return torch.cat(losses)
 
 
 def preview(pipeline: DiffusionPipeline, settings: EvaluationSettings) -> tuple[list[str], dict[str, float]]:

@@ -35,6 +35,17 @@ class RowRandomness:
         """One number in [0, 1) that all rows of the step share."""
         return np.random.default_rng((self.seed, self.step, 1)).random()
 
+    def places(self) -> torch.Tensor:
+        """A number in [0, 1) for each row, float64 of shape (rows,): those of the whole batch lie evenly, in a random
+        order."""
+        rng = np.random.default_rng((self.seed, self.step, 4))
+        places = (rng.permutation(self.batch_size) + rng.random()) / self.batch_size
+        return torch.from_numpy(places[self.rows.start : self.rows.stop])
+
+    def numpy_generators(self) -> list[np.random.Generator]:
+        """A source of numbers for each row, on the CPU."""
+        return [np.random.default_rng((self.seed, self.step, 5, row)) for row in self.rows]
+
     def generators(self, device: torch.device) -> list[torch.Generator]:
         """A source of noise for each row, on the device that the noise is needed on."""
         seeds = [np.random.SeedSequence((self.seed, self.step, 2, row)).generate_state(1) for row in self.rows]

@@ -20,7 +20,12 @@ from ..models.latent_decoder import LDLMLatentDecoderConfig
 from ..models.latent_encoder import LDLMLatentEncoderConfig
 from ..models.token_decoder import LDLMTokenDecoderConfig
 from ..models.transformer_ldlm import LDLMTransformer1DModel
-from ..objective import ConsistencySettings, JointObjectiveSettings, TimestepSamplerSettings
+from ..objective import (
+    ConditioningSettings,
+    ConsistencySettings,
+    JointObjectiveSettings,
+    TimestepSamplerSettings,
+)
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from ..schedulers.scheduling_tangent_euler_maruyama import TangentEulerMaruyamaScheduler
 
@@ -275,6 +280,7 @@ class RunSettings:
     timestep_sampler: TimestepSamplerSettings = field(default_factory=TimestepSamplerSettings)
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
+    conditioning: ConditioningSettings = field(default_factory=ConditioningSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -285,6 +291,12 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_decay(self.optimizer, self.loop)
         check_guidance(self.evaluation, self.model.transformer.get("self_conditioning", True))
+        num_latents, length = self.model.num_latents, self.model.sequence_length
+        if self.conditioning.gives_texts and num_latents not in (None, length):
+            raise ValueError(
+                f"model.num_latents={num_latents} with model.sequence_length={length}: no latent belongs to a token, "
+                "so no part of a text can be given; set conditioning's shares to 0, or model.num_latents to null."
+            )
         if self.stage == ("autoencoder" if self.components else "diffusion"):
             raise ValueError(
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "

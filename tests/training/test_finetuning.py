@@ -66,10 +66,16 @@ def test_all_parts_learn_further_and_the_language_model_does_not(
 def test_what_the_denoiser_lacked_changes_nothing_at_first(
     run_script: Run, finetuning: list[str], tmp_path: Path
 ) -> None:
-    changes = ["model.transformer={guidance_embeds: true}", "objective.guidance_range=[0.5,5]", "consistency.weight=1"]
+    changes = [
+        "model.transformer={guidance_embeds: true}",
+        "objective.guidance_range=[0.5,5]",
+        "consistency.weight=1",
+        "conditioning.prefix_share=0.5",
+    ]
     run_script("train_joint", *finetuning, *changes, "optimizer.learning_rate=1e-30")
     before, after = load(tmp_path / "trained"), load(tmp_path / "finetuned" / "pipeline")
-    assert after.transformer.config.guidance_embeds and not before.transformer.config.guidance_embeds
+    for part in ("guidance_embeds", "role_embeds"):
+        assert after.transformer.config[part] and not before.transformer.config[part]
     latents = [
         pipe(2, 4, generator=torch.Generator().manual_seed(0), output_type="latent").latents
         for pipe in (before, after)

@@ -141,6 +141,8 @@ BEYOND_THE_PAPER = [
     "objective.guidance_range=[0.5, 5]",
     "consistency.weight=1",
     "consistency.warmup_steps=2",
+    "conditioning.prefix_share=0.25",
+    "conditioning.gaps_share=0.25",
     "optimizer.name=muon",
 ]
 

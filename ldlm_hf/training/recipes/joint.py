@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ...evaluation.real_text import training_sequences
+from ...models.conditions import Conditions
 from ...models.statistics import mean_and_std
 from ...models.token_encoder import LDLMTokenEncoder
 from ...objective import JointObjective, warmup_gate
@@ -27,7 +29,7 @@ from ..components import (
     build_tokenizer,
     save_components,
 )
-from ..held_out import diffusion_loss_at, preview, reconstruction
+from ..held_out import conditional_diffusion_losses, diffusion_loss_at, preview, reconstruction
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
 from ..settings import RunSettings
@@ -74,6 +76,8 @@ class JointRecipe(PipelineRecipe):
 
     def build(self, train: Dataset[dict[str, torch.Tensor]], held_out: Dataset[dict[str, torch.Tensor]]) -> None:
         super().build(train, held_out)
+        if self.settings.conditioning.gives_texts:
+            self.module.token_encoder.to(self.device).check_masks()
         if self.settings.stage == "diffusion":
             if not self.module.latent_encoder.config.standardize_latents:
                 standardize_latents(self.module, self.statistics_batches(train), self.device)
@@ -150,6 +154,7 @@ class JointRecipe(PipelineRecipe):
         if self.module.averaged_transformer is not None:
             later = (warped - 1 / self.settings.consistency.num_steps).clamp(min=0)
             next_timesteps = self.timestep_sampler.quantile(later).float().to(device, non_blocking=True)
+        conditions = self.conditions(input_ids.shape[1], randomness, device)
         losses = module(
             input_ids,
             timesteps,
@@ -159,7 +164,12 @@ class JointRecipe(PipelineRecipe):
             guidance,
             next_timesteps,
             self.settings.consistency.weight_at(step),
+            conditions,
         )
+        per_example = losses.diffusion_per_example
+        if conditions is not None:
+            # what a prompt makes easy says nothing of the paper's loss at these times; NaN is left out
+            per_example = per_example.masked_fill(conditions.given.any(1)[:, None], math.nan)
         return StepLosses(
             total=losses.total,
             values={
@@ -172,10 +182,16 @@ class JointRecipe(PipelineRecipe):
                 # reconstruction depends on the latents' scale through this ratio alone (see configs/README.md)
                 "latent_std_over_decoder_noise": losses.latent_std / max(self.settings.objective.decoder_noise, 1e-12),
             },
-            observations=()
-            if self.module.transformer is None
-            else (timesteps.flatten(), losses.diffusion_per_example.flatten()),
+            observations=() if self.module.transformer is None else (timesteps.flatten(), per_example.flatten()),
         )
+
+    def conditions(self, sequence_length: int, randomness: RowRandomness, device: torch.device) -> Conditions | None:
+        """What is given of a step's rows; None in a run that gives nothing of any text."""
+        settings = self.settings.conditioning
+        if not settings.gives_texts:
+            return None
+        drawn = settings.draw(randomness.places().tolist(), randomness.numpy_generators(), sequence_length)
+        return drawn.to(device)
 
     def observe(self, *observations: torch.Tensor) -> None:
         self.timestep_sampler.update(*observations)
@@ -206,6 +222,10 @@ class JointRecipe(PipelineRecipe):
 
         losses = losses_at(grid)
         values = {"diffusion_loss": sum(losses) / len(losses)}
+        if self.settings.conditioning.gives_texts:
+            values |= conditional_diffusion_losses(
+                snapshot, self.held_out, self.settings.conditioning, grid, evaluation.batch_size, self.device
+            )
         values |= {f"diffusion_loss/t={t:.2f}": loss for t, loss in zip(grid.tolist(), losses, strict=False)}
         if self.timestep_sampler.is_active:
             cdf, times = self.timestep_sampler.cdf(grid), self.timestep_sampler.quantile(grid)

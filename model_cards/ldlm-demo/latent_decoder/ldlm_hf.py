@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from diffusers import ModelMixin
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -115,21 +116,32 @@ SCORES_AT_ONCE = 2**20
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: AttentionBackendName | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    backend: AttentionBackendName | None = None,
 ) -> torch.Tensor:
     """Bidirectional attention of (B, H, L, D/H) queries over (B, H, C, D/H) keys, heads merged again: (B, L, D).
 
-    `backend` is one of diffusers'; None stands for torch's fused attention, or what is faster than that.
+    Args:
+        query: queries.
+        key: keys.
+        value: values of the same shape.
+        mask: bool (B, L, C), which keys each query attends to, at least one; None stands for all of them.
+        backend: one of diffusers'; None stands for torch's fused attention, or what is faster than that.
     """
+    if mask is not None:
+        mask = mask[:, None]  # (B, 1, L, C)
     if backend is not None:
         # diffusers' dispatcher has the heads behind the tokens
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).flatten(2)
     on_cpu_in_bfloat16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if on_cpu_in_bfloat16 and not torch.compiler.is_compiling() and products_beat_fused_attention():
-        attended = attend_by_products(query, key, value)
+        attended = attend_by_products(query, key, value, mask)
     else:
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, mask)
     return attended.transpose(1, 2).flatten(2)
 
 
@@ -144,18 +156,26 @@ def products_beat_fused_attention() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The same attention as plain products, for a few heads at a time: (B, H, L, D/H).
+def attend_by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The same attention as plain products, for a few heads at a time, with a mask (B, 1, L, C): (B, H, L, D/H).
 
     Scores are rounded to bfloat16; with gradients, all of them are kept for the backward pass.
     """
     batch_size, num_heads, length, width = query.shape
     group = max(1, SCORES_AT_ONCE // (length * key.shape[2]))
     heads = ((query * width**-0.5).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))  # each (B H, ., D/H)
-    attended = [
-        torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v)
-        for q, k, v in zip(*(h.split(group) for h in heads), strict=True)
-    ]
+    parts = list(zip(*(h.split(group) for h in heads), strict=True))
+    hidden: list[torch.Tensor | None] = [None] * len(parts)
+    if mask is not None:
+        hidden = list((~mask).expand(-1, num_heads, -1, -1).flatten(0, 1).split(group))  # each (., L, C)
+    attended = []
+    for (q, k, v), hidden_keys in zip(parts, hidden, strict=True):
+        scores = torch.bmm(q, k.mT)
+        if hidden_keys is not None:
+            scores = scores.masked_fill(hidden_keys, -torch.inf)
+        attended.append(torch.bmm(torch.softmax(scores, -1), v))
     return torch.cat(attended).view(batch_size, num_heads, length, width)
 
 
@@ -198,7 +218,23 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
 
 
-class SelfAttention(nn.Module):
+class LDLMAttnProcessor:
+    """How [`SelfAttention`] attends, in diffusers' form, so that `set_attention_backend` knows it."""
+
+    _attention_backend: AttentionBackendName | None = None
+    _parallel_config = None
+
+    def __call__(
+        self, attention: SelfAttention, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, L, D) → (B, L, D), with a mask as that of [`attend`]."""
+        projected = attention.to_qkv(hidden_states).chunk(3, dim=-1)
+        query, key, value = (split_heads(part, attention.num_heads) for part in projected)
+        query, key = attention.norm_q(query), attention.norm_k(key)
+        return attention.to_out(attend(query, key, value, attention_mask, self._attention_backend))
+
+
+class SelfAttention(nn.Module, AttentionModuleMixin):
     """Bidirectional multi-head self-attention with one fused projection for queries, keys and values.
 
     Args:
@@ -208,18 +244,21 @@ class SelfAttention(nn.Module):
         qk_norm: whether queries and keys are RMS-normed per head, which keeps the logits bounded.
     """
 
+    _default_processor_cls = LDLMAttnProcessor
+    _available_processors = [LDLMAttnProcessor]
+    _supports_qkv_fusion = False  # there is one projection already
+
     def __init__(self, hidden_size: int, num_heads: int, bias: bool, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.attention_backend: AttentionBackendName | None = None
         self.to_qkv = Linear(hidden_size, 3 * hidden_size, bias=bias)
         self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.to_out = Linear(hidden_size, hidden_size, bias=bias)
+        self.processor = LDLMAttnProcessor()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        query, key, value = (split_heads(part, self.num_heads) for part in self.to_qkv(hidden_states).chunk(3, dim=-1))
-        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value, self.attention_backend))
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.processor(self, hidden_states, attention_mask)
 
 
 class PerceiverAttention(nn.Module):
@@ -241,13 +280,18 @@ class PerceiverAttention(nn.Module):
         self.norm_k = RMSNorm(head_dim)
         self.to_out = Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, latents: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, latents: torch.Tensor, context: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, N, D) → (B, N, D); a mask (B, N, N), for as many latents as context, holds for both."""
         query, latent_key, latent_value = self.latents_to_qkv(self.norm_latents(latents)).chunk(3, dim=-1)
         context_key, context_value = self.context_to_kv(self.norm_context(context)).chunk(2, dim=-1)
         key = torch.cat([context_key, latent_key], dim=1)  # (B, C + N, D)
         value = torch.cat([context_value, latent_value], dim=1)
         query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
-        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value))
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, attention_mask], dim=-1)  # (B, N, C + N)
+        return self.to_out(attend(self.norm_q(query), self.norm_k(key), value, attention_mask))
 
 
 class FeedForward(nn.Module):
@@ -271,8 +315,10 @@ class PerceiverLayer(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
         self.feed_forward = FeedForward(hidden_size, intermediate_size)
 
-    def forward(self, latents: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        latents = latents + self.attention(latents, context)
+    def forward(
+        self, latents: torch.Tensor, context: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        latents = latents + self.attention(latents, context, attention_mask)
         return latents + self.feed_forward(self.norm(latents))
 
 
@@ -286,8 +332,8 @@ class SelfAttentionLayer(nn.Module):
         self.norm = nn.LayerNorm(hidden_size)
         self.feed_forward = FeedForward(hidden_size, intermediate_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.norm_attention(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.norm_attention(hidden_states), attention_mask)
         return hidden_states + self.feed_forward(self.norm(hidden_states))
 
 
@@ -351,20 +397,25 @@ class SequenceMapper(nn.Module):
                     attention.context_to_kv.weight[:width] = attention.latents_to_qkv.weight[:width]
 
     def forward(
-        self, hidden_states: torch.Tensor, checkpoint_function: Callable[..., Any] | None = None
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        checkpoint_function: Callable[..., Any] | None = None,
     ) -> torch.Tensor:
         """(B, C, D) → (B, N, D) for the perceiver, (B, C, D) for self-attention.
 
         Args:
             hidden_states: input of C vectors, at most `input_length`.
+            attention_mask: which inputs, and outputs beside them, each output attends to, bool (B, N, C) with N = C;
+                None stands for all.
             checkpoint_function: runs a layer so that its activations are computed again in the backward pass.
         """
         context = hidden_states + self.positions[: hidden_states.shape[1]]
         if self.latents is None:
-            arguments: tuple[torch.Tensor, ...] = ()
+            arguments: tuple[torch.Tensor | None, ...] = (attention_mask,)
             output = context
         else:
-            arguments = (context,)
+            arguments = (context, attention_mask)
             latents = F.rms_norm(self.latents, self.latents.shape[-1:])
             output = latents.to(context.dtype).expand(hidden_states.shape[0], -1, -1)  # (B, N, D)
         for layer in self.layers:
@@ -972,13 +1023,13 @@ class LDLMLatentPreTrainedModel(LDLMPreTrainedModel):
             nn.init.zeros_(self.latents_mean)
             nn.init.ones_(self.latents_std)
 
-    def map_sequence(self, sequence: torch.Tensor) -> torch.Tensor:
+    def map_sequence(self, sequence: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, input_length, input_size) → (B, output_length, output_size)"""
         self.check_outputs()
         if self.mapper is None:
             return sequence
         checkpoint_function = self._gradient_checkpointing_func if self.gradient_checkpointing else None
-        return self.proj_out(self.mapper(self.proj_in(sequence), checkpoint_function))
+        return self.proj_out(self.mapper(self.proj_in(sequence), attention_mask, checkpoint_function))
 
 
 class LDLMLatentDecoderConfig(LDLMLatentConfig):
