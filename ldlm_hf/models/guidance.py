@@ -1,11 +1,17 @@
-"""Guidance by the self-condition: a prediction moved further along what the condition changes."""
+"""Guidance: a prediction moved further along what its self-condition, or what is given, changes."""
 
 from __future__ import annotations
 
 import torch
 
 
-def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:
+def guide(
+    unconditional: torch.Tensor,
+    conditional: torch.Tensor,
+    scale: float,
+    rescale: float = 0.0,
+    contrast: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x^ = x^_0 + w (x^_sc - x^_0) in float32, classifier-free guidance with the self-condition in the condition's
     place.
 
@@ -15,9 +21,12 @@ def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float, 
         scale: w.
         rescale: phi in [0, 1], how far the standard deviation of each example, which guidance raises, goes back to
             that of x^_sc ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, 3.4).
+        contrast: what else the prediction is moved by, of its shape, such as guidance by a prompt.
     """
     conditional = conditional.float()
     guided = torch.lerp(unconditional.float(), conditional, scale)
+    if contrast is not None:
+        guided = guided + contrast
     if rescale == 0:
         return guided
     ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)

@@ -7,9 +7,9 @@ import math
 import numbers
 import reprlib
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..loading.checks import whole_number
 from ..loading.repository import RepositoryPipeline
+from ..models.conditions import Conditions
 from ..models.guidance import guide
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
@@ -31,6 +32,7 @@ from ..schedulers.discrete import Solver, check_schedule, is_discrete
 from ..schedulers.tangent import alpha_sigma
 from .calls import Calls, CallState
 from .pipeline_output import LDLMPipelineOutput
+from .prompts import GivenTokens, continued_rows, rows_with_gaps, tokenize
 
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,10 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("text", "seq", "latent", "pt")
 # one for all pipelines, since several may share a scheduler, as those do that `from_pipe` makes
 SCHEDULER_LOCK = threading.Lock()
+
+StepCallback: TypeAlias = (
+    Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+)
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -48,6 +54,7 @@ EXAMPLE_DOC_STRING = """
         >>> pipe = LDLMPipeline.from_pretrained("runs/demo/pipeline")
         >>> output = pipe(batch_size=4, num_inference_steps=128, generator=torch.Generator().manual_seed(0))
         >>> print(output.texts[0])
+        >>> print(pipe("The state of our union", num_texts_per_prompt=2, num_inference_steps=32).texts)
         ```
 """
 
@@ -60,6 +67,7 @@ class DenoisingStep:
         timestep: what the scheduler calls it.
         time: in [0, 1], of shape ().
         self_condition_weight: w of the prediction of the step before.
+        guidance_scale: w of what is given.
         guidance_rescale: how far guidance keeps its prediction's standard deviation.
         conditions: further arguments of the transformer.
     """
@@ -67,19 +75,55 @@ class DenoisingStep:
     timestep: torch.Tensor
     time: torch.Tensor
     self_condition_weight: float
+    guidance_scale: float
     guidance_rescale: float
     conditions: dict[str, torch.Tensor | None]
 
     @property
     def num_function_evaluations(self) -> int:
         """How often the transformer sees each sample."""
-        return 1 if self.self_condition_weight in (0, 1) else 2
+        return 1 + (self.self_condition_weight not in (0, 1)) + (self.guidance_scale != 1)
+
+
+@dataclass
+class Sampling:
+    """How latents are denoised: the arguments of [`LDLMPipeline.__call__`] of these names."""
+
+    num_inference_steps: int = 128
+    timesteps: list[float] | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+    self_condition_scale: float | None = None
+    self_condition_decay: float = 0.0
+    guidance_rescale: float | None = None
+    guidance_scale: float = 1.0
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: list[str] | None = None
+
+    @property
+    def callback_tensors(self) -> list[str]:
+        """Which tensors the callback is given."""
+        if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            return self.callback_on_step_end.tensor_inputs
+        names = self.callback_on_step_end_tensor_inputs
+        return ["latents"] if names is None else names
+
+
+def check_number(name: str, number: Any, highest: float = math.inf) -> None:
+    """Raises ValueError unless an argument is a finite number in [0, highest]."""
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not (is_number and math.isfinite(number) and 0 <= number <= highest):
+        bound = "finite number that is not negative" if highest == math.inf else f"number in [0, {highest:g}]"
+        raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
 
 
 class LDLMPipeline(RepositoryPipeline):
     r"""
-    Pipeline for unconditional text generation with a Latent Diffusion Language Model: denoises latents from pure
-    noise, then decodes the clean prediction to tokens once (Section 4.3 of the paper).
+    Pipeline for text generation with a Latent Diffusion Language Model: denoises latents from pure noise, then decodes
+    the clean prediction to tokens once (Section 4.3 of the paper).
+
+    It writes texts, and where the transformer was trained with texts given in part (`role_embeds`), continues prompts
+    and fills gaps. [`~LDLMPipeline.edit`] changes texts with any transformer.
 
     Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
     one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
@@ -98,8 +142,8 @@ class LDLMPipeline(RepositoryPipeline):
         scheduler ([`TangentScheduler`], *optional*):
             The noise process, and how it is reversed: any scheduler of the tangent schedule, or one of diffusers' own
             that [`diffusers_config`] has put on it.
-        token_encoder ([`LDLMTokenEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
-        latent_encoder ([`LDLMLatentEncoder`], *optional*): needed by [`~LDLMPipeline.encode`] only.
+        token_encoder ([`LDLMTokenEncoder`], *optional*): needed for prompts, and by [`~LDLMPipeline.encode`].
+        latent_encoder ([`LDLMLatentEncoder`], *optional*): the same.
         self_condition_scale (`float`, *optional*):
             What a call without one takes, saved with the pipeline: guidance that suits its denoiser.
         guidance_rescale (`float`, *optional*): the same of that argument.
@@ -232,31 +276,31 @@ class LDLMPipeline(RepositoryPipeline):
     def _interrupt(self, value: bool) -> None:
         self._calls.current.interrupt = value
 
-    def check_inputs(
-        self,
-        batch_size: int,
-        num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str] | None,
-        self_condition_scale: float | None = None,
-        self_condition_decay: float = 0.0,
-        guidance_rescale: float | None = None,
-    ) -> None:
-        """Raises ValueError, naming argument, value and remedy, for everything that `__call__` cannot work with."""
-        if isinstance(batch_size, (str, list, tuple)):
-            raise ValueError(
-                f"`batch_size`={reprlib.repr(batch_size)}: generation takes no text, it is unconditional; the first "
-                "argument is the number of texts to write, such as pipe(4). `encode` and `decode` take and give texts."
-            )
-        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
+    def check_counts(self, **counts: int | None) -> None:
+        """Raises ValueError unless each is a positive integer, or None where `max_new_tokens` may be that."""
+        for name, value in counts.items():
+            if value is None and name == "max_new_tokens":
+                continue
             whole = whole_number(value)
             if whole is None or whole < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        self.check_guidance(self_condition_scale, self_condition_decay, guidance_rescale)
+                hint = ""
+                if isinstance(value, (str, list, tuple)):
+                    hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
+                raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
+
+    def check_inputs(
+        self, batch_size: int, sampling: Sampling, latents: torch.Tensor | None = None, output_type: str = "text"
+    ) -> None:
+        """Raises ValueError, naming argument, value and remedy, for everything that generation cannot work with."""
+        self.check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
+        self.check_guidance(sampling.self_condition_scale, sampling.self_condition_decay, sampling.guidance_rescale)
+        check_number("guidance_scale", sampling.guidance_scale)
+        interval = list(sampling.guidance_interval)
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"`guidance_interval` must be two times in [0, 1], the lower one first, got {interval}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        generator = sampling.generator
         generators = generator if isinstance(generator, list) else [generator]
         if not all(one is None or isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
@@ -276,9 +320,7 @@ class LDLMPipeline(RepositoryPipeline):
                 )
             if not latents.is_floating_point():
                 raise ValueError(f"`latents` must be floating-point noise, got {latents.dtype}.")
-        unknown = [
-            name for name in callback_on_step_end_tensor_inputs or [] if name not in self._callback_tensor_inputs
-        ]
+        unknown = [name for name in sampling.callback_tensors if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
@@ -298,19 +340,98 @@ class LDLMPipeline(RepositoryPipeline):
 
     def check_guidance(self, scale: float | None, decay: float = 0.0, rescale: float | None = None) -> None:
         """Raises ValueError for guidance by the self-condition that the denoiser cannot be given."""
-        for name, number, highest in (
-            ("self_condition_scale", scale or 0.0, math.inf),
-            ("self_condition_decay", decay, math.inf),
-            ("guidance_rescale", rescale or 0.0, 1),
-        ):
-            is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-            if not (is_number and math.isfinite(number) and 0 <= number <= highest):
-                bound = "finite number that is not negative" if highest == math.inf else "number in [0, 1]"
-                raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
+        check_number("self_condition_scale", scale or 0.0)
+        check_number("self_condition_decay", decay)
+        check_number("guidance_rescale", rescale or 0.0, highest=1)
         if scale and not self.transformer.config.self_conditioning:
             raise ValueError(
                 f"`self_condition_scale`={scale}: this transformer was trained without a self-condition; leave it out."
             )
+
+    def tokenize_prompts(
+        self,
+        prompt: str | list[str] | None,
+        suffix: str | list[str] | None,
+        batch_size: int,
+        num_texts_per_prompt: int,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of the prompts and suffixes of each text; empty ones where there are none.
+
+        Raises:
+            ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
+        """
+        for name, texts in (("prompt", prompt), ("suffix", suffix)):
+            if not (texts is None or isinstance(texts, (str, list, tuple))):
+                raise ValueError(
+                    f"`{name}` must be a text or a list of texts, got {reprlib.repr(texts)}; without a prompt, "
+                    "batch_size is the number of texts."
+                )
+        if prompt is None and suffix is None:
+            return [[] for _ in range(int(batch_size))], [[] for _ in range(int(batch_size))]
+        if int(batch_size) != 1:
+            raise ValueError(
+                f"`batch_size`={batch_size} is for texts without a prompt; with one, use num_texts_per_prompt."
+            )
+        self.require_components("a prompt", "tokenizer")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        suffixes = [suffix] if isinstance(suffix, str) else list(suffix or [])
+        if prompt is None:
+            prompts = [""] * len(suffixes)
+        if suffix is None or (isinstance(suffix, str) and prompts):
+            suffixes = [suffix or ""] * len(prompts)
+        if not prompts or len(prompts) != len(suffixes):
+            raise ValueError(
+                f"`prompt` has {len(prompts)} texts and `suffix` {len(suffixes)}: give one or more prompts, and one "
+                "suffix for all of them or one for each."
+            )
+        times = range(int(num_texts_per_prompt))
+        return (
+            [tokenize(self.tokenizer, one, "prompt") for one in prompts for _ in times],
+            [tokenize(self.tokenizer, one, "suffix") for one in suffixes for _ in times],
+        )
+
+    def encode_given(self, rows: GivenTokens) -> dict[str, torch.Tensor] | None:
+        """What the denoiser is told of given tokens (see [`Conditions.of_denoiser`]); None where there are none.
+
+        Raises:
+            ValueError: a transformer that was trained without such, or a pipeline without encoders.
+        """
+        if not rows.given.any():
+            return None
+        if not self.transformer.config.role_embeds:
+            raise ValueError(
+                "This pipeline's transformer was trained without texts given in part (role_embeds=False), so it "
+                "continues no prompt and fills no gap. `edit` works with any pipeline; "
+                "training/train_joint.py components=PIPELINE conditioning.prefix_share=0.25 "
+                "conditioning.gaps_share=0.25 trains this one further."
+            )
+        self.require_components("a prompt", "token_encoder", "latent_encoder")
+        conditions = Conditions(rows.given).to(self._execution_device)
+        latents = self.encode_sequences(rows.sequences, conditions.attention_mask())
+        return conditions.of_denoiser(latents.to(self.transformer.dtype))
+
+    def put_back(self, rows: GivenTokens, sequences: torch.Tensor) -> torch.Tensor:
+        """Decoded token ids (B, L) with the given ones as they were, cut where their texts end: (B, T), shorter rows
+        filled up with the end-of-text token."""
+        given, tokens = rows.given.to(sequences.device), rows.sequences.to(sequences.device)
+        sequences = torch.where(given, tokens, sequences)
+        longest = max(rows.lengths)
+        ends = torch.tensor(rows.lengths, device=sequences.device)[:, None]
+        behind = torch.arange(longest, device=sequences.device) >= ends
+        return sequences[:, :longest].masked_fill(behind, self.fill_token_id or 0)
+
+    def pad_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """Token ids (B, T) of rows, shorter ones filled up with the end-of-text token."""
+        longest = max(map(len, rows))
+        return torch.tensor([row + [self.fill_token_id or 0] * (longest - len(row)) for row in rows])
+
+    @property
+    def fill_token_id(self) -> int | None:
+        """What stands behind the end of a text: the end-of-text token, or a separator; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        end = self.tokenizer.eos_token_id
+        return self.tokenizer.sep_token_id if end is None else end
 
     def prepare_latents(
         self,
@@ -378,14 +499,18 @@ class LDLMPipeline(RepositoryPipeline):
             weights = [1 + (scale - 1) * math.exp(-decay * level) for level in (sigma / alpha).tolist()]
         return [1.0, *weights[1:]]
 
-    def denoising_steps(
-        self, solver: Solver, scale: float | None, decay: float, rescale: float | None
-    ) -> Iterator[DenoisingStep]:
-        """The steps of a grid; scale and decay as in [`~LDLMPipeline.self_condition_weights`], and a `rescale` of None
-        is the pipeline's own, or 0."""
+    def denoising_steps(self, solver: Solver, sampling: Sampling) -> Iterator[DenoisingStep]:
+        """The steps of a grid; a `guidance_rescale` of None is the pipeline's own, or 0."""
+        rescale = sampling.guidance_rescale
         if rescale is None:
             rescale = self.config.guidance_rescale or 0.0
-        weights = self.self_condition_weights(solver.times, scale, decay)
+        weights = self.self_condition_weights(
+            solver.times, sampling.self_condition_scale, sampling.self_condition_decay
+        )
+        scales = [1.0] * len(solver.times)
+        if sampling.guidance_scale != 1:
+            first, last = sampling.guidance_interval
+            scales = [sampling.guidance_scale if first <= t <= last else 1.0 for t in solver.times.cpu().tolist()]
         guidance = None
         if self.transformer.config.guidance_embeds:
             # the transformer has learned what guidance gives, and is told how much of it
@@ -398,33 +523,98 @@ class LDLMPipeline(RepositoryPipeline):
                 conditions["next_timestep"] = solver.next_times[i]
             if guidance is not None:
                 conditions["guidance"] = guidance[i]
-            yield DenoisingStep(solver.timesteps[i], solver.times[i], weight, rescale, conditions)
+            yield DenoisingStep(solver.timesteps[i], solver.times[i], weight, scales[i], rescale, conditions)
 
-    def predict(self, latents: torch.Tensor, step: DenoisingStep, self_condition: torch.Tensor) -> torch.Tensor:
-        """The denoiser's prediction (B, N, d_z), guided by its self-condition: x^ = x^_0 + w (x^_sc - x^_0).
+    def predict(
+        self,
+        latents: torch.Tensor,
+        step: DenoisingStep,
+        self_condition: torch.Tensor,
+        given: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The denoiser's prediction (B, N, d_z), guided by its self-condition and by what is given:
 
-        x^_sc is the prediction from the self-condition, x^_0 that without one. For w = 1 and w = 0 one of them is all
-        that counts, and the transformer sees the batch once; for other weights twice.
+            x^ = x^_0 + w (x^_sc - x^_0) + (v - 1) (x^_sc - x^_null)
+
+        x^_sc is the prediction from the self-condition, x^_0 that without one, and x^_null that without what is given.
+        For w = 1 and w = 0, and for v = 1, one of each two is all that counts, and the transformer is not asked for
+        the other.
 
         Args:
             latents: noisy latents (B, N, d_z).
-            step: their time, w, and what else the transformer is told.
+            step: their time, w, v, and what else the transformer is told.
             self_condition: the last prediction (B, N, d_z).
+            given: what is given, as [`Conditions.of_denoiser`] says it.
         """
+        given = given or {}
         latents, self_condition = latents.to(self.transformer.dtype), self_condition.to(self.transformer.dtype)
         nothing = torch.zeros_like(self_condition)
+        condition = nothing if step.self_condition_weight == 0 else self_condition
         if step.num_function_evaluations == 1:
-            condition = self_condition if step.self_condition_weight == 1 else nothing
-            return self.transformer(latents, step.time, condition, **step.conditions).sample
-        both = torch.cat([nothing, self_condition])
-        predictions = self.transformer(torch.cat([latents, latents]), step.time, both, **step.conditions).sample
-        unguided, guided = predictions.chunk(2)
-        return guide(unguided, guided, step.self_condition_weight, step.guidance_rescale)
+            return self.transformer(latents, step.time, condition, **step.conditions, **given).sample
+        # the predictions that are asked for, each by its self-condition and by what it is told of given latents
+        asked = [(condition, given)]
+        if step.self_condition_weight not in (0, 1):
+            asked.insert(0, (nothing, given))
+        if step.guidance_scale != 1:
+            asked.append((condition, given | {"given_latents": nothing}))
+        told = {name: torch.cat([arguments[name] for _, arguments in asked]) for name in given}
+        conditions = torch.cat([one for one, _ in asked])
+        latents = torch.cat([latents] * len(asked))
+        predictions = self.transformer(latents, step.time, conditions, **step.conditions, **told).sample
+        parts = list(predictions.chunk(len(asked)))
+        contrast = None
+        if step.guidance_scale != 1:
+            without = parts.pop().float()
+            contrast = (step.guidance_scale - 1) * (parts[-1].float() - without)
+            contrast = contrast.masked_fill(given["given"][..., None], 0)
+        return guide(parts[0], parts[-1], step.self_condition_weight, step.guidance_rescale, contrast)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        sampling: Sampling,
+        call: CallState,
+        given: dict[str, torch.Tensor] | None = None,
+        self_condition: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noisy latents at the beginning of a grid → clean ones, (B, N, d_z).
+
+        Args:
+            latents: at the grid's first time.
+            sampling: how.
+            call: the call that this is part of; counts steps and evaluations.
+            given: what is given, as [`Conditions.of_denoiser`] says it.
+            self_condition: the first one, zeros by default.
+        """
+        solver = self.prepare_solver(int(sampling.num_inference_steps), sampling.timesteps, latents.device)
+        # the last prediction of the clean latents is the next step's self-condition
+        clean_latents = torch.zeros_like(latents) if self_condition is None else self_condition
+        steps = self.denoising_steps(solver, sampling)
+        call.num_timesteps = len(solver.times)
+        with self._calls.running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
+            for i, step in enumerate(steps):
+                if call.interrupt:
+                    continue
+                model_input = solver.model_input(latents, step.timestep)
+                clean_latents = self.predict(model_input, step, clean_latents, given)  # (B, N, d_z)
+                latents = solver.step(clean_latents, step.timestep, latents, sampling.generator)
+                call.num_function_evaluations += step.num_function_evaluations
+
+                if sampling.callback_on_step_end is not None:
+                    tensors = {"latents": latents, "clean_latents": clean_latents}
+                    callback_kwargs = {name: tensors[name] for name in sampling.callback_tensors}
+                    callback_outputs = sampling.callback_on_step_end(self, i, step.timestep, callback_kwargs) or {}
+                    latents = callback_outputs.pop("latents", latents)
+                    clean_latents = callback_outputs.pop("clean_latents", clean_latents)
+                progress_bar.update()
+        return clean_latents
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
+        prompt: str | list[str] | None = None,
         batch_size: int = 1,
         num_inference_steps: int = 128,
         timesteps: list[float] | None = None,
@@ -433,21 +623,26 @@ class LDLMPipeline(RepositoryPipeline):
         self_condition_scale: float | None = None,
         self_condition_decay: float = 0.0,
         guidance_rescale: float | None = None,
+        suffix: str | list[str] | None = None,
+        num_texts_per_prompt: int = 1,
+        max_new_tokens: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        given_tokens: GivenTokens | None = None,
         output_type: str = "text",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> LDLMPipelineOutput | tuple:
         r"""
-        Generates texts.
+        Generates texts, or continues prompts.
 
         Args:
-            batch_size (`int`, defaults to 1): number of texts.
+            prompt (`str` or `list[str]`, *optional*):
+                What texts begin with, for a transformer that was trained with texts given in part (`role_embeds`).
+            batch_size (`int`, defaults to 1): number of texts, without a prompt.
             num_inference_steps (`int`, defaults to 128): number of denoising steps, each one evaluation of the
-                transformer unless the self-condition guides it.
+                transformer, and one more for each of self-condition and prompt that guide it.
             timesteps (`list[float]`, *optional*):
                 Times to evaluate the transformer at instead of the scheduler's own grid, decreasing from 1; for
                 schedulers of the tangent schedule.
@@ -468,6 +663,19 @@ class LDLMPipeline(RepositoryPipeline):
                 How far, from 0 to 1, a guided prediction goes back to the standard deviation that it has without
                 guidance (Lin et al., arXiv 2305.08891); without effect where guidance was learned in training. By
                 default the pipeline's own, or 0.
+            suffix (`str` or `list[str]`, *optional*):
+                What texts end with, one for all prompts or one for each: the model writes what is between.
+            num_texts_per_prompt (`int`, defaults to 1): texts for each prompt, one behind the other.
+            max_new_tokens (`int`, *optional*):
+                How many tokens are written; by default as many as the model's texts have room for. More than that are
+                written block by block, each with the end of what is there as its prompt (see
+                [`~LDLMPipeline.stream`]).
+            guidance_scale (`float`, defaults to 1.0):
+                Weight v of what is given: 1 is the model's own prediction, more of it moves the prediction away from
+                that without a prompt (classifier-free guidance), which costs another evaluation of the transformer in
+                each step; 0 leaves the prompt out of the denoiser.
+            guidance_interval (pair of `float`, defaults to `(0.0, 1.0)`): times between which `guidance_scale` holds.
+            given_tokens ([`GivenTokens`], *optional*): rows of tokens, any of which may be given, instead of prompts.
             output_type (`str`, defaults to `"text"`):
                 `"text"`: texts and token ids; `"seq"` or `"pt"`: token ids, as a tensor; `"latent"`: clean latents,
                 which [`~LDLMPipeline.decode`] takes.
@@ -483,11 +691,6 @@ class LDLMPipeline(RepositoryPipeline):
         Returns:
             [`LDLMPipelineOutput`], or a tuple `(sequences, texts)`, with `output_type="latent"` `(latents,)`.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        elif callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
-
         # 1. Check components and inputs
         needed = ["transformer", "scheduler"]
         if output_type != "latent":
@@ -495,56 +698,237 @@ class LDLMPipeline(RepositoryPipeline):
         if output_type == "text":
             needed.append("tokenizer")
         self.require_components("generation", *needed)
-        self.check_inputs(
-            batch_size,
-            num_inference_steps,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            self_condition_scale,
-            self_condition_decay,
-            guidance_rescale,
+        self.check_counts(
+            batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
         )
-        device = self._execution_device
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        sampling = Sampling(
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            generator=generator,
+            self_condition_scale=self_condition_scale,
+            self_condition_decay=self_condition_decay,
+            guidance_rescale=guidance_rescale,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
-        # 2. Prepare the solver's grid and the latents
-        solver = self.prepare_solver(int(num_inference_steps), timesteps, device)
-        latents = self.prepare_latents(int(batch_size), device, generator, latents)
-        clean_latents = torch.zeros_like(latents)
-        steps = self.denoising_steps(solver, self_condition_scale, self_condition_decay, guidance_rescale)
-
-        # 3. Denoise; the last prediction of the clean latents is the next step's self-condition
-        call = CallState(num_timesteps=len(solver.times))
-        with self._calls.running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
-            for i, step in enumerate(steps):
-                if call.interrupt:
-                    continue
-                model_input = solver.model_input(latents, step.timestep)
-                clean_latents = self.predict(model_input, step, clean_latents)  # (B, N, d_z)
-                latents = solver.step(clean_latents, step.timestep, latents, generator)
-                call.num_function_evaluations += step.num_function_evaluations
-
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "clean_latents": clean_latents}
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, i, step.timestep, callback_kwargs) or {}
-                    latents = callback_outputs.pop("latents", latents)
-                    clean_latents = callback_outputs.pop("clean_latents", clean_latents)
-                progress_bar.update()
-
-        # 4. Decode the clean prediction, without decoder noise
-        if output_type == "latent":
-            output = LDLMPipelineOutput(latents=clean_latents.float())
+        # 2. What is given, and what is to be written
+        prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
+        rows, is_long = given_tokens, False
+        if rows is not None:
+            batch_size = len(rows.sequences)
         else:
-            sequences = self.decode_to_sequences(clean_latents)
-            texts = self._to_texts(sequences) if output_type == "text" else None
-            output = LDLMPipelineOutput(sequences=sequences, texts=texts, latents=clean_latents.float())
+            batch_size = len(prompts)
+            longest = max(map(len, prompts))
+            is_long = max_new_tokens is not None and longest + max_new_tokens > self.sequence_length
+            if max_new_tokens is not None or any(prompts) or any(suffixes):
+                within = None if is_long and not any(suffixes) else max_new_tokens
+                rows = GivenTokens.of_rows(
+                    continued_rows(prompts, suffixes, self.sequence_length, within), self.sequence_length
+                )
+        self.check_inputs(batch_size, sampling, latents)
+
+        # 3. Denoise and decode; more tokens than there is room for, block by block
+        if is_long:
+            if latents is not None or output_type == "latent":
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens} are more than this model's texts of {self.sequence_length} "
+                    "tokens have room for, so there are no latents of the whole: leave `latents` out, and take "
+                    "another `output_type`."
+                )
+            written = [list(one) for one in prompts]
+            for block in self._write_blocks(prompts, int(max_new_tokens or 0), sampling):
+                for row, new in zip(written, block, strict=True):
+                    row += new
+            output = LDLMPipelineOutput(sequences=self.pad_rows(written))
+        else:
+            clean_latents = self._write(rows, batch_size, sampling, CallState(), latents)
+            output = LDLMPipelineOutput(latents=clean_latents.float())
+            if output_type != "latent":
+                output.sequences = self.finished_sequences(rows, clean_latents)
+        if output_type == "text" and output.sequences is not None:
+            output.texts = self._to_texts(output.sequences)
         self.maybe_free_model_hooks()
 
         if not return_dict:
             return (output.latents,) if output_type == "latent" else (output.sequences, output.texts)
         return output
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | list[str] | None = None,
+        max_new_tokens: int = 256,
+        context_tokens: int | None = None,
+        batch_size: int = 1,
+        num_texts_per_prompt: int = 1,
+        **sampling: Any,
+    ) -> Iterator[LDLMPipelineOutput]:
+        """Writes texts of any length and yields each block as it is done: its token ids (B, T) and texts, which follow
+        on those of the blocks before.
+
+        The first block continues the prompt as far as the model's texts go; each further one has the last tokens that
+        are there as its prompt.
+
+        Args:
+            prompt: as of [`~LDLMPipeline.__call__`].
+            max_new_tokens: tokens that are written of each text.
+            context_tokens: how many tokens a block is given of those before; half of the model's by default.
+            batch_size: number of texts, without a prompt.
+            num_texts_per_prompt: as of [`~LDLMPipeline.__call__`].
+            sampling: how each block is denoised: the arguments of [`~LDLMPipeline.__call__`] of [`Sampling`]'s names.
+
+        Raises:
+            ValueError: as of [`~LDLMPipeline.__call__`], before anything is written.
+        """
+        self.require_components("generation", "transformer", "scheduler", "token_decoder", "tokenizer")
+        self.check_counts(
+            batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
+        )
+        prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
+        arguments = Sampling(**sampling)
+        self.check_inputs(len(prompts), arguments)
+        written = [list(one) for one in prompts]
+        shown = self._to_texts(prompts)
+        for block in self._write_blocks(prompts, int(max_new_tokens), arguments, context_tokens):
+            written = [row + new for row, new in zip(written, block, strict=True)]
+            texts = self._to_texts(written)
+            new_texts = [text[len(before) :] for text, before in zip(texts, shown, strict=True)]
+            shown = texts
+            yield LDLMPipelineOutput(sequences=self.pad_rows(block), texts=new_texts)
+        self.maybe_free_model_hooks()
+
+    def infill(
+        self,
+        texts: str | list[str],
+        gap: str = "___",
+        gap_tokens: int = 6,
+        num_texts_per_prompt: int = 1,
+        **arguments: Any,
+    ) -> LDLMPipelineOutput | tuple:
+        """Fills the gaps of texts.
+
+        Args:
+            texts: a text or a list of them, each with one gap marker or more.
+            gap: marks a gap.
+            gap_tokens: tokens that are written into each gap.
+            num_texts_per_prompt: as of [`~LDLMPipeline.__call__`].
+            arguments: others of it.
+
+        Raises:
+            ValueError: a text without a gap, or too long; as of [`~LDLMPipeline.__call__`].
+        """
+        self.require_components("infill", "transformer", "tokenizer")
+        self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
+        if not isinstance(gap, str) or not gap:
+            raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("`texts` must hold at least one text.")
+        rows = rows_with_gaps(self.tokenizer, texts, gap, int(gap_tokens), self.sequence_length)
+        rows = [row for row in rows for _ in range(int(num_texts_per_prompt))]
+        return self(given_tokens=GivenTokens.of_rows(rows, self.sequence_length), **arguments)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        texts: str | list[str],
+        strength: float = 0.5,
+        num_texts_per_prompt: int = 1,
+        return_dict: bool = True,
+        **sampling: Any,
+    ) -> LDLMPipelineOutput | tuple:
+        """Rewrites texts, the more freely the greater the strength; with any transformer.
+
+        Noise is put on the latents of a text up to the time `strength`, and from there they are denoised, with the
+        clean latents as the first self-condition (EdiText's recipe).
+
+        Args:
+            texts: a text or a list of them.
+            strength: time in (0, 1] that is gone back to. Of the steps of a whole grid those are taken that lie below.
+            num_texts_per_prompt: versions of each text, one behind the other.
+            return_dict: as of [`~LDLMPipeline.__call__`].
+            sampling: how latents are denoised: the arguments of [`~LDLMPipeline.__call__`] of [`Sampling`]'s names.
+
+        Raises:
+            ValueError: a pipeline without encoders, texts that do not fit the model, or a strength out of range.
+        """
+        self.require_components(
+            "edit", "transformer", "scheduler", "token_decoder", "tokenizer", "token_encoder", "latent_encoder"
+        )
+        self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
+        check_number("strength", strength, highest=1)
+        arguments = Sampling(**sampling)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        latents = self.encode(texts).repeat_interleave(int(num_texts_per_prompt), dim=0)
+        self.check_inputs(len(latents), arguments)
+        solver = self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, latents.device)
+        times = [time for time in solver.times.cpu().tolist() if time <= strength]
+        if not times:
+            raise ValueError(
+                f"`strength`={strength} is below all times of the grid, the last of which is "
+                f"{float(solver.times[-1]):.3f}: raise it, or num_inference_steps."
+            )
+        noise = self.prepare_latents(len(latents), latents.device, arguments.generator)
+        alpha, sigma = alpha_sigma(torch.tensor(times[0]), self.scheduler.config.tangent_d)
+        noisy_latents = float(alpha) * latents + float(sigma) * noise
+        arguments = replace(arguments, timesteps=times, guidance_scale=1.0)
+        clean_latents = self.denoise(noisy_latents, arguments, CallState(), self_condition=latents)
+        sequences = self.decode_to_sequences(clean_latents)
+        output = LDLMPipelineOutput(
+            sequences=sequences, texts=self._to_texts(sequences), latents=clean_latents.float()
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.sequences, output.texts)
+
+    def _write_blocks(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        context_tokens: int | None = None,
+    ) -> Iterator[list[list[int]]]:
+        """Yields the new tokens of each text, block by block, `max_new_tokens` in all."""
+        length = self.sequence_length
+        context = length // 2 if context_tokens is None else whole_number(context_tokens)
+        if context is None or not 0 < context < length:
+            raise ValueError(f"`context_tokens` must be an integer from 1 to {length - 1}, got {context_tokens!r}.")
+        call = CallState()
+        contexts, left = [list(one) for one in prompts], [max_new_tokens] * len(prompts)
+        while any(left) and not call.interrupt:
+            # a text that is complete is written on with the others, and thrown away
+            rows = GivenTokens.of_rows(continued_rows(contexts, [[]] * len(prompts), length, None), length)
+            clean_latents = self._write(rows, len(prompts), sampling, call)
+            sequences = self.finished_sequences(rows, clean_latents).tolist()
+            block = [row[len(before) :][:count] for row, before, count in zip(sequences, contexts, left, strict=True)]
+            left = [count - len(new) for count, new in zip(left, block, strict=True)]
+            contexts = [row[-context:] for row in sequences]
+            yield block
+
+    def _write(
+        self,
+        rows: GivenTokens | None,
+        batch_size: int,
+        sampling: Sampling,
+        call: CallState,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Clean latents (B, N, d_z) of texts, around what is given of them."""
+        given = None if rows is None else self.encode_given(rows)
+        if given is None:
+            # nothing to be guided by
+            sampling = replace(sampling, guidance_scale=1.0)
+        latents = self.prepare_latents(batch_size, self._execution_device, sampling.generator, noise)
+        return self.denoise(latents, sampling, call, given)
+
+    def finished_sequences(self, rows: GivenTokens | None, clean_latents: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) of clean latents, decoded without decoder noise."""
+        sequences = self.decode_to_sequences(clean_latents)
+        return sequences if rows is None else self.put_back(rows, sequences)
 
     @torch.no_grad()
     def decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
@@ -562,7 +946,7 @@ class LDLMPipeline(RepositoryPipeline):
             hidden_states = self.latent_decoder(latents, return_dict=True).hidden_states  # (B, L, D)
         return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
 
-    def _to_texts(self, sequences: torch.Tensor) -> list[str]:
+    def _to_texts(self, sequences: torch.Tensor | list[list[int]]) -> list[str]:
         """Token ids (B, L) → texts, without special tokens."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
@@ -587,8 +971,10 @@ class LDLMPipeline(RepositoryPipeline):
         return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
 
     @torch.no_grad()
-    def encode_sequences(self, sequences: torch.Tensor) -> torch.Tensor:
+    def encode_sequences(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Maps token ids (B, L) to latents (B, N, d_z), float32; L is the model's sequence length.
+
+        A mask (B, L, L) says which tokens each of them may attend to.
 
         Raises:
             ValueError: a pipeline without encoders, or token ids of another shape.
@@ -600,8 +986,10 @@ class LDLMPipeline(RepositoryPipeline):
                 f"`sequences` of shape {tuple(sequences.shape)} must have the shape (batch_size, sequence_length) = "
                 f"(batch_size, {length})."
             )
-        hidden_states = self.token_encoder(sequences.to(self._execution_device), return_dict=True).hidden_states
-        latents = self.latent_encoder(hidden_states.to(self.latent_encoder.dtype), return_dict=True).latents.float()
+        sequences = sequences.to(self._execution_device)
+        encoded = self.token_encoder(sequences, attention_mask=attention_mask, return_dict=True)
+        hidden_states = encoded.hidden_states.to(self.latent_encoder.dtype)
+        latents = self.latent_encoder(hidden_states, attention_mask=attention_mask, return_dict=True).latents.float()
         self.maybe_free_model_hooks()
         return latents
 
@@ -612,7 +1000,7 @@ class LDLMPipeline(RepositoryPipeline):
 
     def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:
         """Token ids (B, L), each text filled up with the end-of-text token."""
-        fill = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+        fill = self.fill_token_id
         rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for i, row in enumerate(rows):
             if len(row) > sequence_length:

@@ -64,7 +64,7 @@ result["app"] = read("org/tiny-space", "app.py", repo_type="space")
 pipe = LDLMPipeline.from_pretrained("org/tiny")
 pipe.set_progress_bar_config(disable=True)
 generator = torch.Generator().manual_seed(0)
-result["sequences"] = pipe(2, num_inference_steps=4, generator=generator).sequences.tolist()
+result["sequences"] = pipe(batch_size=2, num_inference_steps=4, generator=generator).sequences.tolist()
 
 # again, without the variant and in shards: what the folder no longer holds goes
 for path in Path(folder).glob("*/*.fp16*"):
@@ -272,7 +272,7 @@ def test_publishing_over_http(folder: Path, loopback_hub: LoopbackHub, tmp_path:
     pipe = LDLMPipeline.from_pretrained(bare)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    assert found["sequences"] == pipe(2, num_inference_steps=4, generator=generator).sequences.tolist()
+    assert found["sequences"] == pipe(batch_size=2, num_inference_steps=4, generator=generator).sequences.tolist()
 
     republished = set(found["republished"])
     assert not republished & (halves | whole)

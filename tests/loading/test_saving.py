@@ -191,12 +191,14 @@ def test_adapters_are_refused_until_they_are_merged(make_pipeline, tmp_path: Pat
         pipe.save_pretrained(tmp_path / "pipeline")
     assert list(tmp_path.iterdir()) == []
 
-    expected = pipe(2, 3, generator=torch.Generator().manual_seed(0)).sequences
+    expected = pipe(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).sequences
     setattr(pipe, component, wrapper.merge_and_unload())
     pipe.save_pretrained(tmp_path / "pipeline")
     loaded = LDLMPipeline.from_pretrained(tmp_path / "pipeline")
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(loaded(2, 3, generator=torch.Generator().manual_seed(0)).sequences, expected)
+    assert torch.equal(
+        loaded(batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).sequences, expected
+    )
 
 
 def test_components_of_classes_that_do_not_load_again_are_refused(make_pipeline, tmp_path: Path):

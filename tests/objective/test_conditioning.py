@@ -1,4 +1,4 @@
-"""What is given in training: the shares of a batch, the lengths of prompts, gaps, and the losses of what is written."""
+"""What is given in training: shares of a batch, lengths of prompts, gaps, and the losses of what is written."""
 
 from __future__ import annotations
 

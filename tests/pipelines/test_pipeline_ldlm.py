@@ -104,7 +104,7 @@ def test_sampling_is_the_loop_of_the_paper(pipe: LDLMPipeline):
         sequences = pipe.token_decoder(pipe.latent_decoder(clean).hidden_states).logits.argmax(-1)
     output = pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="latent")
     torch.testing.assert_close(output.latents, clean, rtol=1e-4, atol=1e-4)
-    assert torch.equal(pipe(2, STEPS, generator=seeded()).sequences, sequences)
+    assert torch.equal(pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded()).sequences, sequences)
 
 
 def test_given_latents_are_the_start(pipe: LDLMPipeline):
@@ -250,24 +250,38 @@ WHOLE = [np.int64, np.float32, float, torch.tensor]
 
 @pytest.mark.parametrize("number", WHOLE)
 def test_whole_numbers_of_other_types(pipe: LDLMPipeline, number: Callable[[int], Any]):
-    expected = pipe(2, 3, generator=seeded(), output_type="latent").latents
+    expected = pipe(batch_size=2, num_inference_steps=3, generator=seeded(), output_type="latent").latents
     noise = torch.randn(2, 6, 16, generator=seeded())
-    assert torch.equal(pipe(number(2), number(3), generator=seeded(), output_type="latent").latents, expected)
-    assert pipe(number(2), number(3), latents=noise, generator=[seeded(), seeded()]).sequences.shape == (2, 8)
+    assert torch.equal(
+        pipe(batch_size=number(2), num_inference_steps=number(3), generator=seeded(), output_type="latent").latents,
+        expected,
+    )
+    assert pipe(
+        batch_size=number(2), num_inference_steps=number(3), latents=noise, generator=[seeded(), seeded()]
+    ).sequences.shape == (2, 8)
     pipe.scheduler = DDIMScheduler.from_config(diffusers_config(pipe.scheduler))
-    assert pipe(number(2), number(3)).sequences.shape == (2, 8)
+    assert pipe(batch_size=number(2), num_inference_steps=number(3)).sequences.shape == (2, 8)
 
 
 def test_weights_of_the_self_condition_of_other_types(pipe: LDLMPipeline):
-    expected = pipe(2, 3, generator=seeded(), self_condition_scale=1.5, self_condition_decay=1.0).sequences
+    expected = pipe(
+        batch_size=2, num_inference_steps=3, generator=seeded(), self_condition_scale=1.5, self_condition_decay=1.0
+    ).sequences
     for scale, decay in ((np.float32(1.5), np.int64(1)), (Fraction(3, 2), np.float64(1))):
-        found = pipe(2, 3, generator=seeded(), self_condition_scale=scale, self_condition_decay=decay)
+        found = pipe(
+            batch_size=2,
+            num_inference_steps=3,
+            generator=seeded(),
+            self_condition_scale=scale,
+            self_condition_decay=decay,
+        )
         assert torch.equal(found.sequences, expected)
 
 
-@pytest.mark.parametrize("prompt", ["Once upon a time", ["Once upon", "a time"]])
-def test_a_prompt_is_answered_by_what_the_pipeline_takes(pipe: LDLMPipeline, prompt: str | list[str]):
-    with pytest.raises(ValueError, match=r"Once upon.*unconditional.*number of texts"):
+@pytest.mark.parametrize("prompt", ["w2 w3", ["w2 w3", "w4"]])
+def test_a_denoiser_that_was_given_no_texts_says_what_else_there_is(make_pipeline, prompt: str | list[str]):
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=r"role_embeds=False.*`edit`.*conditioning\.prefix_share"):
         pipe(prompt)
 
 
@@ -422,12 +436,12 @@ def test_a_pipeline_keeps_its_scheduler(pipe: LDLMPipeline, solver: type, tmp_pa
     pipe.scheduler = solver.from_config(
         diffusers_config(pipe.scheduler) if solver.__module__.startswith("diffusers.") else pipe.scheduler.config
     )
-    expected = pipe(2, 3, generator=seeded()).sequences
+    expected = pipe(batch_size=2, num_inference_steps=3, generator=seeded()).sequences
     pipe.save_pretrained(tmp_path)
     loaded = LDLMPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.scheduler) is solver
-    assert torch.equal(loaded(2, 3, generator=seeded()).sequences, expected)
+    assert torch.equal(loaded(batch_size=2, num_inference_steps=3, generator=seeded()).sequences, expected)
 
 
 def test_a_scheduler_of_another_schedule_is_refused(pipe: LDLMPipeline):
@@ -445,10 +459,10 @@ def test_diffusers_ddim_samples_what_ours_does(pipe: LDLMPipeline):
     noise = torch.randn(2, 6, 16, generator=seeded())
     ours = TangentDDIMScheduler.from_config(pipe.scheduler.config, t_min=0.0)
     pipe.scheduler = DDIMScheduler.from_config(diffusers_config(ours))
-    theirs = pipe(2, 4, latents=noise, output_type="latent").latents
+    theirs = pipe(batch_size=2, num_inference_steps=4, latents=noise, output_type="latent").latents
     times = model_times(pipe.scheduler).tolist()
     pipe.scheduler = ours
-    found = pipe(2, timesteps=times, latents=noise, output_type="latent").latents
+    found = pipe(batch_size=2, timesteps=times, latents=noise, output_type="latent").latents
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-3)
 
 
@@ -474,7 +488,7 @@ def test_self_condition_guidance_is_its_formula(pipe: LDLMPipeline, scale: float
         "self_condition_decay": decay,
         "guidance_rescale": rescale,
     }
-    found = pipe(2, STEPS, latents=noise, output_type="latent", **arguments).latents
+    found = pipe(batch_size=2, num_inference_steps=STEPS, latents=noise, output_type="latent", **arguments).latents
     handle.remove()
     assert pipe.num_function_evaluations == sum(seen) == (STEPS if scale in (0, 1) and not decay else 2 * STEPS - 1)
 
@@ -505,7 +519,9 @@ def test_guidance_that_was_learned_costs_no_second_evaluation(
     transformer = randomize(LDLMTransformer1DModel.from_config(config, guidance_embeds=True))
     pipe = make_pipeline(transformer=transformer, scheduler=TangentDDIMScheduler())
     noise = torch.randn(2, 6, 16, generator=seeded())
-    found = pipe(2, 3, latents=noise, output_type="latent", self_condition_scale=scale).latents
+    found = pipe(
+        batch_size=2, num_inference_steps=3, latents=noise, output_type="latent", self_condition_scale=scale
+    ).latents
     assert pipe.num_function_evaluations == 3
 
     pipe.scheduler.set_timesteps(3)
@@ -547,16 +563,28 @@ def test_a_pipeline_is_guided_as_it_was_saved(pipe: LDLMPipeline, tmp_path: Path
     loaded = LDLMPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     guidance = {"self_condition_scale": 2.5, "guidance_rescale": 0.7}
-    expected = pipe(2, 3, generator=seeded(), output_type="latent", **guidance).latents
-    as_it_is = pipe(2, 3, generator=seeded(), output_type="latent", self_condition_scale=2.5).latents
+    expected = pipe(batch_size=2, num_inference_steps=3, generator=seeded(), output_type="latent", **guidance).latents
+    as_it_is = pipe(
+        batch_size=2, num_inference_steps=3, generator=seeded(), output_type="latent", self_condition_scale=2.5
+    ).latents
     assert not torch.equal(expected, as_it_is)
-    assert torch.equal(loaded(2, 3, generator=seeded(), output_type="latent").latents, expected)
+    assert torch.equal(
+        loaded(batch_size=2, num_inference_steps=3, generator=seeded(), output_type="latent").latents, expected
+    )
     assert loaded.num_function_evaluations == 5
     assert torch.equal(
-        LDLMPipeline.from_pipe(loaded)(2, 3, generator=seeded(), output_type="latent").latents, expected
+        LDLMPipeline.from_pipe(loaded)(
+            batch_size=2, num_inference_steps=3, generator=seeded(), output_type="latent"
+        ).latents,
+        expected,
     )
-    plain = pipe(2, 3, generator=seeded(), output_type="latent").latents
-    assert torch.equal(loaded(2, 3, generator=seeded(), self_condition_scale=1, output_type="latent").latents, plain)
+    plain = pipe(batch_size=2, num_inference_steps=3, generator=seeded(), output_type="latent").latents
+    assert torch.equal(
+        loaded(
+            batch_size=2, num_inference_steps=3, generator=seeded(), self_condition_scale=1, output_type="latent"
+        ).latents,
+        plain,
+    )
     with pytest.raises(ValueError, match="`self_condition_scale` must be a finite number"):
         LDLMPipeline(**pipe.components, self_condition_scale=-1.0)
     transformer = LDLMTransformer1DModel.from_config(pipe.transformer.config, self_conditioning=False)
@@ -616,14 +644,23 @@ def test_threads_share_a_pipeline(make_pipeline, randomize, solver: type, own_pi
         diffusers_config(pipe.scheduler) if solver.__module__.startswith("diffusers.") else pipe.scheduler.config
     )
     steps = (16, 64)
-    expected = [pipe(3, num_steps, generator=seeded(), output_type="latent").latents for num_steps in steps]
+    expected = [
+        pipe(batch_size=3, num_inference_steps=num_steps, generator=seeded(), output_type="latent").latents
+        for num_steps in steps
+    ]
     turns = InStep(num_calls=2, num_steps=min(steps))
     pipes = [LDLMPipeline.from_pipe(pipe) for _ in steps] if own_pipelines else [pipe, pipe]
     for one in pipes:
         one.set_progress_bar_config(disable=True)
 
     def call(one: LDLMPipeline, num_steps: int) -> torch.Tensor:
-        return one(3, num_steps, generator=seeded(), output_type="latent", callback_on_step_end=turns).latents
+        return one(
+            batch_size=3,
+            num_inference_steps=num_steps,
+            generator=seeded(),
+            output_type="latent",
+            callback_on_step_end=turns,
+        ).latents
 
     with ThreadPoolExecutor() as threads:
         found = list(threads.map(call, pipes, steps))
@@ -632,7 +669,7 @@ def test_threads_share_a_pipeline(make_pipeline, randomize, solver: type, own_pi
 
 
 def test_a_callback_interrupts_its_own_call_only(pipe: LDLMPipeline):
-    expected = pipe(2, 16, generator=seeded(), output_type="latent").latents
+    expected = pipe(batch_size=2, num_inference_steps=16, generator=seeded(), output_type="latent").latents
     turns = InStep(num_calls=2, num_steps=4)
     taken = []
 
@@ -642,8 +679,15 @@ def test_a_callback_interrupts_its_own_call_only(pipe: LDLMPipeline):
         pipeline._interrupt = step == 3
 
     with ThreadPoolExecutor() as threads:
-        stopped = threads.submit(pipe, 2, 64, callback_on_step_end=stop)
-        found = threads.submit(pipe, 2, 16, generator=seeded(), output_type="latent", callback_on_step_end=turns)
+        stopped = threads.submit(pipe, batch_size=2, num_inference_steps=64, callback_on_step_end=stop)
+        found = threads.submit(
+            pipe,
+            batch_size=2,
+            num_inference_steps=16,
+            generator=seeded(),
+            output_type="latent",
+            callback_on_step_end=turns,
+        )
         assert torch.equal(found.result().latents, expected)
         stopped.result()
     assert taken == [0, 1, 2, 3]

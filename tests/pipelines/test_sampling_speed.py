@@ -58,8 +58,10 @@ class HostReadRefused(TorchDispatchMode):
 
 def test_no_step_reads_a_value(pipe: LDLMPipeline):
     with HostReadRefused():
-        found = pipe(2, STEPS, generator=seeded(), output_type="seq").sequences
-    assert torch.equal(found, pipe(2, STEPS, generator=seeded(), output_type="seq").sequences)
+        found = pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="seq").sequences
+    assert torch.equal(
+        found, pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="seq").sequences
+    )
 
 
 def test_a_read_within_the_loop_would_be_seen(pipe: LDLMPipeline):
@@ -93,8 +95,8 @@ def test_latents_that_a_callback_keeps_stay_as_they_were(pipe: LDLMPipeline):
     noise = torch.randn(2, 6, 16)
     start = noise.clone()
     pipe(
-        2,
-        STEPS,
+        batch_size=2,
+        num_inference_steps=STEPS,
         latents=noise,
         callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["latents", "clean_latents"],
@@ -210,7 +212,7 @@ def test_decoding_needs_no_more_memory_than_denoising(
         pipeline._interrupt = step == 1  # the other steps need what these two do
 
     with measured_memory() as sampling:
-        full_size_pipe(batch_size, num_inference_steps=128, output_type="seq", callback_on_step_end=stop)
+        full_size_pipe(batch_size=batch_size, num_inference_steps=128, output_type="seq", callback_on_step_end=stop)
     assert weights + denoising.peak < weights + sampling.peak < 1.3 * (weights + denoising.peak)
     # nowhere are all logits of even one sequence
     assert sampling.largest < 1024 * 50257 * dtype.itemsize
@@ -258,12 +260,12 @@ def test_a_modulation_of_another_model_is_refused(pipe: LDLMPipeline):
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_offloaded_blocks_compute_their_modulation_in_their_own_turn(pipe: LDLMPipeline, offload_type: str):
-    expected = pipe(2, STEPS, generator=seeded(), output_type="latent").latents
+    expected = pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="latent").latents
     settings = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
     device = torch.device("cpu")
     pipe.transformer.enable_group_offload(device, device, offload_type=offload_type, **settings)
     assert list(pipe.transformer.modulations(torch.rand(3))) == [None, None, None]
-    found = pipe(2, STEPS, generator=seeded(), output_type="latent").latents
+    found = pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="latent").latents
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -273,7 +275,10 @@ def test_weights_that_lie_on_a_disk_are_read_before_they_are_used(
 ):
     """What is not read is NaN here, where uninitialised memory is filled."""
     ids = torch.arange(8)[None]
-    expected = pipe(2, STEPS, generator=seeded(), output_type="seq").sequences, pipe.encode_sequences(ids)
+    expected = (
+        pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="seq").sequences,
+        pipe.encode_sequences(ids),
+    )
     device = torch.device("cpu")
     torch.use_deterministic_algorithms(True)
     try:
@@ -284,7 +289,7 @@ def test_weights_that_lie_on_a_disk_are_read_before_they_are_used(
                     model, device, device, offload_type, offload_to_disk_path=str(tmp_path / name), **settings
                 )
         for _ in range(2):
-            sequences = pipe(2, STEPS, generator=seeded(), output_type="seq").sequences
+            sequences = pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="seq").sequences
             assert torch.equal(sequences, expected[0])
             torch.testing.assert_close(pipe.encode_sequences(ids), expected[1])
     finally:
@@ -316,7 +321,7 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not s
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_blocks_sample_the_same_and_no_step_brings_a_graph(pipe: LDLMPipeline, backend: str):
-    expected = pipe(2, STEPS, generator=seeded(), output_type="latent").latents
+    expected = pipe(batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="latent").latents
     torch._dynamo.reset()
     counters.clear()
     pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
@@ -325,9 +330,11 @@ def test_compiled_blocks_sample_the_same_and_no_step_brings_a_graph(pipe: LDLMPi
     def count(*_: Any) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
 
-    found = pipe(2, STEPS, generator=seeded(), output_type="latent", callback_on_step_end=count).latents
+    found = pipe(
+        batch_size=2, num_inference_steps=STEPS, generator=seeded(), output_type="latent", callback_on_step_end=count
+    ).latents
     # other times, and another number of them
-    pipe(2, 3, callback_on_step_end=count)
+    pipe(batch_size=2, num_inference_steps=3, callback_on_step_end=count)
     torch._dynamo.reset()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert graphs == (STEPS + 3) * [1]

@@ -106,7 +106,9 @@ def test_the_teachers_latents_follow_what_it_teaches(make_pipeline: Callable[...
         with torch.no_grad():
             return follow_teacher(DistillationObjective(*parts, ode, scale), noise)
 
-    alone = pipe(2, TEACHER_STEPS, latents=noise, self_condition_scale=0.0, output_type="latent").latents
+    alone = pipe(
+        batch_size=2, num_inference_steps=TEACHER_STEPS, latents=noise, self_condition_scale=0.0, output_type="latent"
+    ).latents
     torch.testing.assert_close(followed(0.0), alone, rtol=1e-4, atol=1e-5)
     # from its own first estimate, that of the same time
     assert not torch.allclose(followed(1.0), alone, rtol=1e-4, atol=1e-5)

@@ -77,7 +77,9 @@ def test_what_the_denoiser_lacked_changes_nothing_at_first(
     for part in ("guidance_embeds", "role_embeds"):
         assert after.transformer.config[part] and not before.transformer.config[part]
     latents = [
-        pipe(2, 4, generator=torch.Generator().manual_seed(0), output_type="latent").latents
+        pipe(
+            batch_size=2, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="latent"
+        ).latents
         for pipe in (before, after)
     ]
     torch.testing.assert_close(*latents)

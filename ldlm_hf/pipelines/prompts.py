@@ -1,0 +1,100 @@
+"""Prompts, endings and texts with gaps as rows of tokens, of which some are given."""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """Rows of L tokens, some of which are given.
+
+    Attributes:
+        sequences: token ids (B, L); those that are to be written say nothing.
+        given: bool (B, L).
+        lengths: tokens of each row that belong to its text; the model writes on behind them, and that is cut off.
+    """
+
+    sequences: torch.Tensor
+    given: torch.Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of_rows(cls, rows: list[list[int | None]], sequence_length: int) -> GivenTokens:
+        """Rows of at most L token ids, None where a token is to be written, filled up with tokens to be written."""
+        filled = [row + [None] * (sequence_length - len(row)) for row in rows]
+        return cls(
+            torch.tensor([[0 if token is None else token for token in row] for row in filled]),
+            torch.tensor([[token is not None for token in row] for row in filled]),
+            [len(row) for row in rows],
+        )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:
+    """Token ids of a text as it stands: what looks like a special token is text, too.
+
+    Raises:
+        ValueError: no string, or text that the tokenizer has no tokens for.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"`{name}` must be a text or a list of texts, got {reprlib.repr(text)}.")
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        raise ValueError(
+            f"`{name}` has characters or words that the tokenizer does not know, and would be lost: "
+            f"{reprlib.repr(text)}. Leave them out."
+        )
+    return ids
+
+
+def continued_rows(
+    prompts: list[list[int]], suffixes: list[list[int]], sequence_length: int, max_new_tokens: int | None
+) -> list[list[int | None]]:
+    """Rows of a prompt, tokens to be written and a suffix, which ends the row, or stands behind `max_new_tokens`.
+
+    Raises:
+        ValueError: prompt and suffix leave no room, or less than was asked for.
+    """
+    rows: list[list[int | None]] = []
+    for prompt, suffix in zip(prompts, suffixes, strict=True):
+        room = sequence_length - len(prompt) - len(suffix)
+        wanted = 1 if max_new_tokens is None else max_new_tokens
+        if room < 1 or (suffix and wanted > room):
+            parts = f"`prompt` of {len(prompt)} tokens" + (f" and `suffix` of {len(suffix)}" if suffix else "")
+            raise ValueError(
+                f"{parts} leave room for {max(room, 0)} of the {wanted} tokens to be written: this model's texts have "
+                f"{sequence_length}. Shorten them."
+            )
+        rows.append([*prompt, *[None] * (room if max_new_tokens is None else min(room, wanted)), *suffix])
+    return rows
+
+
+def rows_with_gaps(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], gap: str, gap_tokens: int, sequence_length: int
+) -> list[list[int | None]]:
+    """Rows of texts with `gap_tokens` tokens to be written in the place of each gap marker.
+
+    Raises:
+        ValueError: a text without a gap, or too long.
+    """
+    rows: list[list[int | None]] = []
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"`texts` must be a text or a list of texts, got {reprlib.repr(text)}.")
+        if gap not in text:
+            raise ValueError(f"`gap`={gap!r} does not occur in {reprlib.repr(text)}; mark the gaps with it.")
+        row: list[int | None] = []
+        for index, part in enumerate(text.split(gap)):
+            row += [None] * (gap_tokens if index else 0)
+            row += tokenize(tokenizer, part, "texts")
+        if len(row) > sequence_length:
+            raise ValueError(
+                f"{reprlib.repr(text)} with {text.count(gap)} gaps of `gap_tokens`={gap_tokens} has {len(row)} "
+                f"tokens, more than this model's {sequence_length}. Shorten it, or its gaps."
+            )
+        rows.append(row)
+    return rows

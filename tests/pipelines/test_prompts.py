@@ -1,0 +1,295 @@
+"""Texts around what is given of them: prompts, endings, gaps, long texts and edits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldlm_hf import LDLMLatentDecoder, LDLMLatentEncoder, LDLMPipeline, LDLMTransformer1DModel, TangentDDIMScheduler
+from ldlm_hf.models.conditions import Conditions
+from ldlm_hf.models.guidance import guide
+from ldlm_hf.pipelines.pipeline_ldlm import Sampling
+from ldlm_hf.pipelines.prompts import GivenTokens
+from ldlm_hf.schedulers.tangent import alpha_sigma
+
+
+LENGTH, STEPS = 8, 4
+
+
+@pytest.fixture
+def pipe(make_components: Callable, make_pipeline: Callable, randomize: Callable) -> LDLMPipeline:
+    """A tiny pipeline whose denoiser is told what is given, with a latent for each of 8 tokens."""
+    parts = make_components()
+    for name, model_class in (("latent_encoder", LDLMLatentEncoder), ("latent_decoder", LDLMLatentDecoder)):
+        config = copy.deepcopy(parts[name].config)
+        config.num_latents = LENGTH
+        parts[name] = randomize(model_class(config).eval())
+    transformer = LDLMTransformer1DModel.from_config(parts["transformer"].config, sample_size=LENGTH, role_embeds=True)
+    parts["transformer"] = randomize(transformer)
+    return make_pipeline(**parts)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ids(pipe: LDLMPipeline, text: str) -> list[int]:
+    return pipe.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("prompt", ["w5", "w5 w6 w7", "w2 w3 w4 w5 w6 w7 w8"])
+def test_a_text_begins_with_its_prompt(pipe: LDLMPipeline, prompt: str) -> None:
+    output = pipe(prompt, num_texts_per_prompt=3, num_inference_steps=STEPS, generator=seeded())
+    assert output.sequences.shape == (3, LENGTH) and len(output.texts) == 3
+    given = ids(pipe, prompt)
+    assert output.sequences[:, : len(given)].tolist() == [given] * 3
+    assert all(text.startswith(prompt) for text in output.texts)
+
+
+def test_prompts_of_a_list_and_an_ending(pipe: LDLMPipeline) -> None:
+    prompts = ["w5", "w6 w7", ""]
+    output = pipe(prompts, suffix="w9 w10", num_inference_steps=STEPS)
+    assert output.sequences.shape == (3, LENGTH)
+    for row, prompt in zip(output.sequences.tolist(), prompts, strict=True):
+        given = ids(pipe, prompt)
+        assert row[: len(given)] == given and row[-2:] == ids(pipe, "w9 w10")
+    assert pipe(suffix=["w9", "w10"], num_inference_steps=1).sequences[:, -1].tolist() == ids(pipe, "w9 w10")
+    between = pipe("w5", suffix="w9", max_new_tokens=3, num_inference_steps=1).sequences
+    assert between.shape == (1, 5) and between[0, [0, -1]].tolist() == ids(pipe, "w5 w9")
+
+
+def test_the_denoiser_is_told_the_latents_of_the_prompt_alone(pipe: LDLMPipeline) -> None:
+    told: list[dict[str, Any]] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, __, keywords: told.append(keywords), with_kwargs=True)
+    pipe("w5 w6", num_inference_steps=2)
+    sequences = torch.tensor([[*ids(pipe, "w5 w6"), 7, 7, 7, 7, 7, 7]])  # whatever stands behind
+    given = torch.arange(LENGTH)[None] < 2
+    latents = pipe.encode_sequences(sequences, Conditions(given).attention_mask())
+    for keywords in told:
+        assert torch.equal(keywords["given"], given)
+        assert torch.equal(keywords["given_latents"], latents * given[..., None])
+
+
+def test_nothing_given_is_a_text_without_a_prompt(pipe: LDLMPipeline) -> None:
+    told: list[dict[str, Any]] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, __, keywords: told.append(keywords), with_kwargs=True)
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+    expected = pipe(num_inference_steps=STEPS, generator=seeded())
+    for found in (pipe("", generator=seeded(), **arguments), pipe(suffix="", generator=seeded(), **arguments)):
+        assert torch.equal(found.sequences, expected.sequences) and found.texts == expected.texts
+    assert not any("given" in keywords for keywords in told)
+    assert pipe.num_function_evaluations == STEPS
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("self_condition_scale", [0.0, 1.0, 3.0])
+def test_guidance_by_the_prompt(pipe: LDLMPipeline, scale: float, self_condition_scale: float) -> None:
+    """x_0 + w (x_sc - x_0) + (v - 1) (x_sc - x_null), rescaled, by three calls of the denoiser."""
+    arguments = {"self_condition_scale": self_condition_scale, "guidance_rescale": 0.5}
+    noise = torch.randn(2, LENGTH, 16)
+    states: list[dict[str, torch.Tensor]] = []
+    pipe(
+        ["w5 w6", "w7"],
+        num_inference_steps=STEPS,
+        latents=noise,
+        guidance_scale=scale,
+        callback_on_step_end=lambda _, __, ___, tensors: states.append(dict(tensors)),
+        callback_on_step_end_tensor_inputs=["latents", "clean_latents"],
+        **arguments,
+    )
+    evaluations = (scale != 1) * STEPS + (self_condition_scale == 3) * (STEPS - 1)
+    assert pipe.num_function_evaluations == STEPS + evaluations
+    rows = GivenTokens.of_rows([[*ids(pipe, "w5 w6"), *[None] * 6], [*ids(pipe, "w7"), *[None] * 7]], LENGTH)
+    given = pipe.encode_given(rows)
+    solver = pipe.prepare_solver(STEPS, None, torch.device("cpu"))
+    latents, estimate = states[0]["latents"], states[0]["clean_latents"]
+    nothing = torch.zeros_like(estimate)
+    with torch.no_grad():
+        condition = nothing if self_condition_scale == 0 else estimate
+        told = pipe.transformer(latents, solver.times[1], condition, **given).sample
+        plain = pipe.transformer(latents, solver.times[1], nothing, **given).sample
+        null = given | {"given_latents": nothing}
+        without = pipe.transformer(latents, solver.times[1], condition, **null).sample
+    start = plain if self_condition_scale == 3 else told
+    contrast = (scale - 1) * (told - without) * ~given["given"][..., None]
+    rescale = 0.0 if scale == 1 and self_condition_scale != 3 else 0.5
+    weight = self_condition_scale if self_condition_scale == 3 else 1.0
+    expected = guide(start, told, weight, rescale, contrast)
+    torch.testing.assert_close(states[1]["clean_latents"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_interval(pipe: LDLMPipeline) -> None:
+    arguments: dict[str, Any] = {"num_inference_steps": 10, "output_type": "latent", "guidance_scale": 2.0}
+    noise = torch.randn(1, LENGTH, 16)
+    evaluations = {}
+    for interval in ((0.0, 1.0), (0.3, 0.7), (0.0, 0.01)):
+        latents = pipe("w5", latents=noise, guidance_interval=interval, generator=seeded(), **arguments).latents
+        evaluations[interval] = pipe.num_function_evaluations
+    assert evaluations == {(0.0, 1.0): 20, (0.3, 0.7): 14, (0.0, 0.01): 10}
+    arguments["guidance_scale"] = 1.0
+    assert torch.equal(latents, pipe("w5", latents=noise, generator=seeded(), **arguments).latents)
+
+
+def test_a_row_does_not_depend_on_its_batch(pipe: LDLMPipeline) -> None:
+    prompts = ["w5 w6", "", "w7", "w2 w3 w4 w5"]
+    arguments: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 2.0}
+    together = pipe(prompts, generator=[seeded(i) for i in range(4)], **arguments).latents
+    for i, prompt in enumerate(prompts):
+        if prompt:
+            alone = pipe(prompt, generator=[seeded(i)], **arguments).latents
+            torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-4)
+
+
+def test_infill(pipe: LDLMPipeline) -> None:
+    texts = ["w5 ___ w6", "___ w7", "w2___w3 w4 ___"]
+    output = pipe.infill(texts, gap_tokens=2, num_texts_per_prompt=2, num_inference_steps=STEPS)
+    lengths = [4, 4, 3, 3, 7, 7]
+    rows = output.sequences.tolist()
+    for row, length in zip(rows, lengths, strict=True):
+        assert len(row) == 7 and row[length:] == [pipe.fill_token_id] * (7 - length)
+    assert [rows[0][0], rows[0][3], rows[2][2]] == ids(pipe, "w5 w6 w7")
+    assert [rows[4][0], rows[4][3], rows[4][4]] == ids(pipe, "w2 w3 w4")
+    assert output.texts[0].startswith("w5") and output.texts[0].endswith("w6")
+
+
+def test_longer_than_the_model_block_by_block(pipe: LDLMPipeline) -> None:
+    arguments: dict[str, Any] = {"num_inference_steps": 2}
+    blocks = list(pipe.stream(["w5 w6", "w7"], max_new_tokens=13, generator=[seeded(0), seeded(1)], **arguments))
+    # the rest of the first window, then half a window each
+    assert [block.sequences.shape[1] for block in blocks] == [7, 4, 3]
+    assert pipe.num_function_evaluations == 2 * len(blocks)
+    whole = pipe(["w5 w6", "w7"], max_new_tokens=13, generator=[seeded(0), seeded(1)], **arguments)
+    assert whole.sequences.shape == (2, 15) and whole.latents is None
+    for row, text in enumerate(whole.texts):
+        assert ["w5 w6", "w7"][row] + "".join(block.texts[row] for block in blocks) == text
+    assert whole.sequences[0, :2].tolist() == ids(pipe, "w5 w6")
+    assert whole.sequences[1, -1] == pipe.fill_token_id
+    alone = pipe("w7", max_new_tokens=13, generator=[seeded(1)], **arguments)
+    assert alone.sequences[0].tolist() == whole.sequences[1, :14].tolist()
+
+
+def test_a_block_has_the_end_of_the_text_as_its_prompt(pipe: LDLMPipeline) -> None:
+    seen: list[torch.Tensor] = []
+    pipe.token_encoder.register_forward_pre_hook(lambda _, inputs, keywords: seen.append(inputs[0]), with_kwargs=True)
+    blocks = list(pipe.stream("w5 w6", max_new_tokens=10, context_tokens=3, num_inference_steps=1))
+    written = torch.cat([block.sequences[0] for block in blocks]).tolist()
+    assert len(written) == 10 and len(blocks) == 2
+    assert seen[1][0, :3].tolist() == written[3:6]
+
+
+def test_long_texts_without_a_prompt_and_short_ones(pipe: LDLMPipeline) -> None:
+    assert pipe(batch_size=2, max_new_tokens=20, num_inference_steps=1).sequences.shape == (2, 20)
+    short = pipe(batch_size=2, max_new_tokens=3, num_inference_steps=1, generator=seeded()).sequences
+    whole = pipe(batch_size=2, num_inference_steps=1, generator=seeded()).sequences
+    assert torch.equal(short, whole[:, :3])
+
+
+def test_an_interrupted_stream_ends(pipe: LDLMPipeline) -> None:
+    def stop(pipeline: LDLMPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        pipeline._interrupt = True
+
+    blocks = list(pipe.stream("w5", max_new_tokens=50, num_inference_steps=3, callback_on_step_end=stop))
+    assert len(blocks) == 1 and pipe.num_function_evaluations == 1
+
+
+def test_edit_starts_from_the_noised_text_and_is_told_it(make_pipeline: Callable) -> None:
+    """With any denoiser, one step of DDIM's here, which predicts from the noised latents and the clean ones."""
+    pipe = make_pipeline()
+    pipe.scheduler = TangentDDIMScheduler(eta=0.0)
+    text, calls = "w2 w3 w4 w5 w6 w7 w8 w9", []
+    pipe.transformer.register_forward_pre_hook(lambda _, inputs, __: calls.append(inputs), with_kwargs=True)
+    output = pipe.edit([text] * 2, strength=0.5, num_inference_steps=10, generator=seeded())
+    latents = pipe.encode([text] * 2)
+    noisy, time, condition = calls[0]
+    assert 0.4 < float(time) <= 0.5 and len(calls) == pipe.num_function_evaluations == 4
+    alpha, sigma = alpha_sigma(time.double(), pipe.scheduler.config.tangent_d)
+    noise = pipe.prepare_latents(2, torch.device("cpu"), seeded())
+    torch.testing.assert_close(noisy, float(alpha) * latents + float(sigma) * noise)
+    torch.testing.assert_close(condition, latents)
+    assert len(output.texts) == 2 and output.sequences.shape == (2, 8)
+    assert isinstance(pipe.edit(text, strength=1, num_inference_steps=2, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "w2 w3 w4 w5 w6 w7 w8 w9"}, "`prompt` of 8 tokens leave room for 0 of the 1.*texts have 8"),
+        ({"prompt": "w2 " * 100_000}, "`prompt` of 100000 tokens"),
+        ({"prompt": "w2 w3 w4", "suffix": "w5 w6 w7 w8 w9"}, "`suffix` of 5 leave room for 0"),
+        ({"prompt": "w2", "suffix": "w3", "max_new_tokens": 7}, "room for 6 of the 7"),
+        ({"prompt": "hello"}, "does not know.*'hello'"),
+        ({"prompt": "w2 \U0001f600"}, "does not know"),
+        ({"prompt": 3}, "`prompt` must be a text.*batch_size"),
+        ({"prompt": ["w2", 3]}, "`prompt` must be a text"),
+        ({"prompt": []}, "`prompt` has 0 texts"),
+        ({"prompt": ["w2"], "suffix": ["w3", "w4"]}, "1 texts and `suffix` 2"),
+        ({"prompt": "w2", "batch_size": 2}, "num_texts_per_prompt"),
+        ({"prompt": "w2", "num_texts_per_prompt": 0}, "`num_texts_per_prompt`.*0"),
+        ({"prompt": "w2", "max_new_tokens": 0}, "`max_new_tokens`.*0"),
+        ({"prompt": "w2", "guidance_scale": -1}, "`guidance_scale`.*-1"),
+        ({"prompt": "w2", "guidance_scale": float("nan")}, "`guidance_scale`.*nan"),
+        ({"prompt": "w2", "guidance_interval": (0.5, 0.1)}, "`guidance_interval`"),
+        ({"prompt": "w2", "max_new_tokens": 50, "output_type": "latent"}, "no latents of the whole"),
+        ({"batch_size": "w2"}, "`batch_size`.*goes first"),
+    ],
+)
+def test_bad_prompts_are_refused_before_any_step(pipe: LDLMPipeline, arguments: dict, message: str) -> None:
+    calls: list = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
+        pipe(num_inference_steps=2, **arguments)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": "w2 w3"}, "`gap`='___' does not occur"),
+        ({"texts": ["w2 ___", "w3"]}, "does not occur in 'w3'"),
+        ({"texts": []}, "at least one text"),
+        ({"texts": [5]}, "`texts` must be"),
+        ({"texts": "w2 ___", "gap": ""}, "`gap` must be"),
+        ({"texts": "w2 ___", "gap_tokens": 8}, "9 tokens, more than this model's 8"),
+        ({"texts": "w2 ___", "gap_tokens": 0}, "`gap_tokens`"),
+        ({"texts": "hello ___"}, "does not know"),
+    ],
+)
+def test_bad_gaps_are_refused(pipe: LDLMPipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe.infill(**arguments)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 0, 1.1, float("nan"), "all"])
+def test_bad_strengths_are_refused(pipe: LDLMPipeline, strength: Any) -> None:
+    with pytest.raises(ValueError, match="`strength`"):
+        pipe.edit("w2", strength=strength, num_inference_steps=2)
+
+
+def test_counts_of_other_types(pipe: LDLMPipeline) -> None:
+    expected = pipe("w5", num_texts_per_prompt=2, max_new_tokens=3, num_inference_steps=2, generator=seeded())
+    number = np.int64
+    found = pipe(
+        "w5",
+        num_texts_per_prompt=number(2),
+        max_new_tokens=number(3),
+        num_inference_steps=number(2),
+        generator=seeded(),
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_a_prompt_needs_the_encoders(pipe: LDLMPipeline) -> None:
+    pipe.register_modules(token_encoder=None)
+    with pytest.raises(ValueError, match=r"a prompt needs.*lacks token_encoder"):
+        pipe("w5", num_inference_steps=1)
+    assert len(pipe(num_inference_steps=1).texts) == 1
+
+
+def test_callbacks_of_sampling() -> None:
+    assert Sampling().callback_tensors == ["latents"]
+    assert Sampling(callback_on_step_end_tensor_inputs=["clean_latents"]).callback_tensors == ["clean_latents"]
