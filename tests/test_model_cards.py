@@ -142,11 +142,15 @@ def test_the_trained_model_and_its_student_sample_from_a_checkout() -> None:
     assert type(pipe.scheduler) is TangentDDIMScheduler
     assert 2.8 < entropy(16) < 3.3
     student = CARDS / "ldlm-demo-flow-map"
-    pipe.register_modules(
-        transformer=LDLMTransformer1DModel.from_pretrained(student, subfolder="transformer", dtype=torch.float32),
+    pipe = LDLMPipeline.from_pretrained(
+        CARDS / "ldlm-demo",
+        transformer=LDLMTransformer1DModel.from_pretrained(student, subfolder="transformer"),
         scheduler=TangentFlowMapScheduler.from_pretrained(student, subfolder="scheduler"),
+        dtype=torch.float32,
     )
-    assert 2.8 < entropy(1) < 3.3
+    for steps in (1, 4):
+        assert 2.8 < entropy(steps) < 3.3
+        assert pipe.num_function_evaluations == steps
 
 
 @pytest.fixture

@@ -922,11 +922,12 @@ class LDLMPipeline(RepositoryPipeline):
         token_encoder ([`LDLMTokenEncoder`], *optional*): needed for prompts, and by [`~LDLMPipeline.encode`].
         latent_encoder ([`LDLMLatentEncoder`], *optional*): the same.
         self_condition_scale (`float`, *optional*):
-            What a call without one takes, saved with the pipeline: guidance that suits its denoiser.
+            What a call without one takes, saved with the pipeline: guidance that suits its denoiser. One without a
+            self-condition, such as a distilled student in its place, is not guided.
         guidance_rescale (`float`, *optional*): the same of that argument.
 
     Raises:
-        ValueError: components whose sizes do not fit each other, or guidance that the denoiser cannot be given.
+        ValueError: components whose sizes do not fit each other, or guidance out of its range.
     """
 
     model_cpu_offload_seq = "token_encoder->latent_encoder->transformer->latent_decoder->token_decoder"
@@ -968,7 +969,7 @@ class LDLMPipeline(RepositoryPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
-        self.set_guidance(self_condition_scale, guidance_rescale)
+        self._register_guidance(self_condition_scale, guidance_rescale)
         self._calls = Calls()
 
     def check_components(self) -> None:
@@ -1112,6 +1113,11 @@ class LDLMPipeline(RepositoryPipeline):
         """
         if self.transformer is not None:
             self.check_guidance(self_condition_scale, rescale=guidance_rescale)
+        self._register_guidance(self_condition_scale, guidance_rescale)
+
+    def _register_guidance(self, self_condition_scale: float | None, guidance_rescale: float | None) -> None:
+        check_number("self_condition_scale", self_condition_scale or 0.0)
+        check_number("guidance_rescale", guidance_rescale or 0.0, highest=1)
         values = {"self_condition_scale": self_condition_scale, "guidance_rescale": guidance_rescale}
         self.register_to_config(**{name: None if value is None else float(value) for name, value in values.items()})
 
@@ -1266,9 +1272,9 @@ class LDLMPipeline(RepositoryPipeline):
             decay: how fast w - 1 falls as the noise level sigma / alpha grows.
         """
         if scale is None:
-            scale = self.config.self_condition_scale
-        if scale is None:
-            scale = 1.0 if self.transformer.config.self_conditioning else 0.0
+            # the pipeline's own is another denoiser's, where one without a self-condition has taken its place
+            own = self.config.self_condition_scale
+            scale = (1.0 if own is None else own) if self.transformer.config.self_conditioning else 0.0
         if decay == 0 or scale == 1:
             weights = [float(scale)] * len(times)
         else:

@@ -589,8 +589,13 @@ def test_a_pipeline_is_guided_as_it_was_saved(pipe: LDLMPipeline, tmp_path: Path
         LDLMPipeline(**pipe.components, self_condition_scale=-1.0)
     transformer = LDLMTransformer1DModel.from_config(pipe.transformer.config, self_conditioning=False)
     without = pipe.components | {"transformer": transformer}
+    # a student in its place is not guided
+    unguided = LDLMPipeline(**without, self_condition_scale=2.5)
+    unguided.set_progress_bar_config(disable=True)
+    unguided(num_inference_steps=3)
+    assert unguided.num_function_evaluations == 3
     with pytest.raises(ValueError, match="trained without a self-condition"):
-        LDLMPipeline(**without, self_condition_scale=2.5)
+        unguided.set_guidance(2.5)
 
 
 def test_every_component_has_its_turn_when_memory_is_short(pipe: LDLMPipeline):
