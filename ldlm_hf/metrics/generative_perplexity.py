@@ -28,6 +28,7 @@ def generative_perplexity(
     max_length: int | None = None,
     add_bos: bool = False,
     bos_token_id: int | None = None,
+    contexts: list[str] | None = None,
     with_features: bool = False,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -55,9 +56,12 @@ def generative_perplexity(
         judge: the causal language model that scores them: a name for `ldlm_hf.metrics.load_judge`, a `Judge`, or a
             loaded pair `(model, tokenizer)`. Default `"gpt2-large"`.
         batch_size (`int`): texts a forward pass; it does not change the result. Default 8.
-        max_length (`int`): tokens a text, the added BOS included, after which it is cut. Default: the judge's context.
+        max_length (`int`): tokens a text, added BOS and context included, after which it is cut. Default: the judge's
+            context.
         add_bos (`bool`): prepend a BOS token, so that the first token of the text is scored too. Default `False`.
         bos_token_id (`int`): the token to prepend, where the tokenizer names none or another (SmolLM2: 0).
+        contexts (`list[str]`): what stands before each text, such as the prompt that it continues. The judge reads it
+            and does not score it; a text's first token is then scored, too.
         with_features (`bool`): also return each text's feature for MAUVE, from the same pass. Default `False`.
         device, dtype: where and in which precision to load a judge that is given by name. Default: CUDA or else CPU,
             float32.
@@ -81,18 +85,30 @@ def generative_perplexity(
     max_length = judge.context_length if max_length is None else judge.check_max_length(max_length)
     if max_length == 1:
         raise ValueError("`max_length` is 1, but the first token is not scored: it must be 2 or more.")
-    prefix = [_bos_token_id(judge, bos_token_id)] if add_bos else []
-    text_length = None if max_length is None else max_length - len(prefix)
+    bos = [_bos_token_id(judge, bos_token_id)] if add_bos else []
+    prefixes = [bos] * len(predictions)
+    if contexts is not None:
+        check_texts("contexts", contexts)
+        if len(contexts) != len(predictions):
+            raise ValueError(
+                f"There are {len(contexts)} `contexts` for {len(predictions)} `predictions`; give one for each."
+            )
+        prefixes = [bos + context for context in judge.encode(contexts, None)]
 
-    sequences = [prefix + sequence for sequence in judge.encode(predictions, text_length)]
-    scored = [index for index, sequence in enumerate(sequences) if len(sequence) >= 2]
+    sequences = [
+        (prefix + text)[:max_length] for prefix, text in zip(prefixes, judge.encode(predictions, None), strict=True)
+    ]
+    # without anything before it a text's first token is not scored
+    starts = [max(1, len(prefix)) for prefix in prefixes]
+    scored = [index for index, sequence in enumerate(sequences) if len(sequence) > starts[index]]
     if not scored:
         raise ValueError(
             f"None of the {len(predictions)} `predictions` has two tokens of the judge {judge.name!r}, so there "
             f"is nothing to score; the first is {predictions[0]!r}. Look at what the generator writes."
         )
-    losses, features = sequence_losses(judge, [sequences[index] for index in scored], batch_size)
-    num_tokens = [len(sequences[index]) - 1 for index in scored]
+    first_scored = [starts[index] for index in scored]
+    losses, features = sequence_losses(judge, [sequences[index] for index in scored], batch_size, first_scored)
+    num_tokens = [len(sequences[index]) - starts[index] for index in scored]
     perplexities = [math.exp(loss / count) for loss, count in zip(losses, num_tokens, strict=True)]
 
     def of_each_text(values: list[Any]) -> list[Any]:
@@ -114,8 +130,11 @@ def generative_perplexity(
 
 
 @torch.inference_mode()
-def sequence_losses(judge: Judge, sequences: list[list[int]], batch_size: int) -> tuple[list[float], list[np.ndarray]]:
-    """The sum over each sequence of -log p(token | tokens before), from its second token on, in nats; and features.
+def sequence_losses(
+    judge: Judge, sequences: list[list[int]], batch_size: int, first_scored: list[int] | None = None
+) -> tuple[list[float], list[np.ndarray]]:
+    """The sum over each sequence of -log p(token | tokens before), from its second token on or from the place that
+    `first_scored` says, in nats; and features.
 
     The sequences are token ids of the judge, at least two each. Features (D,), float32, are the last hidden state at
     each sequence's last token. A loss that is not finite is a ValueError.
@@ -128,8 +147,8 @@ def sequence_losses(judge: Judge, sequences: list[list[int]], batch_size: int) -
         for index, feature in zip(indices, last_hidden_states.float().cpu().numpy(), strict=True):
             features[index] = feature
         for row, index in enumerate(indices):
-            length = len(sequences[index])
-            losses[index] = _sum_of_losses(logits[row, : length - 1], input_ids[row, 1:length])
+            first, length = 1 if first_scored is None else first_scored[index], len(sequences[index])
+            losses[index] = _sum_of_losses(logits[row, first - 1 : length - 1], input_ids[row, first:length])
             if not math.isfinite(losses[index]):
                 raise ValueError(
                     f"The judge {judge.name!r} gives a loss of {losses[index]} in {logits.dtype}: load it in float32."

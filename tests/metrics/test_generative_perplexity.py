@@ -203,3 +203,24 @@ def test_a_real_judge_tells_text_from_shuffled_words():
         for texts_as_words in (words, shuffled)
     ]
     assert entropies[0] == pytest.approx(entropies[1])
+
+
+def test_a_context_is_read_and_not_scored(judge):
+    contexts = ["the cat", "", "a dog ran over", "fish", "the"]
+    result = GenerativePerplexity().compute(predictions=TEXTS, contexts=contexts, judge=judge, batch_size=2)
+    losses = []
+    for context, text in zip(contexts, TEXTS, strict=True):
+        whole, count = own_loss(judge, f"{context} {text}".strip())
+        before = judge.tokenizer(context)["input_ids"]
+        if len(before) > 1:
+            loss, scored = own_loss(judge, context)
+            whole, count = whole - loss, count - scored
+        losses.append((whole, count))
+    assert result["perplexities"] == pytest.approx([math.exp(loss / count) for loss, count in losses], rel=1e-4)
+    assert result["perplexity"] == pytest.approx(expected_perplexity(losses), rel=1e-4)
+    assert result["num_tokens"] == 6 + 2 + 9 + 2 + 15
+
+
+def test_contexts_that_are_not_those_of_the_texts_are_refused(judge):
+    with pytest.raises(ValueError, match="2 `contexts` for 5 `predictions`"):
+        GenerativePerplexity().compute(predictions=TEXTS, contexts=["a", "b"], judge=judge)
