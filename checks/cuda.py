@@ -329,7 +329,13 @@ def sample_without_synchronisation(pipeline: LDLMPipeline, scale: Scale) -> None
 
     generator = torch.Generator(scale.device).manual_seed(0)
     try:
-        pipeline(2, 4, generator=generator, output_type="latent", callback_on_step_end=at_step_end)
+        pipeline(
+            batch_size=2,
+            num_inference_steps=4,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=at_step_end,
+        )
     finally:
         set_synchronisation(scale, "default")
 

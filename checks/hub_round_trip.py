@@ -109,7 +109,8 @@ CASES = [
 def sample(pipe: Any) -> dict[str, Any]:
     """Token ids that a pipeline samples from a seed, and the digests of its weights."""
     pipe.set_progress_bar_config(disable=True)
-    sequences = pipe(4, 8, generator=torch.Generator().manual_seed(0), output_type="seq").sequences
+    generator = torch.Generator().manual_seed(0)
+    sequences = pipe(batch_size=4, num_inference_steps=8, generator=generator, output_type="seq").sequences
     models = {name: one for name, one in pipe.components.items() if isinstance(one, torch.nn.Module)}
     return {"sequences": sequences.tolist(), "weights": {name: digest(model) for name, model in models.items()}}
 

@@ -51,6 +51,7 @@ _MODULES = {
     ],
     "pipelines.pipeline_ldlm": ["LDLMPipeline"],
     "pipelines.pipeline_output": ["LDLMPipelineOutput"],
+    "pipelines.prompts": ["GivenTokens"],
     "schedulers.discrete": ["diffusers_config"],
     "schedulers.scheduling_tangent": ["TangentScheduler", "TangentSchedulerOutput"],
 }
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     )
     from .pipelines.pipeline_ldlm import LDLMPipeline
     from .pipelines.pipeline_output import LDLMPipelineOutput
+    from .pipelines.prompts import GivenTokens
     from .schedulers.discrete import diffusers_config
     from .schedulers.scheduling_tangent import TangentScheduler, TangentSchedulerOutput
 
@@ -116,6 +118,7 @@ __all__ = [
     "DistillationLosses",
     "DistillationObjective",
     "GenerativePerplexity",
+    "GivenTokens",
     "JointLosses",
     "JointObjective",
     "JointObjectiveSettings",

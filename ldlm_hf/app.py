@@ -76,8 +76,8 @@ def generate_frames(
 ) -> Iterator[Frame]:
     """Yields a frame every `decode_every` steps, and one at the end.
 
-    The last frame's sequences are those of `pipeline(batch_size, num_inference_steps, generator=
-    torch.Generator().manual_seed(seed))`. Setting `stop`, or closing the iterator, interrupts the pipeline after the
+    The last frame's sequences are those of the pipeline for `batch_size`, `num_inference_steps` and the generator
+    `torch.Generator().manual_seed(seed)`. Setting `stop`, or closing the iterator, interrupts the pipeline after the
     step that it is at; the last frame is then that step's.
 
     Raises:

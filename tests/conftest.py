@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -160,6 +161,27 @@ def make_pipeline(make_components: Callable, tiny_tokenizer: PreTrainedTokenizer
         pipe = LDLMPipeline(**(make_components() | {"tokenizer": tiny_tokenizer} | components))
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    return make
+
+
+@pytest.fixture
+def make_conditional_pipeline(
+    make_components: Callable, make_pipeline: Callable[..., LDLMPipeline]
+) -> Callable[[], LDLMPipeline]:
+    """A tiny pipeline whose denoiser is told what is given, with a latent for each of L = 8 tokens."""
+
+    def make() -> LDLMPipeline:
+        parts = make_components()
+        for name, model_class in (("latent_encoder", LDLMLatentEncoder), ("latent_decoder", LDLMLatentDecoder)):
+            config = copy.deepcopy(parts[name].config)
+            config.num_latents = SEQUENCE_LENGTH
+            parts[name] = randomize_parameters(model_class(config).eval())
+        transformer = LDLMTransformer1DModel.from_config(
+            parts["transformer"].config, sample_size=SEQUENCE_LENGTH, role_embeds=True
+        )
+        parts["transformer"] = randomize_parameters(transformer)
+        return make_pipeline(**parts)
 
     return make
 

@@ -2,8 +2,9 @@
 
     python training/export_pipeline.py RUN/pipeline FOLDER [--dtype bfloat16] [--transformer_only]
 
-The frozen token encoder is left out, which only `encode` needs. A distilled student differs from its teacher in
-denoiser and scheduler alone: with `--transformer_only` these two are written, and take the place of the teacher's.
+The frozen token encoder is left out, which prompts, gaps, `encode` and `edit` need. A distilled student differs from
+its teacher in denoiser and scheduler alone: with `--transformer_only` these two are written, and take the place of the
+teacher's.
 `python training/write_code.py FOLDER` brings the code that lies beside the weights up to date.
 """
 

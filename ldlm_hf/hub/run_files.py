@@ -168,6 +168,12 @@ class Run:
         return self.results.pipeline == "LDLMPipeline"
 
     @property
+    def takes_prompts(self) -> bool:
+        """Whether it was trained with texts given in part."""
+        shares = self.settings.get("conditioning") or {}
+        return shares.get("prefix_share", 0) + shares.get("gaps_share", 0) > 0
+
+    @property
     def distillation(self) -> str | None:
         """The method that the denoiser was distilled by; None if it was not."""
         return self.settings.get("method")

@@ -117,6 +117,16 @@ def check_number(name: str, number: Any, highest: float = math.inf) -> None:
         raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
 
 
+def check_texts_given(name: str, texts: Any) -> None:
+    """Raises ValueError unless an argument is a text or a list of at least one."""
+    is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
+    if not (isinstance(texts, str) or is_list):
+        raise ValueError(
+            f"`{name}` must be a text or a list of at least one text, got {reprlib.repr(texts)}. How many are written "
+            "without a prompt says batch_size."
+        )
+
+
 class LDLMPipeline(RepositoryPipeline):
     r"""
     Pipeline for text generation with a Latent Diffusion Language Model: denoises latents from pure noise, then decodes
@@ -285,7 +295,7 @@ class LDLMPipeline(RepositoryPipeline):
             whole = whole_number(value)
             if whole is None or whole < 1:
                 hint = ""
-                if isinstance(value, (str, list, tuple)):
+                if name == "batch_size" and isinstance(value, (str, list, tuple)):
                     hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
                 raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
 
@@ -367,12 +377,13 @@ class LDLMPipeline(RepositoryPipeline):
             ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
         """
         for name, texts in (("prompt", prompt), ("suffix", suffix)):
-            if not (texts is None or isinstance(texts, (str, list, tuple))):
-                raise ValueError(
-                    f"`{name}` must be a text or a list of texts, got {reprlib.repr(texts)}; without a prompt, "
-                    "batch_size is the number of texts."
-                )
+            if texts is not None:
+                check_texts_given(name, texts)
         if prompt is None and suffix is None:
+            if int(num_texts_per_prompt) != 1:
+                raise ValueError(
+                    f"`num_texts_per_prompt`={num_texts_per_prompt} is for prompts; without one, use batch_size."
+                )
             return [[] for _ in range(int(batch_size))], [[] for _ in range(int(batch_size))]
         if int(batch_size) != 1:
             raise ValueError(
@@ -407,9 +418,10 @@ class LDLMPipeline(RepositoryPipeline):
         if not self.transformer.config.role_embeds:
             raise ValueError(
                 "This pipeline's transformer was trained without texts given in part (role_embeds=False), so it "
-                "continues no prompt and fills no gap. `edit` works with any pipeline; "
-                "training/train_joint.py components=PIPELINE conditioning.prefix_share=0.25 "
-                "conditioning.gaps_share=0.25 trains this one further."
+                f"continues no prompt, fills no gap and writes no more than {self.sequence_length} tokens. `edit` "
+                "works with any pipeline that has its encoders. Training with conditioning.prefix_share=0.25 "
+                "conditioning.gaps_share=0.25 gives one that takes prompts, from a run's pipeline, too "
+                "(docs/conditioning.md)."
             )
         self.require_components("a prompt", "token_encoder", "latent_encoder")
         conditions = Conditions(rows.given).to(self._execution_device)
@@ -677,9 +689,9 @@ class LDLMPipeline(RepositoryPipeline):
                 written block by block, each with the end of what is there as its prompt (see
                 [`~LDLMPipeline.stream`]).
             guidance_scale (`float`, defaults to 1.0):
-                Weight v of what is given: 1 is the model's own prediction, more of it moves the prediction away from
-                that without a prompt (classifier-free guidance), which costs another evaluation of the transformer in
-                each step; 0 leaves the prompt out of the denoiser.
+                Weight v of what is given, without effect where nothing is: 1 is the model's own prediction, more of
+                it moves the prediction away from that without a prompt (classifier-free guidance), which costs
+                another evaluation of the transformer in each step; 0 leaves the prompt out of the denoiser.
             guidance_interval (pair of `float`, defaults to `(0.0, 1.0)`): times between which `guidance_scale` holds.
             given_tokens ([`GivenTokens`], *optional*): rows of tokens, any of which may be given, instead of prompts.
             output_type (`str`, defaults to `"text"`):
@@ -832,9 +844,8 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
         if not isinstance(gap, str) or not gap:
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
+        check_texts_given("texts", texts)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("`texts` must hold at least one text.")
         rows = rows_with_gaps(self.tokenizer, texts, gap, int(gap_tokens), self.sequence_length)
         rows = [row for row in rows for _ in range(int(num_texts_per_prompt))]
         return self(given_tokens=GivenTokens.of_rows(rows, self.sequence_length), **arguments)
@@ -869,10 +880,15 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         arguments = Sampling(**sampling)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        check_texts_given("texts", texts)
         latents = self.encode(texts).repeat_interleave(int(num_texts_per_prompt), dim=0)
         self.check_inputs(len(latents), arguments)
         solver = self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, latents.device)
+        if is_discrete(self.scheduler):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} counts discrete levels, from the first of which it starts; to edit, "
+                "use a scheduler of the tangent schedule."
+            )
         times = [time for time in solver.times.cpu().tolist() if time <= strength]
         if not times:
             raise ValueError(
@@ -971,9 +987,8 @@ class LDLMPipeline(RepositoryPipeline):
                 length.
         """
         self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
+        check_texts_given("texts", texts)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("`texts` must hold at least one text.")
         return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
 
     @torch.no_grad()

@@ -62,14 +62,15 @@ def continued_rows(
     rows: list[list[int | None]] = []
     for prompt, suffix in zip(prompts, suffixes, strict=True):
         room = sequence_length - len(prompt) - len(suffix)
-        wanted = 1 if max_new_tokens is None else max_new_tokens
+        wanted = room if max_new_tokens is None else max_new_tokens
         if room < 1 or (suffix and wanted > room):
-            parts = f"`prompt` of {len(prompt)} tokens" + (f" and `suffix` of {len(suffix)}" if suffix else "")
+            parts = f"`prompt` has {len(prompt)} tokens" + (f" and `suffix` {len(suffix)}" if suffix else "")
+            lacking = "no room for others" if room < 1 else f"room for {room} of the {wanted} to be written"
             raise ValueError(
-                f"{parts} leave room for {max(room, 0)} of the {wanted} tokens to be written: this model's texts have "
-                f"{sequence_length}. Shorten them."
+                f"{parts}, which leaves {lacking}: this model's texts have {sequence_length} tokens. Shorten what is "
+                "given."
             )
-        rows.append([*prompt, *[None] * (room if max_new_tokens is None else min(room, wanted)), *suffix])
+        rows.append([*prompt, *[None] * min(room, wanted), *suffix])
     return rows
 
 

@@ -772,14 +772,15 @@ def continued_rows(
     rows: list[list[int | None]] = []
     for prompt, suffix in zip(prompts, suffixes, strict=True):
         room = sequence_length - len(prompt) - len(suffix)
-        wanted = 1 if max_new_tokens is None else max_new_tokens
+        wanted = room if max_new_tokens is None else max_new_tokens
         if room < 1 or (suffix and wanted > room):
-            parts = f"`prompt` of {len(prompt)} tokens" + (f" and `suffix` of {len(suffix)}" if suffix else "")
+            parts = f"`prompt` has {len(prompt)} tokens" + (f" and `suffix` {len(suffix)}" if suffix else "")
+            lacking = "no room for others" if room < 1 else f"room for {room} of the {wanted} to be written"
             raise ValueError(
-                f"{parts} leave room for {max(room, 0)} of the {wanted} tokens to be written: this model's texts have "
-                f"{sequence_length}. Shorten them."
+                f"{parts}, which leaves {lacking}: this model's texts have {sequence_length} tokens. Shorten what is "
+                "given."
             )
-        rows.append([*prompt, *[None] * (room if max_new_tokens is None else min(room, wanted)), *suffix])
+        rows.append([*prompt, *[None] * min(room, wanted), *suffix])
     return rows
 
 
@@ -892,6 +893,16 @@ def check_number(name: str, number: Any, highest: float = math.inf) -> None:
     if not (is_number and math.isfinite(number) and 0 <= number <= highest):
         bound = "finite number that is not negative" if highest == math.inf else f"number in [0, {highest:g}]"
         raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
+
+
+def check_texts_given(name: str, texts: Any) -> None:
+    """Raises ValueError unless an argument is a text or a list of at least one."""
+    is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
+    if not (isinstance(texts, str) or is_list):
+        raise ValueError(
+            f"`{name}` must be a text or a list of at least one text, got {reprlib.repr(texts)}. How many are written "
+            "without a prompt says batch_size."
+        )
 
 
 class LDLMPipeline(RepositoryPipeline):
@@ -1062,7 +1073,7 @@ class LDLMPipeline(RepositoryPipeline):
             whole = whole_number(value)
             if whole is None or whole < 1:
                 hint = ""
-                if isinstance(value, (str, list, tuple)):
+                if name == "batch_size" and isinstance(value, (str, list, tuple)):
                     hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
                 raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
 
@@ -1144,12 +1155,13 @@ class LDLMPipeline(RepositoryPipeline):
             ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
         """
         for name, texts in (("prompt", prompt), ("suffix", suffix)):
-            if not (texts is None or isinstance(texts, (str, list, tuple))):
-                raise ValueError(
-                    f"`{name}` must be a text or a list of texts, got {reprlib.repr(texts)}; without a prompt, "
-                    "batch_size is the number of texts."
-                )
+            if texts is not None:
+                check_texts_given(name, texts)
         if prompt is None and suffix is None:
+            if int(num_texts_per_prompt) != 1:
+                raise ValueError(
+                    f"`num_texts_per_prompt`={num_texts_per_prompt} is for prompts; without one, use batch_size."
+                )
             return [[] for _ in range(int(batch_size))], [[] for _ in range(int(batch_size))]
         if int(batch_size) != 1:
             raise ValueError(
@@ -1184,9 +1196,10 @@ class LDLMPipeline(RepositoryPipeline):
         if not self.transformer.config.role_embeds:
             raise ValueError(
                 "This pipeline's transformer was trained without texts given in part (role_embeds=False), so it "
-                "continues no prompt and fills no gap. `edit` works with any pipeline; "
-                "training/train_joint.py components=PIPELINE conditioning.prefix_share=0.25 "
-                "conditioning.gaps_share=0.25 trains this one further."
+                f"continues no prompt, fills no gap and writes no more than {self.sequence_length} tokens. `edit` "
+                "works with any pipeline that has its encoders. Training with conditioning.prefix_share=0.25 "
+                "conditioning.gaps_share=0.25 gives one that takes prompts, from a run's pipeline, too "
+                "(docs/conditioning.md)."
             )
         self.require_components("a prompt", "token_encoder", "latent_encoder")
         conditions = Conditions(rows.given).to(self._execution_device)
@@ -1454,9 +1467,9 @@ class LDLMPipeline(RepositoryPipeline):
                 written block by block, each with the end of what is there as its prompt (see
                 [`~LDLMPipeline.stream`]).
             guidance_scale (`float`, defaults to 1.0):
-                Weight v of what is given: 1 is the model's own prediction, more of it moves the prediction away from
-                that without a prompt (classifier-free guidance), which costs another evaluation of the transformer in
-                each step; 0 leaves the prompt out of the denoiser.
+                Weight v of what is given, without effect where nothing is: 1 is the model's own prediction, more of
+                it moves the prediction away from that without a prompt (classifier-free guidance), which costs
+                another evaluation of the transformer in each step; 0 leaves the prompt out of the denoiser.
             guidance_interval (pair of `float`, defaults to `(0.0, 1.0)`): times between which `guidance_scale` holds.
             given_tokens ([`GivenTokens`], *optional*): rows of tokens, any of which may be given, instead of prompts.
             output_type (`str`, defaults to `"text"`):
@@ -1609,9 +1622,8 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
         if not isinstance(gap, str) or not gap:
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
+        check_texts_given("texts", texts)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("`texts` must hold at least one text.")
         rows = rows_with_gaps(self.tokenizer, texts, gap, int(gap_tokens), self.sequence_length)
         rows = [row for row in rows for _ in range(int(num_texts_per_prompt))]
         return self(given_tokens=GivenTokens.of_rows(rows, self.sequence_length), **arguments)
@@ -1646,10 +1658,15 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         arguments = Sampling(**sampling)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        check_texts_given("texts", texts)
         latents = self.encode(texts).repeat_interleave(int(num_texts_per_prompt), dim=0)
         self.check_inputs(len(latents), arguments)
         solver = self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, latents.device)
+        if is_discrete(self.scheduler):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} counts discrete levels, from the first of which it starts; to edit, "
+                "use a scheduler of the tangent schedule."
+            )
         times = [time for time in solver.times.cpu().tolist() if time <= strength]
         if not times:
             raise ValueError(
@@ -1748,9 +1765,8 @@ class LDLMPipeline(RepositoryPipeline):
                 length.
         """
         self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
+        check_texts_given("texts", texts)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("`texts` must hold at least one text.")
         return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
 
     @torch.no_grad()

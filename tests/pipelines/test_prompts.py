@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldlm_hf import LDLMLatentDecoder, LDLMLatentEncoder, LDLMPipeline, LDLMTransformer1DModel, TangentDDIMScheduler
+from ldlm_hf import GivenTokens, LDLMPipeline, TangentDDIMScheduler
 from ldlm_hf.models.conditions import Conditions
 from ldlm_hf.models.guidance import guide
 from ldlm_hf.pipelines.pipeline_ldlm import Sampling
-from ldlm_hf.pipelines.prompts import GivenTokens
 from ldlm_hf.schedulers.tangent import alpha_sigma
 
 
@@ -22,16 +20,8 @@ LENGTH, STEPS = 8, 4
 
 
 @pytest.fixture
-def pipe(make_components: Callable, make_pipeline: Callable, randomize: Callable) -> LDLMPipeline:
-    """A tiny pipeline whose denoiser is told what is given, with a latent for each of 8 tokens."""
-    parts = make_components()
-    for name, model_class in (("latent_encoder", LDLMLatentEncoder), ("latent_decoder", LDLMLatentDecoder)):
-        config = copy.deepcopy(parts[name].config)
-        config.num_latents = LENGTH
-        parts[name] = randomize(model_class(config).eval())
-    transformer = LDLMTransformer1DModel.from_config(parts["transformer"].config, sample_size=LENGTH, role_embeds=True)
-    parts["transformer"] = randomize(transformer)
-    return make_pipeline(**parts)
+def pipe(make_conditional_pipeline: Callable[[], LDLMPipeline]) -> LDLMPipeline:
+    return make_conditional_pipeline()
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -218,16 +208,18 @@ def test_edit_starts_from_the_noised_text_and_is_told_it(make_pipeline: Callable
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": "w2 w3 w4 w5 w6 w7 w8 w9"}, "`prompt` of 8 tokens leave room for 0 of the 1.*texts have 8"),
-        ({"prompt": "w2 " * 100_000}, "`prompt` of 100000 tokens"),
-        ({"prompt": "w2 w3 w4", "suffix": "w5 w6 w7 w8 w9"}, "`suffix` of 5 leave room for 0"),
+        ({"prompt": "w2 w3 w4 w5 w6 w7 w8 w9"}, "`prompt` has 8 tokens, which leaves no room.*texts have 8"),
+        ({"prompt": "w2 " * 100_000}, "`prompt` has 100000 tokens"),
+        ({"prompt": "w2 w3 w4", "suffix": "w5 w6 w7 w8 w9"}, "`suffix` 5, which leaves no room"),
         ({"prompt": "w2", "suffix": "w3", "max_new_tokens": 7}, "room for 6 of the 7"),
         ({"prompt": "hello"}, "does not know.*'hello'"),
         ({"prompt": "w2 \U0001f600"}, "does not know"),
         ({"prompt": 3}, "`prompt` must be a text.*batch_size"),
         ({"prompt": ["w2", 3]}, "`prompt` must be a text"),
-        ({"prompt": []}, "`prompt` has 0 texts"),
+        ({"prompt": []}, "`prompt` must be a text"),
         ({"prompt": ["w2"], "suffix": ["w3", "w4"]}, "1 texts and `suffix` 2"),
+        ({"num_texts_per_prompt": 2}, "is for prompts.*batch_size"),
+        ({"prompt": "w2 " * 8, "max_new_tokens": 50}, "no room"),
         ({"prompt": "w2", "batch_size": 2}, "num_texts_per_prompt"),
         ({"prompt": "w2", "num_texts_per_prompt": 0}, "`num_texts_per_prompt`.*0"),
         ({"prompt": "w2", "max_new_tokens": 0}, "`max_new_tokens`.*0"),

@@ -203,7 +203,8 @@ class DistillationRecipe(PipelineRecipe):
             self.teacher_latents = follow_teacher(snapshot, noise)
         target = self.teacher_latents
         compared = COMPARED_STEPS if self.module.is_flow_map else (self.settings.num_steps,)
-        made = {n: student(len(noise), n, latents=noise, output_type="latent").latents for n in compared}
+        arguments = {"batch_size": len(noise), "latents": noise, "output_type": "latent"}
+        made = {n: student(num_inference_steps=n, **arguments).latents for n in compared}
         return {f"distance_to_teacher/steps={n}": float((one - target).square().mean()) for n, one in made.items()}
 
 

@@ -344,8 +344,8 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
         if config.time_grid == "learned" and config.timestep_cdf is None:
             raise ValueError(
                 "time_grid='learned' needs timestep_cdf, the distribution of times that a run with "
-                "timestep_sampler.adaptive=true learns every timestep_sampler.update_every steps. Use 'uniform' or "
-                "'log_snr', or pass timestep_cdf."
+                "timestep_sampler.adaptive=true learns every timestep_sampler.update_every steps: lower that for a "
+                "shorter run, use 'uniform' or 'log_snr', or pass timestep_cdf."
             )
         if config.timestep_cdf is not None:
             cdf = torch.tensor(config.timestep_cdf, dtype=torch.float64)
