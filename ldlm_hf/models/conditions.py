@@ -7,6 +7,16 @@ from dataclasses import dataclass
 import torch
 
 
+def check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length: int) -> None:
+    """Raises ValueError unless a mask is bool of shape (B, L, L)."""
+    shape = (batch_size, length, length)
+    if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask must be bool of shape (batch_size, sequence_length, sequence_length) = {shape}, got "
+            f"{attention_mask.dtype} of shape {tuple(attention_mask.shape)}."
+        )
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Which tokens of a batch are given, the others being written; ours, the paper's models write all of them.

@@ -81,7 +81,17 @@ def language_model_mask(
 
     A prefix is seen by all tokens, and sees the tokens that all of them see, so that it hands nothing on that was
     hidden.
+
+    Raises:
+        ValueError: a language model whose attention takes no such mask.
     """
+    implementation = backbone.config._attn_implementation
+    if not needs_no_mask(backbone.config) or implementation not in ("eager", "sdpa", UNMASKED_ATTENTION):
+        raise ValueError(
+            f"attention_mask: {type(backbone).__name__} has layers that attend to their neighbourhood only, or the "
+            f"attention {implementation!r}, so no part of a text can be given. Use a backbone whose layers attend to "
+            "everything, or everything before, with the attention 'sdpa' or 'eager'."
+        )
     if has_prefix:
         seen_by_all = attention_mask.all(1)  # (B, L)
         attention_mask = F.pad(attention_mask, (1, 0, 1, 0), value=True)
@@ -89,7 +99,7 @@ def language_model_mask(
     if is_causal(backbone):
         attention_mask = attention_mask.tril()
     attention_mask = attention_mask[:, None]
-    if backbone.config._attn_implementation == "eager":
+    if implementation == "eager":
         # it adds the mask to its scores
         return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
     return attention_mask

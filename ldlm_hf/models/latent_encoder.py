@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..loading.checks import check_settings
+from .conditions import check_attention_mask
 from .layers import PerceiverLayer, SelfAttentionLayer, SequenceMapper, initialize_layer
 from .pretrained_model import LDLMPreTrainedModel
 
@@ -250,6 +251,8 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
                 f"attention_mask: this latent encoder has num_latents={config.num_latents} for sequence_length="
                 f"{length}, so no latent belongs to a token, and texts cannot be given in part."
             )
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, *hidden_states.shape[:2])
         latents = self.map_sequence(hidden_states, attention_mask)  # (B, N, d_z)
         if config.standardize_latents:
             mean, std = self.latents_mean, self.latents_std

@@ -204,6 +204,7 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_components()
         self._register_guidance(self_condition_scale, guidance_rescale)
         self._calls = Calls()
+        self._prompt_tokenizer: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def check_components(self) -> None:
         """Raises ValueError where tokenizer, decoders and denoiser do not fit each other."""
@@ -306,8 +307,11 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
         self.check_guidance(sampling.self_condition_scale, sampling.self_condition_decay, sampling.guidance_rescale)
         check_number("guidance_scale", sampling.guidance_scale)
-        interval = list(sampling.guidance_interval)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        interval = sampling.guidance_interval
+        is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2
+        if not is_pair or not all(isinstance(time, numbers.Real) for time in interval):
+            is_pair = False
+        if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be two times in [0, 1], the lower one first, got {interval}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -401,11 +405,18 @@ class LDLMPipeline(RepositoryPipeline):
                 f"`prompt` has {len(prompts)} texts and `suffix` {len(suffixes)}: give one or more prompts, and one "
                 "suffix for all of them or one for each."
             )
-        times = range(int(num_texts_per_prompt))
+        times, tokenizer = range(int(num_texts_per_prompt)), self.prompt_tokenizer
         return (
-            [tokenize(self.tokenizer, one, "prompt") for one in prompts for _ in times],
-            [tokenize(self.tokenizer, one, "suffix") for one in suffixes for _ in times],
+            [tokenize(tokenizer, one, "prompt") for one in prompts for _ in times],
+            [tokenize(tokenizer, one, "suffix") for one in suffixes for _ in times],
         )
+
+    @property
+    def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the tokenizer, in which a text's special tokens are text: that is a state, which threads share."""
+        if self._prompt_tokenizer is None or self._prompt_tokenizer[0] is not self.tokenizer:
+            self._prompt_tokenizer = (self.tokenizer, copy.deepcopy(self.tokenizer))
+        return self._prompt_tokenizer[1]
 
     def encode_given(self, rows: GivenTokens) -> dict[str, torch.Tensor] | None:
         """What the denoiser is told of given tokens (see [`Conditions.of_denoiser`]); None where there are none.
@@ -415,6 +426,13 @@ class LDLMPipeline(RepositoryPipeline):
         """
         if not rows.given.any():
             return None
+        self.check_takes_prompts()
+        conditions = Conditions(rows.given).to(self._execution_device)
+        latents = self.encode_sequences(rows.sequences, conditions.attention_mask())
+        return conditions.of_denoiser(latents.to(self.transformer.dtype))
+
+    def check_takes_prompts(self) -> None:
+        """Raises ValueError for a transformer that was trained on whole texts, or a pipeline without encoders."""
         if not self.transformer.config.role_embeds:
             raise ValueError(
                 "This pipeline's transformer was trained without texts given in part (role_embeds=False), so it "
@@ -424,9 +442,6 @@ class LDLMPipeline(RepositoryPipeline):
                 "(docs/conditioning.md)."
             )
         self.require_components("a prompt", "token_encoder", "latent_encoder")
-        conditions = Conditions(rows.given).to(self._execution_device)
-        latents = self.encode_sequences(rows.sequences, conditions.attention_mask())
-        return conditions.of_denoiser(latents.to(self.transformer.dtype))
 
     def put_back(self, rows: GivenTokens, sequences: torch.Tensor) -> torch.Tensor:
         """Decoded token ids (B, L) with the given ones as they were, cut where their texts end: (B, T), shorter rows
@@ -585,8 +600,12 @@ class LDLMPipeline(RepositoryPipeline):
         if step.guidance_scale != 1:
             without = parts.pop().float()
             contrast = (step.guidance_scale - 1) * (parts[-1].float() - without)
+            # what is given is as large as before, for the scale that is kept
             contrast = contrast.masked_fill(given["given"][..., None], 0)
-        return guide(parts[0], parts[-1], step.self_condition_weight, step.guidance_rescale, contrast)
+        guided = guide(parts[0], parts[-1], step.self_condition_weight, step.guidance_rescale, contrast)
+        if not given:
+            return guided
+        return torch.where(given["given"][..., None], given["given_latents"].to(guided.dtype), guided)
 
     def denoise(
         self,
@@ -735,16 +754,24 @@ class LDLMPipeline(RepositoryPipeline):
         )
 
         # 2. What is given, and what is to be written
-        prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
+        max_new_tokens = None if max_new_tokens is None else int(max_new_tokens)
         rows, is_long = given_tokens, False
         if rows is not None:
+            if not (prompt is None and suffix is None and max_new_tokens is None):
+                raise ValueError("`given_tokens` say all that is given; leave prompt, suffix and max_new_tokens out.")
             batch_size = len(rows.sequences)
         else:
+            prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
             batch_size = len(prompts)
             longest = max(map(len, prompts))
             is_long = max_new_tokens is not None and longest + max_new_tokens > self.sequence_length
             if max_new_tokens is not None or any(prompts) or any(suffixes):
-                within = None if is_long and not any(suffixes) else max_new_tokens
+                if is_long and any(suffixes):
+                    raise ValueError(
+                        f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
+                        f"than this model's {self.sequence_length} tokens, prompt and suffix included."
+                    )
+                within = None if is_long else max_new_tokens
                 rows = GivenTokens.of_rows(
                     continued_rows(prompts, suffixes, self.sequence_length, within), self.sequence_length
                 )
@@ -759,7 +786,7 @@ class LDLMPipeline(RepositoryPipeline):
                     "another `output_type`."
                 )
             written = [list(one) for one in prompts]
-            for block in self._write_blocks(prompts, int(max_new_tokens or 0), sampling):
+            for block in self._write_blocks(prompts, max_new_tokens or 0, sampling):
                 for row, new in zip(written, block, strict=True):
                     row += new
             output = LDLMPipelineOutput(sequences=self.pad_rows(written))
@@ -807,6 +834,8 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(
             batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
         )
+        if max_new_tokens is None:
+            raise ValueError("`max_new_tokens` must be a positive integer, got None.")
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
         arguments = Sampling(**sampling)
         self.check_inputs(len(prompts), arguments)
@@ -815,6 +844,10 @@ class LDLMPipeline(RepositoryPipeline):
         for block in self._write_blocks(prompts, int(max_new_tokens), arguments, context_tokens):
             written = [row + new for row, new in zip(written, block, strict=True)]
             texts = self._to_texts(written)
+            is_last = all(len(row) == len(one) + max_new_tokens for row, one in zip(written, prompts, strict=True))
+            if not is_last:
+                # the bytes of a character may lie in this block and the next
+                texts = [text.rstrip("\ufffd") for text in texts]
             new_texts = [text[len(before) :] for text, before in zip(texts, shown, strict=True)]
             shown = texts
             yield LDLMPipelineOutput(sequences=self.pad_rows(block), texts=new_texts)
@@ -846,7 +879,7 @@ class LDLMPipeline(RepositoryPipeline):
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
         check_texts_given("texts", texts)
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = rows_with_gaps(self.tokenizer, texts, gap, int(gap_tokens), self.sequence_length)
+        rows = rows_with_gaps(self.prompt_tokenizer, texts, gap, int(gap_tokens), self.sequence_length)
         rows = [row for row in rows for _ in range(int(num_texts_per_prompt))]
         return self(given_tokens=GivenTokens.of_rows(rows, self.sequence_length), **arguments)
 
@@ -899,7 +932,10 @@ class LDLMPipeline(RepositoryPipeline):
         alpha, sigma = alpha_sigma(torch.tensor(times[0]), self.scheduler.config.tangent_d)
         noisy_latents = float(alpha) * latents + float(sigma) * noise
         arguments = replace(arguments, timesteps=times, guidance_scale=1.0)
-        clean_latents = self.denoise(noisy_latents, arguments, CallState(), self_condition=latents)
+        scale = arguments.self_condition_scale
+        knows_estimates = self.self_condition_weights(solver.times[:1].repeat(2), scale, 0.0)[1] != 0
+        estimate = latents if knows_estimates else None
+        clean_latents = self.denoise(noisy_latents, arguments, CallState(), self_condition=estimate)
         sequences = self.decode_to_sequences(clean_latents)
         output = LDLMPipelineOutput(
             sequences=sequences, texts=self._to_texts(sequences), latents=clean_latents.float()
@@ -919,6 +955,8 @@ class LDLMPipeline(RepositoryPipeline):
         context = length // 2 if context_tokens is None else whole_number(context_tokens)
         if context is None or not 0 < context < length:
             raise ValueError(f"`context_tokens` must be an integer from 1 to {length - 1}, got {context_tokens!r}.")
+        if any(prompts) or max_new_tokens > length:
+            self.check_takes_prompts()
         call = CallState()
         contexts, left = [list(one) for one in prompts], [max_new_tokens] * len(prompts)
         while any(left) and not call.interrupt:

@@ -82,16 +82,18 @@ def rows_with_gaps(
     Raises:
         ValueError: a text without a gap, or too long.
     """
+    if gap_tokens > sequence_length:
+        raise ValueError(f"`gap_tokens`={gap_tokens} are more than this model's {sequence_length} tokens.")
     rows: list[list[int | None]] = []
     for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"`texts` must be a text or a list of texts, got {reprlib.repr(text)}.")
         if gap not in text:
             raise ValueError(f"`gap`={gap!r} does not occur in {reprlib.repr(text)}; mark the gaps with it.")
         row: list[int | None] = []
-        for index, part in enumerate(text.split(gap)):
-            row += [None] * (gap_tokens if index else 0)
-            row += tokenize(tokenizer, part, "texts")
+        *before, last = text.split(gap)
+        for part in before:
+            # a space before a word is often a part of its token, and the gap writes its own
+            row += [*tokenize(tokenizer, part.rstrip(" "), "texts"), *[None] * gap_tokens]
+        row += tokenize(tokenizer, last, "texts")
         if len(row) > sequence_length:
             raise ValueError(
                 f"{reprlib.repr(text)} with {text.count(gap)} gaps of `gap_tokens`={gap_tokens} has {len(row)} "

@@ -8,6 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from ldlm_hf import LDLMLatentEncoder, LDLMLatentEncoderConfig, LDLMTokenEncoder, LDLMTransformer1DModel
 from ldlm_hf.models.conditions import Conditions
@@ -142,6 +150,49 @@ def test_attention_that_heeds_masks_is_told_from_one_that_does_not(make_encoders
             )
     with pytest.raises(ValueError, match="does not heed masks"):
         token_encoder.check_masks()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_backbones_that_heed_masks_are_taken(
+    make_encoders: Callable, randomize: Callable, tiny_tokenizer: Any, tmp_path: Path, attention: str
+):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=32, pad_token_id=1, **sizes)
+    randomize(RobertaForMaskedLM(config)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    for token_encoder in (make_encoders()[0], LDLMTokenEncoder.from_backbone(str(tmp_path))):
+        token_encoder.set_attn_implementation(attention)
+        token_encoder.check_masks()
+
+
+def test_backbones_that_cannot_take_masks_say_so(randomize: Callable, tiny_tokenizer: Any, tmp_path: Path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    local = MistralConfig(
+        vocab_size=VOCAB_SIZE, sliding_window=4, num_key_value_heads=1, intermediate_size=64, **sizes
+    )
+    opt = OPTConfig(vocab_size=VOCAB_SIZE, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=32, **sizes)
+    for name, model in (("local", MistralForCausalLM(local)), ("opt", OPTForCausalLM(opt))):
+        randomize(model).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="part of a text can be given"):
+            LDLMTokenEncoder.from_backbone(str(tmp_path / name)).check_masks()
+
+
+def test_masks_of_another_type_or_shape_are_refused(make_encoders: Callable, random_tokens: Callable):
+    token_encoder, latent_encoder = make_encoders()
+    input_ids, mask = random_tokens(2), Conditions(GIVEN[:2]).attention_mask()
+    hidden_states = token_encoder(input_ids).hidden_states
+    for wrong in (mask.float(), mask[0], mask[:1], mask[:, :4]):
+        with pytest.raises(ValueError, match="attention_mask must be bool"):
+            token_encoder(input_ids, attention_mask=wrong)
+        with pytest.raises(ValueError, match="attention_mask must be bool"):
+            latent_encoder(hidden_states, attention_mask=wrong)
+
+
+def test_a_denoiser_that_is_told_nothing_has_a_gradient_for_all(denoiser: LDLMTransformer1DModel):
+    """Or DDP would wait for the one of its roles."""
+    denoiser(torch.randn(2, LENGTH, 6), 0.5).sample.sum().backward()
+    assert denoiser.given_embedding.grad is not None and not denoiser.given_embedding.grad.any()
 
 
 def test_a_latent_has_to_belong_to_a_token():

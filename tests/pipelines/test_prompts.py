@@ -110,6 +110,7 @@ def test_guidance_by_the_prompt(pipe: LDLMPipeline, scale: float, self_condition
     rescale = 0.0 if scale == 1 and self_condition_scale != 3 else 0.5
     weight = self_condition_scale if self_condition_scale == 3 else 1.0
     expected = guide(start, told, weight, rescale, contrast)
+    expected = torch.where(given["given"][..., None], given["given_latents"], expected)
     torch.testing.assert_close(states[1]["clean_latents"], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -227,6 +228,9 @@ def test_edit_starts_from_the_noised_text_and_is_told_it(make_pipeline: Callable
         ({"prompt": "w2", "guidance_scale": float("nan")}, "`guidance_scale`.*nan"),
         ({"prompt": "w2", "guidance_interval": (0.5, 0.1)}, "`guidance_interval`"),
         ({"prompt": "w2", "max_new_tokens": 50, "output_type": "latent"}, "no latents of the whole"),
+        ({"prompt": ["w2 w3 w4 w5 w6", "w7"], "suffix": ["", "w9"], "max_new_tokens": 5}, "with a `suffix`"),
+        ({"prompt": "w2", "guidance_interval": None}, "`guidance_interval`"),
+        ({"prompt": "w2", "given_tokens": GivenTokens.of_rows([[5, None]], LENGTH)}, "leave prompt"),
         ({"batch_size": "w2"}, "`batch_size`.*goes first"),
     ],
 )
@@ -246,7 +250,7 @@ def test_bad_prompts_are_refused_before_any_step(pipe: LDLMPipeline, arguments: 
         ({"texts": []}, "at least one text"),
         ({"texts": [5]}, "`texts` must be"),
         ({"texts": "w2 ___", "gap": ""}, "`gap` must be"),
-        ({"texts": "w2 ___", "gap_tokens": 8}, "9 tokens, more than this model's 8"),
+        ({"texts": "w2 ___", "gap_tokens": 8}, "`gap_tokens`=9|9 tokens, more than this model's 8"),
         ({"texts": "w2 ___", "gap_tokens": 0}, "`gap_tokens`"),
         ({"texts": "hello ___"}, "does not know"),
     ],
@@ -254,6 +258,32 @@ def test_bad_prompts_are_refused_before_any_step(pipe: LDLMPipeline, arguments: 
 def test_bad_gaps_are_refused(pipe: LDLMPipeline, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipe.infill(**arguments)
+
+
+def test_edit_gives_no_estimate_to_a_denoiser_that_knows_none(make_pipeline: Callable) -> None:
+    pipe = make_pipeline()
+    calls: list[Any] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, inputs, __: calls.append(inputs[2]), with_kwargs=True)
+    pipe.edit("w2 w3", num_inference_steps=4, self_condition_scale=0.0)
+    assert calls and not any(condition.any() for condition in calls)
+
+
+def test_nothing_is_written_where_the_text_cannot_go_on(make_pipeline: Callable) -> None:
+    pipe = make_pipeline()
+    calls: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    for write in (lambda: next(pipe.stream(max_new_tokens=20)), lambda: pipe(max_new_tokens=20)):
+        with pytest.raises(ValueError, match="writes no more than 8 tokens"):
+            write()
+    assert not calls
+
+
+def test_a_character_of_two_blocks_comes_with_the_second(pipe: LDLMPipeline, monkeypatch: Any) -> None:
+    """A byte-level tokenizer decodes the first of its bytes to U+FFFD."""
+    decode = lambda rows: ["abc\u05d0"[: len(row)] if len(row) > 8 else "abc\ufffd" for row in rows]  # noqa: E731
+    monkeypatch.setattr(pipe, "_to_texts", lambda rows: decode(rows) if len(rows[0]) > 1 else [""])
+    texts = [block.texts[0] for block in pipe.stream("w5", max_new_tokens=10, num_inference_steps=1)]
+    assert texts == ["abc", "\u05d0"]
 
 
 @pytest.mark.parametrize("strength", [-0.1, 0, 1.1, float("nan"), "all"])

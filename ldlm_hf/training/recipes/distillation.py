@@ -117,10 +117,11 @@ def build_student(teacher: LDLMTransformer1DModel, method: str) -> LDLMTransform
     is_flow_map = method == "flow_map"
     if teacher.config.next_timestep_conditioning and not is_flow_map:
         raise ValueError("The teacher is a flow map, which takes any number of steps already; use method=flow_map.")
-    student = LDLMTransformer1DModel.from_config(
-        teacher.config, self_conditioning=False, next_timestep_conditioning=is_flow_map
-    )
-    student.load_state_dict(teacher.state_dict(), strict=not is_flow_map or teacher.config.next_timestep_conditioning)
+    # it is distilled on whole texts, so it takes no prompts
+    changes = {"self_conditioning": False, "next_timestep_conditioning": is_flow_map, "role_embeds": False}
+    student = LDLMTransformer1DModel.from_config(teacher.config, **changes)
+    weights = {name: value for name, value in teacher.state_dict().items() if name != "given_embedding"}
+    student.load_state_dict(weights, strict=not is_flow_map or teacher.config.next_timestep_conditioning)
     return student
 
 

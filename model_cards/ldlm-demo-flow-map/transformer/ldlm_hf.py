@@ -1047,6 +1047,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
         hidden_states = self.proj_in(torch.cat([hidden_states, self_condition], dim=-1)) + self.positions  # (B, N, D)
         if given is not None:
             hidden_states = hidden_states + given * self.given_embedding
+        elif self.given_embedding is not None and torch.is_grad_enabled():
+            # DDP waits for a gradient of each parameter
+            hidden_states = hidden_states + 0 * self.given_embedding
         for block, of_block in zip(self.blocks, of_blocks, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = checkpoint_layer(

@@ -96,6 +96,21 @@ def has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, tuple(get_origin(one) or one for one in types))
 
 
+# from ldlm_hf/models/conditions.py:
+#
+# What of a text is given, and who may attend to whom, so that what is given knows nothing of what is written.
+
+
+def check_attention_mask(attention_mask: torch.Tensor, batch_size: int, length: int) -> None:
+    """Raises ValueError unless a mask is bool of shape (B, L, L)."""
+    shape = (batch_size, length, length)
+    if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask must be bool of shape (batch_size, sequence_length, sequence_length) = {shape}, got "
+            f"{attention_mask.dtype} of shape {tuple(attention_mask.shape)}."
+        )
+
+
 # from ldlm_hf/models/layers.py:
 #
 # The building blocks of the four trainable models: attention, feed-forward, adaptive norms and the two layer stacks.
@@ -1107,6 +1122,8 @@ class LDLMLatentEncoder(LDLMLatentPreTrainedModel):
                 f"attention_mask: this latent encoder has num_latents={config.num_latents} for sequence_length="
                 f"{length}, so no latent belongs to a token, and texts cannot be given in part."
             )
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, *hidden_states.shape[:2])
         latents = self.map_sequence(hidden_states, attention_mask)  # (B, N, d_z)
         if config.standardize_latents:
             mean, std = self.latents_mean, self.latents_std
