@@ -266,6 +266,15 @@ def test_card_of_a_token_decoder_names_what_it_was_trained_for(tmp_path: Path) -
     assert "Components that the token decoder was trained for, all of them frozen: `org/ldlm` on the Hub." in card.text
 
 
+def test_card_says_whether_the_model_takes_prompts(tmp_path: Path) -> None:
+    card = write_card(Run("plain", SETTINGS, RESULTS), tmp_path / "plain").text
+    assert "\n\n* Texts are generated without a prompt and at one length, 8 tokens.\n" in card
+    settings = SETTINGS | {"conditioning": {"prefix_share": 0.25, "gaps_share": 0.0}}
+    card = write_card(Run("prompted", settings, RESULTS), tmp_path / "prompted").text
+    assert "\n\n* Texts have 8 tokens; longer ones are written block by block." in card
+    assert "without a prompt" not in card
+
+
 def test_card_of_a_student_names_its_teacher_and_draws_its_distillation(tmp_path: Path) -> None:
     settings = SETTINGS | {"method": "flow_map"}
     results = replace(RESULTS, token_encoder=None, components=Source("org/ldlm", is_hub_id=True))
