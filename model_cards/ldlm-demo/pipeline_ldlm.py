@@ -1672,7 +1672,7 @@ class LDLMPipeline(RepositoryPipeline):
         return_dict: bool = True,
         **sampling: Any,
     ) -> LDLMPipelineOutput | tuple:
-        """Rewrites texts, the more freely the greater the strength; with any transformer.
+        """Rewrites texts, the more freely the greater the strength, token by token; with any transformer.
 
         Noise is put on the latents of a text up to the time `strength`, and from there they are denoised, with the
         clean latents as the first self-condition (EdiText's recipe).
@@ -1694,7 +1694,10 @@ class LDLMPipeline(RepositoryPipeline):
         check_number("strength", strength, highest=1)
         arguments = Sampling(**sampling)
         check_texts_given("texts", texts)
-        latents = self.encode(texts).repeat_interleave(int(num_texts_per_prompt), dim=0)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        times_each = int(num_texts_per_prompt)
+        latents = self.encode(texts).repeat_interleave(times_each, dim=0)
+        lengths = [len(row) for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         self.check_inputs(len(latents), arguments)
         solver = self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, latents.device)
         if is_discrete(self.scheduler):
@@ -1716,7 +1719,9 @@ class LDLMPipeline(RepositoryPipeline):
         knows_estimates = self.self_condition_weights(solver.times[:1].repeat(2), scale, 0.0)[1] != 0
         estimate = latents if knows_estimates else None
         clean_latents = self.denoise(noisy_latents, arguments, CallState(), self_condition=estimate)
-        sequences = self.decode_to_sequences(clean_latents)
+        # as many tokens as there were; what follows them is no text
+        rows = self.decode_to_sequences(clean_latents).tolist()
+        sequences = self.pad_rows([row[: lengths[place // times_each]] for place, row in enumerate(rows)])
         output = LDLMPipelineOutput(
             sequences=sequences, texts=self._to_texts(sequences), latents=clean_latents.float()
         )

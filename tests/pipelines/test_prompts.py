@@ -268,6 +268,15 @@ def test_edit_gives_no_estimate_to_a_denoiser_that_knows_none(make_pipeline: Cal
     assert calls and not any(condition.any() for condition in calls)
 
 
+def test_an_edited_text_has_as_many_tokens_as_before(pipe: LDLMPipeline) -> None:
+    texts = ["w2 w3", "w2 w3 w4 w5 w6"]
+    output = pipe.edit(texts, num_texts_per_prompt=2, num_inference_steps=4, generator=seeded())
+    assert output.sequences.shape == (4, 5) and output.latents.shape[:2] == (4, LENGTH)
+    assert (output.sequences[:2, 2:] == pipe.fill_token_id).all()
+    whole = pipe.decode(output.latents)
+    assert all(one.startswith(text) for one, text in zip(whole, output.texts, strict=True))
+
+
 def test_nothing_is_written_where_the_text_cannot_go_on(make_pipeline: Callable) -> None:
     pipe = make_pipeline()
     calls: list[int] = []
