@@ -111,6 +111,8 @@ def test_modules_that_pages_run_have_the_options_that_they_give() -> None:
     for page in PAGES:
         for code in code_of(page):
             for match in MODULE.finditer(code):
-                source = (REPOSITORY / match[1].replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+                place = REPOSITORY / match[1].replace(".", "/")
+                file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+                source = file.read_text(encoding="utf-8")
                 for argument in arguments_after(code, match.end()):
                     assert not argument.startswith("--") or f'"{argument}"' in source, (page, match[0], argument)
