@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..objective import ConditioningSettings
+
 
 @dataclass(frozen=True)
 class Source:
@@ -170,8 +172,7 @@ class Run:
     @property
     def takes_prompts(self) -> bool:
         """Whether it was trained with texts given in part."""
-        shares = self.settings.get("conditioning") or {}
-        return shares.get("prefix_share", 0) + shares.get("gaps_share", 0) > 0
+        return ConditioningSettings(**self.settings.get("conditioning", {})).gives_texts
 
     @property
     def distillation(self) -> str | None:

@@ -42,7 +42,7 @@ def language_model_config(settings: Mapping[str, Any]) -> PretrainedConfig:
 def leave_out_masks(backbone: PreTrainedModel) -> None:
     """Replaces torch's fused attention by the same without a mask, where a mask would say nothing."""
     if backbone.config._attn_implementation == "sdpa" and needs_no_mask(backbone.config):
-        AttentionInterface.register(UNMASKED_ATTENTION, attend_without_mask)
+        AttentionInterface.register(UNMASKED_ATTENTION, attend_without_own_mask)
         backbone.set_attn_implementation(UNMASKED_ATTENTION)
 
 
@@ -52,7 +52,7 @@ def needs_no_mask(backbone_config: PretrainedConfig) -> bool:
     return set(layer_types) == {"full_attention"} and getattr(backbone_config, "sliding_window", None) is None
 
 
-def attend_without_mask(
+def attend_without_own_mask(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -51,6 +51,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[i
     return ids
 
 
+def whole_characters(text: str) -> str:
+    """A decoded text without the character at its end of which some bytes are still to come."""
+    return text.rstrip("\ufffd")
+
+
 def continued_rows(
     prompts: list[list[int]], suffixes: list[list[int]], sequence_length: int, max_new_tokens: int | None
 ) -> list[list[int | None]]:

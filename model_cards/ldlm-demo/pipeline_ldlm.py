@@ -761,6 +761,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[i
     return ids
 
 
+def whole_characters(text: str) -> str:
+    """A decoded text without the character at its end of which some bytes are still to come."""
+    return text.rstrip("\ufffd")
+
+
 def continued_rows(
     prompts: list[list[int]], suffixes: list[list[int]], sequence_length: int, max_new_tokens: int | None
 ) -> list[list[int | None]]:
@@ -897,14 +902,15 @@ def check_number(name: str, number: Any, highest: float = math.inf) -> None:
         raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
 
 
-def check_texts_given(name: str, texts: Any) -> None:
-    """Raises ValueError unless an argument is a text or a list of at least one."""
+def as_texts(name: str, texts: Any) -> list[str]:
+    """The texts of an argument; ValueError unless it is a text or a list of at least one."""
     is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
     if not (isinstance(texts, str) or is_list):
         raise ValueError(
             f"`{name}` must be a text or a list of at least one text, got {reprlib.repr(texts)}. How many are written "
             "without a prompt says batch_size."
         )
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 class LDLMPipeline(RepositoryPipeline):
@@ -1068,11 +1074,9 @@ class LDLMPipeline(RepositoryPipeline):
     def _interrupt(self, value: bool) -> None:
         self._calls.current.interrupt = value
 
-    def check_counts(self, **counts: int | None) -> None:
-        """Raises ValueError unless each is a positive integer, or None where `max_new_tokens` may be that."""
+    def check_counts(self, **counts: int) -> None:
+        """Raises ValueError unless each is a positive integer."""
         for name, value in counts.items():
-            if value is None and name == "max_new_tokens":
-                continue
             whole = whole_number(value)
             if whole is None or whole < 1:
                 hint = ""
@@ -1080,21 +1084,16 @@ class LDLMPipeline(RepositoryPipeline):
                     hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
                 raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
 
-    def check_inputs(
-        self, batch_size: int, sampling: Sampling, latents: torch.Tensor | None = None, output_type: str = "text"
-    ) -> None:
+    def check_inputs(self, batch_size: int, sampling: Sampling, latents: torch.Tensor | None = None) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that generation cannot work with."""
         self.check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
         self.check_guidance(sampling.self_condition_scale, sampling.self_condition_decay, sampling.guidance_rescale)
         check_number("guidance_scale", sampling.guidance_scale)
         interval = sampling.guidance_interval
-        is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2
-        if not is_pair or not all(isinstance(time, numbers.Real) for time in interval):
-            is_pair = False
+        is_list = isinstance(interval, (list, tuple)) and len(interval) == 2
+        is_pair = is_list and all(isinstance(time, numbers.Real) for time in interval)
         if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be two times in [0, 1], the lower one first, got {interval}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         generator = sampling.generator
         generators = generator if isinstance(generator, list) else [generator]
         if not all(one is None or isinstance(one, torch.Generator) for one in generators):
@@ -1160,9 +1159,6 @@ class LDLMPipeline(RepositoryPipeline):
         Raises:
             ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
         """
-        for name, texts in (("prompt", prompt), ("suffix", suffix)):
-            if texts is not None:
-                check_texts_given(name, texts)
         if prompt is None and suffix is None:
             if int(num_texts_per_prompt) != 1:
                 raise ValueError(
@@ -1174,22 +1170,22 @@ class LDLMPipeline(RepositoryPipeline):
                 f"`batch_size`={batch_size} is for texts without a prompt; with one, use num_texts_per_prompt."
             )
         self.require_components("a prompt", "tokenizer")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        suffixes = [suffix] if isinstance(suffix, str) else list(suffix or [])
+        prompts = as_texts("prompt", "" if prompt is None else prompt)
+        suffixes = as_texts("suffix", "" if suffix is None else suffix)
+        # one text is that of all
         if prompt is None:
-            prompts = [""] * len(suffixes)
-        if suffix is None or (isinstance(suffix, str) and prompts):
-            suffixes = [suffix or ""] * len(prompts)
-        if not prompts or len(prompts) != len(suffixes):
+            prompts = prompts * len(suffixes)
+        if suffix is None or isinstance(suffix, str):
+            suffixes = suffixes * len(prompts)
+        if len(prompts) != len(suffixes):
             raise ValueError(
                 f"`prompt` has {len(prompts)} texts and `suffix` {len(suffixes)}: give one or more prompts, and one "
                 "suffix for all of them or one for each."
             )
         times, tokenizer = range(int(num_texts_per_prompt)), self.prompt_tokenizer
-        return (
-            [tokenize(tokenizer, one, "prompt") for one in prompts for _ in times],
-            [tokenize(tokenizer, one, "suffix") for one in suffixes for _ in times],
-        )
+        prompt_ids = [tokenize(tokenizer, one, "prompt") for one in prompts]
+        suffix_ids = [tokenize(tokenizer, one, "suffix") for one in suffixes]
+        return [row for row in prompt_ids for _ in times], [row for row in suffix_ids for _ in times]
 
     @property
     def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -1224,12 +1220,14 @@ class LDLMPipeline(RepositoryPipeline):
         self.require_components("a prompt", "token_encoder", "latent_encoder")
 
     def put_back(self, rows: GivenTokens, sequences: torch.Tensor) -> torch.Tensor:
-        """Decoded token ids (B, L) with the given ones as they were, cut where their texts end: (B, T), shorter rows
-        filled up with the end-of-text token."""
+        """Decoded token ids (B, L) with the given ones as they were, cut where their texts end: (B, T)."""
         given, tokens = rows.given.to(sequences.device), rows.sequences.to(sequences.device)
-        sequences = torch.where(given, tokens, sequences)
-        longest = max(rows.lengths)
-        ends = torch.tensor(rows.lengths, device=sequences.device)[:, None]
+        return self.cut_rows(torch.where(given, tokens, sequences), rows.lengths)
+
+    def cut_rows(self, sequences: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Token ids (B, L) cut to the rows' own lengths: (B, T), shorter rows filled up with the end-of-text token."""
+        longest = max(lengths)
+        ends = torch.tensor(lengths, device=sequences.device)[:, None]
         behind = torch.arange(longest, device=sequences.device) >= ends
         return sequences[:, :longest].masked_fill(behind, self.fill_token_id or 0)
 
@@ -1289,6 +1287,16 @@ class LDLMPipeline(RepositoryPipeline):
             )
         return solver
 
+    def scale_or_own(self, self_condition_scale: float | None) -> float:
+        """The scale of a call, or where it names none the pipeline's own, or 1, or 0 for a model trained without a
+        self-condition: one that has taken the place of the denoiser that the pipeline's own is for, perhaps."""
+        if self_condition_scale is not None:
+            return self_condition_scale
+        if not self.transformer.config.self_conditioning:
+            return 0.0
+        own = self.config.self_condition_scale
+        return 1.0 if own is None else own
+
     def self_condition_weights(self, times: torch.Tensor, scale: float | None, decay: float) -> list[float]:
         """Weights w of the self-condition, one a step: w = 1 + (scale - 1) exp(-decay sigma / alpha).
 
@@ -1297,14 +1305,10 @@ class LDLMPipeline(RepositoryPipeline):
 
         Args:
             times: those of the steps, in [0, 1].
-            scale: w without noise; None is the pipeline's own, or 1, or 0 for a model trained without a
-                self-condition.
+            scale: w without noise; None as for [`~LDLMPipeline.scale_or_own`].
             decay: how fast w - 1 falls as the noise level sigma / alpha grows.
         """
-        if scale is None:
-            # the pipeline's own is another denoiser's, where one without a self-condition has taken its place
-            own = self.config.self_condition_scale
-            scale = (1.0 if own is None else own) if self.transformer.config.self_conditioning else 0.0
+        scale = self.scale_or_own(scale)
         if decay == 0 or scale == 1:
             weights = [float(scale)] * len(times)
         else:
@@ -1515,9 +1519,10 @@ class LDLMPipeline(RepositoryPipeline):
         if output_type == "text":
             needed.append("tokenizer")
         self.require_components("generation", *needed)
-        self.check_counts(
-            batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
-        )
+        self.check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt)
+        if max_new_tokens is not None:
+            self.check_counts(max_new_tokens=max_new_tokens)
+            max_new_tokens = int(max_new_tokens)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         sampling = Sampling(
@@ -1534,7 +1539,6 @@ class LDLMPipeline(RepositoryPipeline):
         )
 
         # 2. What is given, and what is to be written
-        max_new_tokens = None if max_new_tokens is None else int(max_new_tokens)
         rows, is_long = given_tokens, False
         if rows is not None:
             if not (prompt is None and suffix is None and max_new_tokens is None):
@@ -1614,20 +1618,14 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(
             batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
         )
-        if max_new_tokens is None:
-            raise ValueError("`max_new_tokens` must be a positive integer, got None.")
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
         arguments = Sampling(**sampling)
         self.check_inputs(len(prompts), arguments)
-        written = [list(one) for one in prompts]
-        shown = self._to_texts(prompts)
+        written, shown = prompts, self._to_texts(prompts)
         for block in self._write_blocks(prompts, int(max_new_tokens), arguments, context_tokens):
             written = [row + new for row, new in zip(written, block, strict=True)]
-            texts = self._to_texts(written)
             is_last = all(len(row) == len(one) + max_new_tokens for row, one in zip(written, prompts, strict=True))
-            if not is_last:
-                # the bytes of a character may lie in this block and the next
-                texts = [text.rstrip("\ufffd") for text in texts]
+            texts = [text if is_last else whole_characters(text) for text in self._to_texts(written)]
             new_texts = [text[len(before) :] for text, before in zip(texts, shown, strict=True)]
             shown = texts
             yield LDLMPipelineOutput(sequences=self.pad_rows(block), texts=new_texts)
@@ -1657,9 +1655,9 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
         if not isinstance(gap, str) or not gap:
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
-        check_texts_given("texts", texts)
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = rows_with_gaps(self.prompt_tokenizer, texts, gap, int(gap_tokens), self.sequence_length)
+        rows = rows_with_gaps(
+            self.prompt_tokenizer, as_texts("texts", texts), gap, int(gap_tokens), self.sequence_length
+        )
         rows = [row for row in rows for _ in range(int(num_texts_per_prompt))]
         return self(given_tokens=GivenTokens.of_rows(rows, self.sequence_length), **arguments)
 
@@ -1693,11 +1691,10 @@ class LDLMPipeline(RepositoryPipeline):
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         arguments = Sampling(**sampling)
-        check_texts_given("texts", texts)
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        times_each = int(num_texts_per_prompt)
-        latents = self.encode(texts).repeat_interleave(times_each, dim=0)
-        lengths = [len(row) for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        texts, versions = as_texts("texts", texts), int(num_texts_per_prompt)
+        latents = self.encode(texts).repeat_interleave(versions, dim=0)
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        lengths = [len(row) for row in rows for _ in range(versions)]
         self.check_inputs(len(latents), arguments)
         solver = self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, latents.device)
         if is_discrete(self.scheduler):
@@ -1715,13 +1712,10 @@ class LDLMPipeline(RepositoryPipeline):
         alpha, sigma = alpha_sigma(torch.tensor(times[0]), self.scheduler.config.tangent_d)
         noisy_latents = float(alpha) * latents + float(sigma) * noise
         arguments = replace(arguments, timesteps=times, guidance_scale=1.0)
-        scale = arguments.self_condition_scale
-        knows_estimates = self.self_condition_weights(solver.times[:1].repeat(2), scale, 0.0)[1] != 0
-        estimate = latents if knows_estimates else None
+        estimate = latents if self.scale_or_own(arguments.self_condition_scale) else None
         clean_latents = self.denoise(noisy_latents, arguments, CallState(), self_condition=estimate)
         # as many tokens as there were; what follows them is no text
-        rows = self.decode_to_sequences(clean_latents).tolist()
-        sequences = self.pad_rows([row[: lengths[place // times_each]] for place, row in enumerate(rows)])
+        sequences = self.cut_rows(self.decode_to_sequences(clean_latents), lengths)
         output = LDLMPipelineOutput(
             sequences=sequences, texts=self._to_texts(sequences), latents=clean_latents.float()
         )
@@ -1810,8 +1804,7 @@ class LDLMPipeline(RepositoryPipeline):
                 length.
         """
         self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
-        check_texts_given("texts", texts)
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = as_texts("texts", texts)
         return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
 
     @torch.no_grad()
