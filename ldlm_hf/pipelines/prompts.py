@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,17 @@ class GivenTokens:
             torch.tensor([[token is not None for token in row] for row in filled]),
             [len(row) for row in rows],
         )
+
+
+def as_texts(name: str, texts: Any) -> list[str]:
+    """The texts of an argument; ValueError unless it is a text or a list of at least one."""
+    is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
+    if not (isinstance(texts, str) or is_list):
+        raise ValueError(
+            f"`{name}` must be a text or a list of at least one text, got {reprlib.repr(texts)}. How many are written "
+            "without a prompt says batch_size."
+        )
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:

@@ -75,6 +75,338 @@ def whole_number(value: Any) -> int | None:
         return int(float(value)) if is_whole else None
 
 
+# from ldlm_hf/models/conditions.py:
+#
+# What of a text is given, and who may attend to whom, so that what is given knows nothing of what is written.
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Which tokens of a batch are given, the others being written; ours, the paper's models write all of them.
+
+    Latents are contextual: if a given token's latent were encoded together with what is to be written, it would have
+    seen the answer. So given tokens attend to given tokens alone.
+
+    Attributes:
+        given: bool (B, L).
+        dropped: bool (B,), rows whose denoiser is not told what is given, as classifier-free guidance needs them; what
+            is written then does not attend to it either. None stands for no such row.
+    """
+
+    given: torch.Tensor
+    dropped: torch.Tensor | None = None
+
+    def attention_mask(self) -> torch.Tensor:
+        """Whether token i may attend to token j, bool (B, L, L)."""
+        query, key = self.given[:, :, None], self.given[:, None, :]
+        mask = key | ~query
+        if self.dropped is not None:
+            mask = mask & ((key == query) | ~self.dropped[:, None, None])
+        return mask
+
+    def of_denoiser(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The denoiser's arguments for clean latents (B, N, d_z), one a token: those of given tokens, without their
+        gradients, and zeros in dropped rows."""
+        shown = self.given if self.dropped is None else self.given & ~self.dropped[:, None]
+        return {"given": self.given, "given_latents": latents.detach() * shown[..., None]}
+
+    def __getitem__(self, rows: slice) -> Conditions:
+        """Those of some rows."""
+        return Conditions(self.given[rows], None if self.dropped is None else self.dropped[rows])
+
+    def repeat(self, times: int) -> Conditions:
+        """Those of a batch in which each row comes so many times in a row."""
+        dropped = None if self.dropped is None else self.dropped.repeat_interleave(times)
+        return Conditions(self.given.repeat_interleave(times, dim=0), dropped)
+
+    def to(self, device: torch.device) -> Conditions:
+        """The same on a device."""
+        dropped = None if self.dropped is None else self.dropped.to(device, non_blocking=True)
+        return Conditions(self.given.to(device, non_blocking=True), dropped)
+
+
+# from ldlm_hf/schedulers/__init__.py:
+#
+# Noise processes and samplers, as diffusers schedulers on the tangent schedule.
+#
+# A new solver is one file with a subclass of `TangentScheduler`, and one line in `SCHEDULERS`, which registers and
+# exports it, lets pipelines load it, and makes it known to the command line.
+
+
+# class → module of this package
+SCHEDULERS = {
+    "TangentEulerMaruyamaScheduler": "scheduling_tangent_euler_maruyama",
+    "TangentDDIMScheduler": "scheduling_tangent_ddim",
+    "TangentDPMSolverMultistepScheduler": "scheduling_tangent_dpmsolver_multistep",
+    "TangentChurnScheduler": "scheduling_tangent_churn",
+    "TangentFlowMapScheduler": "scheduling_tangent_flow_map",
+}
+
+
+# those of diffusers that `diffusers_config` puts on the tangent schedule
+DIFFUSERS_SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+
+
+# from ldlm_hf/schedulers/tangent.py:
+#
+# The tangent noise schedule (App. C): pure functions of time t in [0, 1], 0 = clean and 1 = noise.
+#
+#     alpha : sigma = cos(pi t / 2) : d sin(pi t / 2),  normalised to alpha^2 + sigma^2 = 1
+#
+# which is alpha = 1 / sqrt(1 + d^2 tan^2(pi t / 2)) without its pole at t = 1. Everything is computed in float64 and is
+# exact at both ends; callers cast the results once.
+
+
+def _sine_cosine(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sin(pi t / 2) and cos(pi t / 2) in float64; the cosine as a sine, since only the sine is exact at its zero."""
+    timesteps = timesteps.double()
+    return torch.sin(math.pi / 2 * timesteps), torch.sin(math.pi / 2 * (1 - timesteps))
+
+
+def alpha_sigma(timesteps: torch.Tensor, d: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal and noise level of z_t = alpha z + sigma eps, both float64; (1, 0) at t = 0 and (0, 1) at t = 1."""
+    sine, cosine = _sine_cosine(timesteps)
+    norm = torch.sqrt(cosine.square() + (d * sine).square())
+    return cosine / norm, d * sine / norm
+
+
+# from ldlm_hf/schedulers/discrete.py:
+#
+# diffusers' own schedulers on the tangent schedule, and the times that they evaluate the model at.
+#
+# They count K discrete noise levels where the tangent schedule has continuous time. Level k stands for the middle of the
+# k-th of K equal parts, t_k = (k + 1/2) / K, so that no level is free of noise or nothing else, where their formulas
+# divide by zero.
+#
+#     pipe.scheduler = UniPCMultistepScheduler.from_config(diffusers_config(pipe.scheduler))
+#     pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config)   # and back
+
+
+def level_times(levels: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """t_k = (k + 1/2) / K in float64, for levels k of K, whole or not."""
+    return (levels.double() + 0.5) / num_levels
+
+
+def check_schedule(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError unless a scheduler is one of the tangent schedule, for predictions of the clean latents."""
+    name, config = type(scheduler).__name__, scheduler.config
+    remedy = (
+        f"Use {name}.from_config(ldlm_hf.diffusers_config(scheduler)) with the pipeline's own scheduler, or a "
+        "scheduler of ldlm_hf."
+    )
+    if "tangent_d" not in config:
+        raise ValueError(f"{name} belongs to another noise schedule than the model: it has no tangent_d. {remedy}")
+    if not is_discrete(scheduler):
+        return
+    levels = len(scheduler.alphas_cumprod)
+    alpha, _ = alpha_sigma(level_times(torch.arange(levels), levels), config.tangent_d)
+    found = scheduler.alphas_cumprod.double().cpu().sqrt()
+    if config.prediction_type != "sample" or not torch.allclose(found, alpha, rtol=1e-2, atol=1e-5):
+        raise ValueError(
+            f"{name} has other noise levels than the tangent schedule with its tangent_d, or its prediction_type="
+            f"{config.prediction_type!r} is not 'sample'. {remedy}"
+        )
+
+
+def is_discrete(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler counts noise levels, as diffusers' own do, where those of this package have times."""
+    return hasattr(scheduler, "alphas_cumprod")
+
+
+def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
+    """The times in [0, 1] at which a scheduler evaluates the model, of shape `(num_inference_steps,)`, float32."""
+    if is_discrete(scheduler):
+        return level_times(scheduler.timesteps, len(scheduler.alphas_cumprod)).float()
+    return scheduler.timesteps
+
+
+class Solver:
+    """A scheduler at the beginning of its grid, be it one of this package or one of diffusers'.
+
+    Args:
+        scheduler: with its timesteps set; the steps are its own.
+
+    Attributes:
+        timesteps: what the scheduler calls its steps by, of shape (S,).
+        times: the times in [0, 1] at which the model is evaluated, of shape (S,), float32.
+        next_times: where each step lands, of the same shape, for a flow map; None for a denoiser of one time.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin):
+        if hasattr(scheduler, "set_begin_index"):
+            # or else the scheduler reads the first time back from the device to look it up
+            scheduler.set_begin_index(0)
+        self.scheduler = scheduler
+        self.timesteps = scheduler.timesteps
+        self.times = model_times(scheduler)
+        self.next_times: torch.Tensor | None = getattr(scheduler, "next_timesteps", None)
+        # deterministic solvers of diffusers have no noise to draw
+        self.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
+
+    def model_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What the model sees of the latents at a step, as the scheduler scales it."""
+        return self.scheduler.scale_model_input(latents, timestep)
+
+    def step(
+        self,
+        clean_latents: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The latents (B, N, d_z) of the next, earlier time, by the prediction for this one."""
+        arguments = {"generator": generator} if self.draws_noise else {}
+        return self.scheduler.step(clean_latents, timestep, latents, **arguments).prev_sample
+
+
+# from ldlm_hf/pipelines/calls.py:
+#
+# The calls of a pipeline that are running, of which each thread may have one.
+
+
+@dataclass
+class CallState:
+    """What one call of a pipeline has reached.
+
+    Attributes:
+        num_timesteps: denoising steps that it takes.
+        num_function_evaluations: how often the transformer has seen each sample.
+        interrupt: whether the remaining steps are skipped.
+    """
+
+    num_timesteps: int = 0
+    num_function_evaluations: int = 0
+    interrupt: bool = False
+
+
+class Calls:
+    """The calls of one pipeline, by the threads that they run in."""
+
+    def __init__(self) -> None:
+        self._last = CallState()
+        self._running: dict[int, CallState] = {}
+
+    @property
+    def current(self) -> CallState:
+        """The call that this thread is in, otherwise the one that began last."""
+        return self._running.get(threading.get_ident(), self._last)
+
+    @contextmanager
+    def running(self, call: CallState) -> Iterator[None]:
+        """Makes a call the one that this thread is in; a callback may call the pipeline again."""
+        thread = threading.get_ident()
+        outer = self._running.get(thread)
+        self._running[thread] = self._last = call
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._running[thread]
+            else:
+                self._running[thread] = outer
+
+
+# from ldlm_hf/models/guidance.py:
+#
+# Guidance: a prediction moved further along what its self-condition, or what is given, changes.
+
+
+def guide(
+    unconditional: torch.Tensor,
+    conditional: torch.Tensor,
+    scale: float,
+    rescale: float = 0.0,
+    contrast: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x^ = x^_0 + w (x^_sc - x^_0) in float32, classifier-free guidance with the self-condition in the condition's
+    place.
+
+    Args:
+        unconditional: x^_0, the prediction without a self-condition, (B, ...).
+        conditional: x^_sc, that from it.
+        scale: w.
+        rescale: phi in [0, 1], how far the standard deviation of each example, which guidance raises, goes back to
+            that of x^_sc ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, 3.4).
+        contrast: what else the prediction is moved by, of its shape, such as guidance by a prompt.
+    """
+    conditional = conditional.float()
+    guided = torch.lerp(unconditional.float(), conditional, scale)
+    if contrast is not None:
+        guided = guided + contrast
+    if rescale == 0:
+        return guided
+    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
+    return guided * torch.lerp(torch.ones_like(ratio), ratio, rescale).view(-1, *[1] * (guided.ndim - 1))
+
+
+# from ldlm_hf/pipelines/sampling.py:
+#
+# How latents are denoised: what a call asks for, and what the denoiser is told of each step.
+
+
+StepCallback: TypeAlias = (
+    Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+)
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """What the denoiser is told of a step, beside the latents.
+
+    Attributes:
+        timestep: what the scheduler calls it.
+        time: in [0, 1], of shape ().
+        self_condition_weight: w of the prediction of the step before.
+        guidance_scale: w of what is given.
+        guidance_rescale: how far guidance keeps its prediction's standard deviation.
+        conditions: further arguments of the transformer.
+    """
+
+    timestep: torch.Tensor
+    time: torch.Tensor
+    self_condition_weight: float
+    guidance_scale: float
+    guidance_rescale: float
+    conditions: dict[str, torch.Tensor | None]
+
+    @property
+    def num_function_evaluations(self) -> int:
+        """How often the transformer sees each sample."""
+        return 1 + (self.self_condition_weight not in (0, 1)) + (self.guidance_scale != 1)
+
+
+@dataclass
+class Sampling:
+    """How latents are denoised: the arguments of [`LDLMPipeline.__call__`] of these names."""
+
+    num_inference_steps: int = 128
+    timesteps: list[float] | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+    self_condition_scale: float | None = None
+    self_condition_decay: float = 0.0
+    guidance_rescale: float | None = None
+    guidance_scale: float = 1.0
+    guidance_interval: Sequence[float] = (0.0, 1.0)
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: list[str] | None = None
+
+    @property
+    def callback_tensors(self) -> list[str]:
+        """Which tensors the callback is given."""
+        if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            return self.callback_on_step_end.tensor_inputs
+        names = self.callback_on_step_end_tensor_inputs
+        return ["latents"] if names is None else names
+
+
+def check_number(name: str, number: Any, highest: float = math.inf) -> None:
+    """Raises ValueError unless an argument is a finite number in [0, highest]."""
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not (is_number and math.isfinite(number) and 0 <= number <= highest):
+        bound = "finite number that is not negative" if highest == math.inf else f"number in [0, {highest:g}]"
+        raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
+
+
 # from ldlm_hf/loading/recorded_code.py:
 #
 # What [`ldlm_hf.loading.remote_code`] is in the files that it generates: they cannot generate files, only repeat
@@ -429,291 +761,6 @@ class RepositoryPipeline(DiffusionPipeline):
             )
 
 
-# from ldlm_hf/models/conditions.py:
-#
-# What of a text is given, and who may attend to whom, so that what is given knows nothing of what is written.
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Which tokens of a batch are given, the others being written; ours, the paper's models write all of them.
-
-    Latents are contextual: if a given token's latent were encoded together with what is to be written, it would have
-    seen the answer. So given tokens attend to given tokens alone.
-
-    Attributes:
-        given: bool (B, L).
-        dropped: bool (B,), rows whose denoiser is not told what is given, as classifier-free guidance needs them; what
-            is written then does not attend to it either. None stands for no such row.
-    """
-
-    given: torch.Tensor
-    dropped: torch.Tensor | None = None
-
-    def attention_mask(self) -> torch.Tensor:
-        """Whether token i may attend to token j, bool (B, L, L)."""
-        query, key = self.given[:, :, None], self.given[:, None, :]
-        mask = key | ~query
-        if self.dropped is not None:
-            mask = mask & ((key == query) | ~self.dropped[:, None, None])
-        return mask
-
-    def of_denoiser(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The denoiser's arguments for clean latents (B, N, d_z), one a token: those of given tokens, without their
-        gradients, and zeros in dropped rows."""
-        shown = self.given if self.dropped is None else self.given & ~self.dropped[:, None]
-        return {"given": self.given, "given_latents": latents.detach() * shown[..., None]}
-
-    def __getitem__(self, rows: slice) -> Conditions:
-        """Those of some rows."""
-        return Conditions(self.given[rows], None if self.dropped is None else self.dropped[rows])
-
-    def repeat(self, times: int) -> Conditions:
-        """Those of a batch in which each row comes so many times in a row."""
-        dropped = None if self.dropped is None else self.dropped.repeat_interleave(times)
-        return Conditions(self.given.repeat_interleave(times, dim=0), dropped)
-
-    def to(self, device: torch.device) -> Conditions:
-        """The same on a device."""
-        dropped = None if self.dropped is None else self.dropped.to(device, non_blocking=True)
-        return Conditions(self.given.to(device, non_blocking=True), dropped)
-
-
-# from ldlm_hf/models/guidance.py:
-#
-# Guidance: a prediction moved further along what its self-condition, or what is given, changes.
-
-
-def guide(
-    unconditional: torch.Tensor,
-    conditional: torch.Tensor,
-    scale: float,
-    rescale: float = 0.0,
-    contrast: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x^ = x^_0 + w (x^_sc - x^_0) in float32, classifier-free guidance with the self-condition in the condition's
-    place.
-
-    Args:
-        unconditional: x^_0, the prediction without a self-condition, (B, ...).
-        conditional: x^_sc, that from it.
-        scale: w.
-        rescale: phi in [0, 1], how far the standard deviation of each example, which guidance raises, goes back to
-            that of x^_sc ("Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, 3.4).
-        contrast: what else the prediction is moved by, of its shape, such as guidance by a prompt.
-    """
-    conditional = conditional.float()
-    guided = torch.lerp(unconditional.float(), conditional, scale)
-    if contrast is not None:
-        guided = guided + contrast
-    if rescale == 0:
-        return guided
-    ratio = conditional.flatten(1).std(1) / guided.flatten(1).std(1)
-    return guided * torch.lerp(torch.ones_like(ratio), ratio, rescale).view(-1, *[1] * (guided.ndim - 1))
-
-
-# from ldlm_hf/schedulers/__init__.py:
-#
-# Noise processes and samplers, as diffusers schedulers on the tangent schedule.
-#
-# A new solver is one file with a subclass of `TangentScheduler`, and one line in `SCHEDULERS`, which registers and
-# exports it, lets pipelines load it, and makes it known to the command line.
-
-
-# class → module of this package
-SCHEDULERS = {
-    "TangentEulerMaruyamaScheduler": "scheduling_tangent_euler_maruyama",
-    "TangentDDIMScheduler": "scheduling_tangent_ddim",
-    "TangentDPMSolverMultistepScheduler": "scheduling_tangent_dpmsolver_multistep",
-    "TangentChurnScheduler": "scheduling_tangent_churn",
-    "TangentFlowMapScheduler": "scheduling_tangent_flow_map",
-}
-
-
-# those of diffusers that `diffusers_config` puts on the tangent schedule
-DIFFUSERS_SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-
-
-# from ldlm_hf/schedulers/tangent.py:
-#
-# The tangent noise schedule (App. C): pure functions of time t in [0, 1], 0 = clean and 1 = noise.
-#
-#     alpha : sigma = cos(pi t / 2) : d sin(pi t / 2),  normalised to alpha^2 + sigma^2 = 1
-#
-# which is alpha = 1 / sqrt(1 + d^2 tan^2(pi t / 2)) without its pole at t = 1. Everything is computed in float64 and is
-# exact at both ends; callers cast the results once.
-
-
-def _sine_cosine(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sin(pi t / 2) and cos(pi t / 2) in float64; the cosine as a sine, since only the sine is exact at its zero."""
-    timesteps = timesteps.double()
-    return torch.sin(math.pi / 2 * timesteps), torch.sin(math.pi / 2 * (1 - timesteps))
-
-
-def alpha_sigma(timesteps: torch.Tensor, d: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal and noise level of z_t = alpha z + sigma eps, both float64; (1, 0) at t = 0 and (0, 1) at t = 1."""
-    sine, cosine = _sine_cosine(timesteps)
-    norm = torch.sqrt(cosine.square() + (d * sine).square())
-    return cosine / norm, d * sine / norm
-
-
-# from ldlm_hf/schedulers/discrete.py:
-#
-# diffusers' own schedulers on the tangent schedule, and the times that they evaluate the model at.
-#
-# They count K discrete noise levels where the tangent schedule has continuous time. Level k stands for the middle of the
-# k-th of K equal parts, t_k = (k + 1/2) / K, so that no level is free of noise or nothing else, where their formulas
-# divide by zero.
-#
-#     pipe.scheduler = UniPCMultistepScheduler.from_config(diffusers_config(pipe.scheduler))
-#     pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config)   # and back
-
-
-def level_times(levels: torch.Tensor, num_levels: int) -> torch.Tensor:
-    """t_k = (k + 1/2) / K in float64, for levels k of K, whole or not."""
-    return (levels.double() + 0.5) / num_levels
-
-
-def check_schedule(scheduler: SchedulerMixin) -> None:
-    """Raises ValueError unless a scheduler is one of the tangent schedule, for predictions of the clean latents."""
-    name, config = type(scheduler).__name__, scheduler.config
-    remedy = (
-        f"Use {name}.from_config(ldlm_hf.diffusers_config(scheduler)) with the pipeline's own scheduler, or a "
-        "scheduler of ldlm_hf."
-    )
-    if "tangent_d" not in config:
-        raise ValueError(f"{name} belongs to another noise schedule than the model: it has no tangent_d. {remedy}")
-    if not is_discrete(scheduler):
-        return
-    levels = len(scheduler.alphas_cumprod)
-    alpha, _ = alpha_sigma(level_times(torch.arange(levels), levels), config.tangent_d)
-    found = scheduler.alphas_cumprod.double().cpu().sqrt()
-    if config.prediction_type != "sample" or not torch.allclose(found, alpha, rtol=1e-2, atol=1e-5):
-        raise ValueError(
-            f"{name} has other noise levels than the tangent schedule with its tangent_d, or its prediction_type="
-            f"{config.prediction_type!r} is not 'sample'. {remedy}"
-        )
-
-
-def is_discrete(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler counts noise levels, as diffusers' own do, where those of this package have times."""
-    return hasattr(scheduler, "alphas_cumprod")
-
-
-def model_times(scheduler: SchedulerMixin) -> torch.Tensor:
-    """The times in [0, 1] at which a scheduler evaluates the model, of shape `(num_inference_steps,)`, float32."""
-    if is_discrete(scheduler):
-        return level_times(scheduler.timesteps, len(scheduler.alphas_cumprod)).float()
-    return scheduler.timesteps
-
-
-class Solver:
-    """A scheduler at the beginning of its grid, be it one of this package or one of diffusers'.
-
-    Args:
-        scheduler: with its timesteps set; the steps are its own.
-
-    Attributes:
-        timesteps: what the scheduler calls its steps by, of shape (S,).
-        times: the times in [0, 1] at which the model is evaluated, of shape (S,), float32.
-        next_times: where each step lands, of the same shape, for a flow map; None for a denoiser of one time.
-    """
-
-    def __init__(self, scheduler: SchedulerMixin):
-        if hasattr(scheduler, "set_begin_index"):
-            # or else the scheduler reads the first time back from the device to look it up
-            scheduler.set_begin_index(0)
-        self.scheduler = scheduler
-        self.timesteps = scheduler.timesteps
-        self.times = model_times(scheduler)
-        self.next_times: torch.Tensor | None = getattr(scheduler, "next_timesteps", None)
-        # deterministic solvers of diffusers have no noise to draw
-        self.draws_noise = "generator" in inspect.signature(scheduler.step).parameters
-
-    def model_input(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """What the model sees of the latents at a step, as the scheduler scales it."""
-        return self.scheduler.scale_model_input(latents, timestep)
-
-    def step(
-        self,
-        clean_latents: torch.Tensor,
-        timestep: torch.Tensor,
-        latents: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """The latents (B, N, d_z) of the next, earlier time, by the prediction for this one."""
-        arguments = {"generator": generator} if self.draws_noise else {}
-        return self.scheduler.step(clean_latents, timestep, latents, **arguments).prev_sample
-
-
-# from ldlm_hf/pipelines/calls.py:
-#
-# The calls of a pipeline that are running, of which each thread may have one.
-
-
-@dataclass
-class CallState:
-    """What one call of a pipeline has reached.
-
-    Attributes:
-        num_timesteps: denoising steps that it takes.
-        num_function_evaluations: how often the transformer has seen each sample.
-        interrupt: whether the remaining steps are skipped.
-    """
-
-    num_timesteps: int = 0
-    num_function_evaluations: int = 0
-    interrupt: bool = False
-
-
-class Calls:
-    """The calls of one pipeline, by the threads that they run in."""
-
-    def __init__(self) -> None:
-        self._last = CallState()
-        self._running: dict[int, CallState] = {}
-
-    @property
-    def current(self) -> CallState:
-        """The call that this thread is in, otherwise the one that began last."""
-        return self._running.get(threading.get_ident(), self._last)
-
-    @contextmanager
-    def running(self, call: CallState) -> Iterator[None]:
-        """Makes a call the one that this thread is in; a callback may call the pipeline again."""
-        thread = threading.get_ident()
-        outer = self._running.get(thread)
-        self._running[thread] = self._last = call
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self._running[thread]
-            else:
-                self._running[thread] = outer
-
-
-# from ldlm_hf/pipelines/pipeline_output.py:
-#
-# What [`LDLMPipeline`] returns.
-
-
-@dataclass
-class LDLMPipelineOutput(BaseOutput):
-    """
-    Attributes:
-        sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Generated token ids; `None` with `output_type="latent"`.
-        texts (`list[str]`, *optional*): decoded texts, with `output_type="text"` only.
-        latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`):
-            Clean latents, as they were decoded.
-    """
-
-    sequences: torch.Tensor | None = None
-    texts: list[str] | None = None
-    latents: torch.Tensor | None = None
-
-
 # from ldlm_hf/pipelines/prompts.py:
 #
 # Prompts, endings and texts with gaps as rows of tokens, of which some are given.
@@ -742,6 +789,17 @@ class GivenTokens:
             torch.tensor([[token is not None for token in row] for row in filled]),
             [len(row) for row in rows],
         )
+
+
+def as_texts(name: str, texts: Any) -> list[str]:
+    """The texts of an argument; ValueError unless it is a text or a list of at least one."""
+    is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
+    if not (isinstance(texts, str) or is_list):
+        raise ValueError(
+            f"`{name}` must be a text or a list of at least one text, got {reprlib.repr(texts)}. How many are written "
+            "without a prompt says batch_size."
+        )
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[int]:
@@ -818,179 +876,16 @@ def rows_with_gaps(
     return rows
 
 
-OUTPUT_TYPES = ("text", "seq", "latent", "pt")
+# from ldlm_hf/pipelines/text_latents.py:
+#
+# Texts to latents and back: the parts of the pipeline that need no denoiser.
 
 
-# one for all pipelines, since several may share a scheduler, as those do that `from_pipe` makes
-SCHEDULER_LOCK = threading.Lock()
+class TextLatentPipeline(RepositoryPipeline):
+    """The components, and the ways between texts, token ids and latents."""
 
-
-StepCallback: TypeAlias = (
-    Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
-)
-
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```python
-        >>> import torch
-        >>> from ldlm_hf import LDLMPipeline
-
-        >>> pipe = LDLMPipeline.from_pretrained("runs/demo/pipeline")
-        >>> output = pipe(batch_size=4, num_inference_steps=128, generator=torch.Generator().manual_seed(0))
-        >>> print(output.texts[0])
-        >>> print(pipe("The state of our union", num_texts_per_prompt=2, num_inference_steps=32).texts)
-        ```
-"""
-
-
-@dataclass(frozen=True)
-class DenoisingStep:
-    """What the denoiser is told of a step, beside the latents.
-
-    Attributes:
-        timestep: what the scheduler calls it.
-        time: in [0, 1], of shape ().
-        self_condition_weight: w of the prediction of the step before.
-        guidance_scale: w of what is given.
-        guidance_rescale: how far guidance keeps its prediction's standard deviation.
-        conditions: further arguments of the transformer.
-    """
-
-    timestep: torch.Tensor
-    time: torch.Tensor
-    self_condition_weight: float
-    guidance_scale: float
-    guidance_rescale: float
-    conditions: dict[str, torch.Tensor | None]
-
-    @property
-    def num_function_evaluations(self) -> int:
-        """How often the transformer sees each sample."""
-        return 1 + (self.self_condition_weight not in (0, 1)) + (self.guidance_scale != 1)
-
-
-@dataclass
-class Sampling:
-    """How latents are denoised: the arguments of [`LDLMPipeline.__call__`] of these names."""
-
-    num_inference_steps: int = 128
-    timesteps: list[float] | None = None
-    generator: torch.Generator | list[torch.Generator] | None = None
-    self_condition_scale: float | None = None
-    self_condition_decay: float = 0.0
-    guidance_rescale: float | None = None
-    guidance_scale: float = 1.0
-    guidance_interval: Sequence[float] = (0.0, 1.0)
-    callback_on_step_end: StepCallback | None = None
-    callback_on_step_end_tensor_inputs: list[str] | None = None
-
-    @property
-    def callback_tensors(self) -> list[str]:
-        """Which tensors the callback is given."""
-        if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            return self.callback_on_step_end.tensor_inputs
-        names = self.callback_on_step_end_tensor_inputs
-        return ["latents"] if names is None else names
-
-
-def check_number(name: str, number: Any, highest: float = math.inf) -> None:
-    """Raises ValueError unless an argument is a finite number in [0, highest]."""
-    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not (is_number and math.isfinite(number) and 0 <= number <= highest):
-        bound = "finite number that is not negative" if highest == math.inf else f"number in [0, {highest:g}]"
-        raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
-
-
-def as_texts(name: str, texts: Any) -> list[str]:
-    """The texts of an argument; ValueError unless it is a text or a list of at least one."""
-    is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
-    if not (isinstance(texts, str) or is_list):
-        raise ValueError(
-            f"`{name}` must be a text or a list of at least one text, got {reprlib.repr(texts)}. How many are written "
-            "without a prompt says batch_size."
-        )
-    return [texts] if isinstance(texts, str) else list(texts)
-
-
-class LDLMPipeline(RepositoryPipeline):
-    r"""
-    Pipeline for text generation with a Latent Diffusion Language Model: denoises latents from pure noise, then decodes
-    the clean prediction to tokens once (Section 4.3 of the paper).
-
-    It writes texts, and where the transformer was trained with texts given in part (`role_embeds`), continues prompts
-    and fills gaps. [`~LDLMPipeline.edit`] changes texts with any transformer.
-
-    Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
-    one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
-    callback, and elsewhere those of the call that began last, as are the timesteps of `scheduler`.
-
-    Any component may be `None`: what needs it then raises a ValueError that names it, and everything else works. So a
-    pipeline without `transformer` and `scheduler` encodes and decodes.
-
-    Args:
-        transformer ([`LDLMTransformer1DModel`], *optional*): denoiser of the latents.
-        latent_decoder ([`LDLMLatentDecoder`], *optional*):
-            Latents → hidden states. `None` where the token decoder reads latents (App. B.2).
-        token_decoder ([`LDLMTokenDecoder`], *optional*): hidden states (or latents) → logits.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of the token decoder's vocabulary.
-        scheduler ([`TangentScheduler`], *optional*):
-            The noise process, and how it is reversed: any scheduler of the tangent schedule, or one of diffusers' own
-            that [`diffusers_config`] has put on it.
-        token_encoder ([`LDLMTokenEncoder`], *optional*): needed for prompts, and by [`~LDLMPipeline.encode`].
-        latent_encoder ([`LDLMLatentEncoder`], *optional*): the same.
-        self_condition_scale (`float`, *optional*):
-            What a call without one takes, saved with the pipeline: guidance that suits its denoiser. One without a
-            self-condition, such as a distilled student in its place, is not guided.
-        guidance_rescale (`float`, *optional*): the same of that argument.
-
-    Raises:
-        ValueError: components whose sizes do not fit each other, or guidance out of its range.
-    """
-
-    model_cpu_offload_seq = "token_encoder->latent_encoder->transformer->latent_decoder->token_decoder"
-    _optional_components = [
-        "transformer",
-        "latent_decoder",
-        "token_decoder",
-        "tokenizer",
-        "scheduler",
-        "token_encoder",
-        "latent_encoder",
-    ]
-    _callback_tensor_inputs = ["latents", "clean_latents"]
-    scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
-    saved_settings = ("self_condition_scale", "guidance_rescale")
     max_vocab_padding = 1024  # ours; language models pad theirs by up to 905 (Phi-2)
     max_decoded_positions = 4096  # latents that are decoded at once, or one sample's
-
-    def __init__(
-        self,
-        transformer: LDLMTransformer1DModel | None,
-        latent_decoder: LDLMLatentDecoder | None,
-        token_decoder: LDLMTokenDecoder | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        scheduler: SchedulerMixin | None,
-        token_encoder: LDLMTokenEncoder | None = None,
-        latent_encoder: LDLMLatentEncoder | None = None,
-        self_condition_scale: float | None = None,
-        guidance_rescale: float | None = None,
-    ):
-        super().__init__()
-        self.register_modules(
-            transformer=transformer,
-            latent_decoder=latent_decoder,
-            token_decoder=token_decoder,
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-            token_encoder=token_encoder,
-            latent_encoder=latent_encoder,
-        )
-        self.check_components()
-        self._register_guidance(self_condition_scale, guidance_rescale)
-        self._calls = Calls()
-        self._prompt_tokenizer: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
     def check_components(self) -> None:
         """Raises ValueError where tokenizer, decoders and denoiser do not fit each other."""
@@ -1051,6 +946,157 @@ class LDLMPipeline(RepositoryPipeline):
                 "what is missing to from_pretrained or to the constructor."
             )
 
+    def check_counts(self, **counts: int) -> None:
+        """Raises ValueError unless each is a positive integer."""
+        for name, value in counts.items():
+            whole = whole_number(value)
+            if whole is None or whole < 1:
+                hint = ""
+                if name == "batch_size" and isinstance(value, (str, list, tuple)):
+                    hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
+                raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
+
+    def cut_rows(self, sequences: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Token ids (B, L) cut to the rows' own lengths: (B, T), shorter rows filled up with the end-of-text token."""
+        longest = max(lengths)
+        ends = torch.tensor(lengths, device=sequences.device)[:, None]
+        behind = torch.arange(longest, device=sequences.device) >= ends
+        return sequences[:, :longest].masked_fill(behind, self.fill_token_id or 0)
+
+    def pad_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """Token ids (B, T) of rows, shorter ones filled up with the end-of-text token."""
+        longest = max(map(len, rows))
+        return torch.tensor([row + [self.fill_token_id or 0] * (longest - len(row)) for row in rows])
+
+    @property
+    def fill_token_id(self) -> int | None:
+        """What stands behind the end of a text: the end-of-text token, or a separator; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        end = self.tokenizer.eos_token_id
+        return self.tokenizer.sep_token_id if end is None else end
+
+    @torch.no_grad()
+    def decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
+        """Maps clean latents (B, N, d_z) to their most likely token ids (B, L); for use in callbacks, too."""
+        self.require_components("decoding", "token_decoder")
+        # a large batch in parts: the decoders' layers would need more memory for all of it than the denoiser's do
+        parts = latents.split(max(1, self.max_decoded_positions // latents.shape[1]))
+        return torch.cat([self._decode_part_to_sequences(part) for part in parts])
+
+    def _decode_part_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.latent_decoder is None:
+            hidden_states = latents
+        else:
+            latents = latents.to(self.latent_decoder.dtype)
+            hidden_states = self.latent_decoder(latents, return_dict=True).hidden_states  # (B, L, D)
+        return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
+
+    def _to_texts(self, sequences: torch.Tensor | list[list[int]]) -> list[str]:
+        """Token ids (B, L) → texts, without special tokens."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def encode(self, texts: str | list[str]) -> torch.Tensor:
+        """Maps texts to latents (B, N, d_z), float32.
+
+        The models know full sequences only: a text that is shorter than the model's sequence length is followed by
+        end-of-text tokens, as documents are in training.
+
+        Args:
+            texts: a text, or a list of them.
+
+        Raises:
+            ValueError: a pipeline without encoders or tokenizer, no text, or a text longer than the model's sequence
+                length.
+        """
+        self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
+        texts = as_texts("texts", texts)
+        return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
+
+    @torch.no_grad()
+    def encode_sequences(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps token ids (B, L) to latents (B, N, d_z), float32; L is the model's sequence length.
+
+        A mask (B, L, L) says which tokens each of them may attend to.
+
+        Raises:
+            ValueError: a pipeline without encoders, or token ids of another shape.
+        """
+        self.require_components("encode_sequences", "token_encoder", "latent_encoder")
+        length = self.latent_encoder.config.sequence_length
+        if sequences.ndim != 2 or sequences.shape[1] != length:
+            raise ValueError(
+                f"`sequences` of shape {tuple(sequences.shape)} must have the shape (batch_size, sequence_length) = "
+                f"(batch_size, {length})."
+            )
+        sequences = sequences.to(self._execution_device)
+        encoded = self.token_encoder(sequences, attention_mask=attention_mask, return_dict=True)
+        hidden_states = encoded.hidden_states.to(self.latent_encoder.dtype)
+        latents = self.latent_encoder(hidden_states, attention_mask=attention_mask, return_dict=True).latents.float()
+        self.maybe_free_model_hooks()
+        return latents
+
+    @property
+    def missing_encoders(self) -> list[str]:
+        """Which of the optional components that [`~LDLMPipeline.encode`] needs are not there."""
+        return [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
+
+    def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:
+        """Token ids (B, L), each text filled up with the end-of-text token."""
+        fill = self.fill_token_id
+        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for i, row in enumerate(rows):
+            if len(row) > sequence_length:
+                raise ValueError(
+                    f"`texts[{i}]` has {len(row)} tokens, more than the model's sequence_length of {sequence_length}; "
+                    "shorten it."
+                )
+            if len(row) < sequence_length and fill is None:
+                raise ValueError(
+                    f"`texts[{i}]` has {len(row)} tokens, fewer than the model's sequence_length of "
+                    f"{sequence_length}, and the tokenizer has neither an end-of-text nor a separator token to fill "
+                    "it up with."
+                )
+        return torch.tensor([row + [fill] * (sequence_length - len(row)) for row in rows], dtype=torch.long)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> list[str]:
+        """Maps clean latents (B, N, d_z) to texts; the inverse of [`~LDLMPipeline.encode`] as far as it was learned.
+
+        Raises:
+            ValueError: latents whose shape is not the model's, or a pipeline without token decoder or tokenizer.
+        """
+        self.require_components("decode", "token_decoder", "tokenizer")
+        num_latents, latent_size = self.decoded_shape
+        if num_latents is None and self.transformer is not None:
+            num_latents = self.transformer.config.sample_size
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"`latents` must be a tensor, as `encode` returns it, got {reprlib.repr(latents)}.")
+        if latents.ndim != 3 or latents.shape[2] != latent_size or num_latents not in (None, latents.shape[1]):
+            raise ValueError(
+                f"`latents` of shape {tuple(latents.shape)} must have the shape (batch_size, num_latents, "
+                f"latent_size) = (batch_size, {num_latents or 'num_latents'}, {latent_size})."
+            )
+        texts = self._to_texts(self.decode_to_sequences(latents.to(self._execution_device)))
+        self.maybe_free_model_hooks()
+        return texts
+
+
+# from ldlm_hf/pipelines/latent_denoising.py:
+#
+# The denoising loop: noise to clean latents, guided by the self-condition and by what is given.
+
+
+# one for all pipelines, since several may share a scheduler, as those do that `from_pipe` makes
+SCHEDULER_LOCK = threading.Lock()
+
+
+class LatentDenoisingPipeline(TextLatentPipeline):
+    """The denoiser, its scheduler, and the loop that they take turns in."""
+
+    _callback_tensor_inputs = ["latents", "clean_latents"]
+
     @property
     def num_timesteps(self) -> int:
         """Number of denoising steps of the running or last call."""
@@ -1073,16 +1119,6 @@ class LDLMPipeline(RepositoryPipeline):
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         self._calls.current.interrupt = value
-
-    def check_counts(self, **counts: int) -> None:
-        """Raises ValueError unless each is a positive integer."""
-        for name, value in counts.items():
-            whole = whole_number(value)
-            if whole is None or whole < 1:
-                hint = ""
-                if name == "batch_size" and isinstance(value, (str, list, tuple)):
-                    hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
-                raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
 
     def check_inputs(self, batch_size: int, sampling: Sampling, latents: torch.Tensor | None = None) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that generation cannot work with."""
@@ -1146,103 +1182,6 @@ class LDLMPipeline(RepositoryPipeline):
             raise ValueError(
                 f"`self_condition_scale`={scale}: this transformer was trained without a self-condition; leave it out."
             )
-
-    def tokenize_prompts(
-        self,
-        prompt: str | list[str] | None,
-        suffix: str | list[str] | None,
-        batch_size: int,
-        num_texts_per_prompt: int,
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of the prompts and suffixes of each text; empty ones where there are none.
-
-        Raises:
-            ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
-        """
-        if prompt is None and suffix is None:
-            if int(num_texts_per_prompt) != 1:
-                raise ValueError(
-                    f"`num_texts_per_prompt`={num_texts_per_prompt} is for prompts; without one, use batch_size."
-                )
-            return [[] for _ in range(int(batch_size))], [[] for _ in range(int(batch_size))]
-        if int(batch_size) != 1:
-            raise ValueError(
-                f"`batch_size`={batch_size} is for texts without a prompt; with one, use num_texts_per_prompt."
-            )
-        self.require_components("a prompt", "tokenizer")
-        prompts = as_texts("prompt", "" if prompt is None else prompt)
-        suffixes = as_texts("suffix", "" if suffix is None else suffix)
-        # one text is that of all
-        if prompt is None:
-            prompts = prompts * len(suffixes)
-        if suffix is None or isinstance(suffix, str):
-            suffixes = suffixes * len(prompts)
-        if len(prompts) != len(suffixes):
-            raise ValueError(
-                f"`prompt` has {len(prompts)} texts and `suffix` {len(suffixes)}: give one or more prompts, and one "
-                "suffix for all of them or one for each."
-            )
-        times, tokenizer = range(int(num_texts_per_prompt)), self.prompt_tokenizer
-        prompt_ids = [tokenize(tokenizer, one, "prompt") for one in prompts]
-        suffix_ids = [tokenize(tokenizer, one, "suffix") for one in suffixes]
-        return [row for row in prompt_ids for _ in times], [row for row in suffix_ids for _ in times]
-
-    @property
-    def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
-        """A copy of the tokenizer, in which a text's special tokens are text: that is a state, which threads share."""
-        if self._prompt_tokenizer is None or self._prompt_tokenizer[0] is not self.tokenizer:
-            self._prompt_tokenizer = (self.tokenizer, copy.deepcopy(self.tokenizer))
-        return self._prompt_tokenizer[1]
-
-    def encode_given(self, rows: GivenTokens) -> dict[str, torch.Tensor] | None:
-        """What the denoiser is told of given tokens (see [`Conditions.of_denoiser`]); None where there are none.
-
-        Raises:
-            ValueError: a transformer that was trained without such, or a pipeline without encoders.
-        """
-        if not rows.given.any():
-            return None
-        self.check_takes_prompts()
-        conditions = Conditions(rows.given).to(self._execution_device)
-        latents = self.encode_sequences(rows.sequences, conditions.attention_mask())
-        return conditions.of_denoiser(latents.to(self.transformer.dtype))
-
-    def check_takes_prompts(self) -> None:
-        """Raises ValueError for a transformer that was trained on whole texts, or a pipeline without encoders."""
-        if not self.transformer.config.role_embeds:
-            raise ValueError(
-                "This pipeline's transformer was trained without texts given in part (role_embeds=False), so it "
-                f"continues no prompt, fills no gap and writes no more than {self.sequence_length} tokens. `edit` "
-                "works with any pipeline that has its encoders. Training with conditioning.prefix_share=0.25 "
-                "conditioning.gaps_share=0.25 gives one that takes prompts, from a run's pipeline, too "
-                "(docs/conditioning.md)."
-            )
-        self.require_components("a prompt", "token_encoder", "latent_encoder")
-
-    def put_back(self, rows: GivenTokens, sequences: torch.Tensor) -> torch.Tensor:
-        """Decoded token ids (B, L) with the given ones as they were, cut where their texts end: (B, T)."""
-        given, tokens = rows.given.to(sequences.device), rows.sequences.to(sequences.device)
-        return self.cut_rows(torch.where(given, tokens, sequences), rows.lengths)
-
-    def cut_rows(self, sequences: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Token ids (B, L) cut to the rows' own lengths: (B, T), shorter rows filled up with the end-of-text token."""
-        longest = max(lengths)
-        ends = torch.tensor(lengths, device=sequences.device)[:, None]
-        behind = torch.arange(longest, device=sequences.device) >= ends
-        return sequences[:, :longest].masked_fill(behind, self.fill_token_id or 0)
-
-    def pad_rows(self, rows: list[list[int]]) -> torch.Tensor:
-        """Token ids (B, T) of rows, shorter ones filled up with the end-of-text token."""
-        longest = max(map(len, rows))
-        return torch.tensor([row + [self.fill_token_id or 0] * (longest - len(row)) for row in rows])
-
-    @property
-    def fill_token_id(self) -> int | None:
-        """What stands behind the end of a text: the end-of-text token, or a separator; None without a tokenizer."""
-        if self.tokenizer is None:
-            return None
-        end = self.tokenizer.eos_token_id
-        return self.tokenizer.sep_token_id if end is None else end
 
     def prepare_latents(
         self,
@@ -1430,6 +1369,198 @@ class LDLMPipeline(RepositoryPipeline):
                     clean_latents = callback_outputs.pop("clean_latents", clean_latents)
                 progress_bar.update()
         return clean_latents
+
+
+# from ldlm_hf/pipelines/pipeline_output.py:
+#
+# What [`LDLMPipeline`] returns.
+
+
+@dataclass
+class LDLMPipelineOutput(BaseOutput):
+    """
+    Attributes:
+        sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Generated token ids; `None` with `output_type="latent"`.
+        texts (`list[str]`, *optional*): decoded texts, with `output_type="text"` only.
+        latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`):
+            Clean latents, as they were decoded.
+    """
+
+    sequences: torch.Tensor | None = None
+    texts: list[str] | None = None
+    latents: torch.Tensor | None = None
+
+
+OUTPUT_TYPES = ("text", "seq", "latent", "pt")
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```python
+        >>> import torch
+        >>> from ldlm_hf import LDLMPipeline
+
+        >>> pipe = LDLMPipeline.from_pretrained("runs/demo/pipeline")
+        >>> output = pipe(batch_size=4, num_inference_steps=128, generator=torch.Generator().manual_seed(0))
+        >>> print(output.texts[0])
+        >>> print(pipe("The state of our union", num_texts_per_prompt=2, num_inference_steps=32).texts)
+        ```
+"""
+
+
+class LDLMPipeline(LatentDenoisingPipeline):
+    r"""
+    Pipeline for text generation with a Latent Diffusion Language Model: denoises latents from pure noise, then decodes
+    the clean prediction to tokens once (Section 4.3 of the paper).
+
+    It writes texts, and where the transformer was trained with texts given in part (`role_embeds`), continues prompts
+    and fills gaps. [`~LDLMPipeline.edit`] changes texts with any transformer.
+
+    Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
+    one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
+    callback, and elsewhere those of the call that began last, as are the timesteps of `scheduler`.
+
+    Any component may be `None`: what needs it then raises a ValueError that names it, and everything else works. So a
+    pipeline without `transformer` and `scheduler` encodes and decodes.
+
+    Args:
+        transformer ([`LDLMTransformer1DModel`], *optional*): denoiser of the latents.
+        latent_decoder ([`LDLMLatentDecoder`], *optional*):
+            Latents → hidden states. `None` where the token decoder reads latents (App. B.2).
+        token_decoder ([`LDLMTokenDecoder`], *optional*): hidden states (or latents) → logits.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the token decoder's vocabulary.
+        scheduler ([`TangentScheduler`], *optional*):
+            The noise process, and how it is reversed: any scheduler of the tangent schedule, or one of diffusers' own
+            that [`diffusers_config`] has put on it.
+        token_encoder ([`LDLMTokenEncoder`], *optional*): needed for prompts, and by [`~LDLMPipeline.encode`].
+        latent_encoder ([`LDLMLatentEncoder`], *optional*): the same.
+        self_condition_scale (`float`, *optional*):
+            What a call without one takes, saved with the pipeline: guidance that suits its denoiser. One without a
+            self-condition, such as a distilled student in its place, is not guided.
+        guidance_rescale (`float`, *optional*): the same of that argument.
+
+    Raises:
+        ValueError: components whose sizes do not fit each other, or guidance out of its range.
+    """
+
+    model_cpu_offload_seq = "token_encoder->latent_encoder->transformer->latent_decoder->token_decoder"
+    _optional_components = [
+        "transformer",
+        "latent_decoder",
+        "token_decoder",
+        "tokenizer",
+        "scheduler",
+        "token_encoder",
+        "latent_encoder",
+    ]
+    scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
+    saved_settings = ("self_condition_scale", "guidance_rescale")
+
+    def __init__(
+        self,
+        transformer: LDLMTransformer1DModel | None,
+        latent_decoder: LDLMLatentDecoder | None,
+        token_decoder: LDLMTokenDecoder | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        scheduler: SchedulerMixin | None,
+        token_encoder: LDLMTokenEncoder | None = None,
+        latent_encoder: LDLMLatentEncoder | None = None,
+        self_condition_scale: float | None = None,
+        guidance_rescale: float | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            latent_decoder=latent_decoder,
+            token_decoder=token_decoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            token_encoder=token_encoder,
+            latent_encoder=latent_encoder,
+        )
+        self.check_components()
+        self._register_guidance(self_condition_scale, guidance_rescale)
+        self._calls = Calls()
+        self._prompt_tokenizer: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
+
+    def tokenize_prompts(
+        self,
+        prompt: str | list[str] | None,
+        suffix: str | list[str] | None,
+        batch_size: int,
+        num_texts_per_prompt: int,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of the prompts and suffixes of each text; empty ones where there are none.
+
+        Raises:
+            ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
+        """
+        if prompt is None and suffix is None:
+            if int(num_texts_per_prompt) != 1:
+                raise ValueError(
+                    f"`num_texts_per_prompt`={num_texts_per_prompt} is for prompts; without one, use batch_size."
+                )
+            return [[] for _ in range(int(batch_size))], [[] for _ in range(int(batch_size))]
+        if int(batch_size) != 1:
+            raise ValueError(
+                f"`batch_size`={batch_size} is for texts without a prompt; with one, use num_texts_per_prompt."
+            )
+        self.require_components("a prompt", "tokenizer")
+        prompts = as_texts("prompt", "" if prompt is None else prompt)
+        suffixes = as_texts("suffix", "" if suffix is None else suffix)
+        # one text is that of all
+        if prompt is None:
+            prompts = prompts * len(suffixes)
+        if suffix is None or isinstance(suffix, str):
+            suffixes = suffixes * len(prompts)
+        if len(prompts) != len(suffixes):
+            raise ValueError(
+                f"`prompt` has {len(prompts)} texts and `suffix` {len(suffixes)}: give one or more prompts, and one "
+                "suffix for all of them or one for each."
+            )
+        times, tokenizer = range(int(num_texts_per_prompt)), self.prompt_tokenizer
+        prompt_ids = [tokenize(tokenizer, one, "prompt") for one in prompts]
+        suffix_ids = [tokenize(tokenizer, one, "suffix") for one in suffixes]
+        return [row for row in prompt_ids for _ in times], [row for row in suffix_ids for _ in times]
+
+    @property
+    def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the tokenizer, in which a text's special tokens are text: that is a state, which threads share."""
+        if self._prompt_tokenizer is None or self._prompt_tokenizer[0] is not self.tokenizer:
+            self._prompt_tokenizer = (self.tokenizer, copy.deepcopy(self.tokenizer))
+        return self._prompt_tokenizer[1]
+
+    def encode_given(self, rows: GivenTokens) -> dict[str, torch.Tensor] | None:
+        """What the denoiser is told of given tokens (see [`Conditions.of_denoiser`]); None where there are none.
+
+        Raises:
+            ValueError: a transformer that was trained without such, or a pipeline without encoders.
+        """
+        if not rows.given.any():
+            return None
+        self.check_takes_prompts()
+        conditions = Conditions(rows.given).to(self._execution_device)
+        latents = self.encode_sequences(rows.sequences, conditions.attention_mask())
+        return conditions.of_denoiser(latents.to(self.transformer.dtype))
+
+    def check_takes_prompts(self) -> None:
+        """Raises ValueError for a transformer that was trained on whole texts, or a pipeline without encoders."""
+        if not self.transformer.config.role_embeds:
+            raise ValueError(
+                "This pipeline's transformer was trained without texts given in part (role_embeds=False), so it "
+                f"continues no prompt, fills no gap and writes no more than {self.sequence_length} tokens. `edit` "
+                "works with any pipeline that has its encoders. Training with conditioning.prefix_share=0.25 "
+                "conditioning.gaps_share=0.25 gives one that takes prompts, from a run's pipeline, too "
+                "(docs/conditioning.md)."
+            )
+        self.require_components("a prompt", "token_encoder", "latent_encoder")
+
+    def put_back(self, rows: GivenTokens, sequences: torch.Tensor) -> torch.Tensor:
+        """Decoded token ids (B, L) with the given ones as they were, cut where their texts end: (B, T)."""
+        given, tokens = rows.given.to(sequences.device), rows.sequences.to(sequences.device)
+        return self.cut_rows(torch.where(given, tokens, sequences), rows.lengths)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -1768,112 +1899,6 @@ class LDLMPipeline(RepositoryPipeline):
         """Token ids (B, T) of clean latents, decoded without decoder noise."""
         sequences = self.decode_to_sequences(clean_latents)
         return sequences if rows is None else self.put_back(rows, sequences)
-
-    @torch.no_grad()
-    def decode_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
-        """Maps clean latents (B, N, d_z) to their most likely token ids (B, L); for use in callbacks, too."""
-        self.require_components("decoding", "token_decoder")
-        # a large batch in parts: the decoders' layers would need more memory for all of it than the denoiser's do
-        parts = latents.split(max(1, self.max_decoded_positions // latents.shape[1]))
-        return torch.cat([self._decode_part_to_sequences(part) for part in parts])
-
-    def _decode_part_to_sequences(self, latents: torch.Tensor) -> torch.Tensor:
-        if self.latent_decoder is None:
-            hidden_states = latents
-        else:
-            latents = latents.to(self.latent_decoder.dtype)
-            hidden_states = self.latent_decoder(latents, return_dict=True).hidden_states  # (B, L, D)
-        return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
-
-    def _to_texts(self, sequences: torch.Tensor | list[list[int]]) -> list[str]:
-        """Token ids (B, L) → texts, without special tokens."""
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-
-    @torch.no_grad()
-    def encode(self, texts: str | list[str]) -> torch.Tensor:
-        """Maps texts to latents (B, N, d_z), float32.
-
-        The models know full sequences only: a text that is shorter than the model's sequence length is followed by
-        end-of-text tokens, as documents are in training.
-
-        Args:
-            texts: a text, or a list of them.
-
-        Raises:
-            ValueError: a pipeline without encoders or tokenizer, no text, or a text longer than the model's sequence
-                length.
-        """
-        self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
-        texts = as_texts("texts", texts)
-        return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
-
-    @torch.no_grad()
-    def encode_sequences(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Maps token ids (B, L) to latents (B, N, d_z), float32; L is the model's sequence length.
-
-        A mask (B, L, L) says which tokens each of them may attend to.
-
-        Raises:
-            ValueError: a pipeline without encoders, or token ids of another shape.
-        """
-        self.require_components("encode_sequences", "token_encoder", "latent_encoder")
-        length = self.latent_encoder.config.sequence_length
-        if sequences.ndim != 2 or sequences.shape[1] != length:
-            raise ValueError(
-                f"`sequences` of shape {tuple(sequences.shape)} must have the shape (batch_size, sequence_length) = "
-                f"(batch_size, {length})."
-            )
-        sequences = sequences.to(self._execution_device)
-        encoded = self.token_encoder(sequences, attention_mask=attention_mask, return_dict=True)
-        hidden_states = encoded.hidden_states.to(self.latent_encoder.dtype)
-        latents = self.latent_encoder(hidden_states, attention_mask=attention_mask, return_dict=True).latents.float()
-        self.maybe_free_model_hooks()
-        return latents
-
-    @property
-    def missing_encoders(self) -> list[str]:
-        """Which of the optional components that [`~LDLMPipeline.encode`] needs are not there."""
-        return [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
-
-    def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:
-        """Token ids (B, L), each text filled up with the end-of-text token."""
-        fill = self.fill_token_id
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        for i, row in enumerate(rows):
-            if len(row) > sequence_length:
-                raise ValueError(
-                    f"`texts[{i}]` has {len(row)} tokens, more than the model's sequence_length of {sequence_length}; "
-                    "shorten it."
-                )
-            if len(row) < sequence_length and fill is None:
-                raise ValueError(
-                    f"`texts[{i}]` has {len(row)} tokens, fewer than the model's sequence_length of "
-                    f"{sequence_length}, and the tokenizer has neither an end-of-text nor a separator token to fill "
-                    "it up with."
-                )
-        return torch.tensor([row + [fill] * (sequence_length - len(row)) for row in rows], dtype=torch.long)
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> list[str]:
-        """Maps clean latents (B, N, d_z) to texts; the inverse of [`~LDLMPipeline.encode`] as far as it was learned.
-
-        Raises:
-            ValueError: latents whose shape is not the model's, or a pipeline without token decoder or tokenizer.
-        """
-        self.require_components("decode", "token_decoder", "tokenizer")
-        num_latents, latent_size = self.decoded_shape
-        if num_latents is None and self.transformer is not None:
-            num_latents = self.transformer.config.sample_size
-        if not isinstance(latents, torch.Tensor):
-            raise ValueError(f"`latents` must be a tensor, as `encode` returns it, got {reprlib.repr(latents)}.")
-        if latents.ndim != 3 or latents.shape[2] != latent_size or num_latents not in (None, latents.shape[1]):
-            raise ValueError(
-                f"`latents` of shape {tuple(latents.shape)} must have the shape (batch_size, num_latents, "
-                f"latent_size) = (batch_size, {num_latents or 'num_latents'}, {latent_size})."
-            )
-        texts = self._to_texts(self.decode_to_sequences(latents.to(self._execution_device)))
-        self.maybe_free_model_hooks()
-        return texts
 
 
 # what saving a pipeline writes beside its weights

@@ -12,8 +12,8 @@ import torch
 from ldlm_hf import GivenTokens, LDLMPipeline, TangentDDIMScheduler
 from ldlm_hf.models.conditions import Conditions
 from ldlm_hf.models.guidance import guide
-from ldlm_hf.pipelines.pipeline_ldlm import Sampling
 from ldlm_hf.pipelines.prompts import whole_characters
+from ldlm_hf.pipelines.sampling import Sampling
 from ldlm_hf.schedulers.tangent import alpha_sigma
 
 
