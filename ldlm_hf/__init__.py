@@ -27,6 +27,7 @@ from .schedulers import SCHEDULERS
 __version__ = "0.1.0"
 
 _MODULES = {
+    "baselines.autoregressive": ["AutoregressivePipeline"],
     "data": ["DataSettings", "load_corpora"],
     "loading.pretrained_sources": ["resolve_pretrained_source"],
     "metrics": ["GenerativePerplexity", "Mauve", "NGramDiversity", "Repetition", "TokenEntropy"],
@@ -59,6 +60,7 @@ _MODULE_OF_NAME = {name: module for module, names in _MODULES.items() for name i
 _MODULE_OF_NAME |= {name: f"schedulers.{module}" for name, module in SCHEDULERS.items()}
 
 if TYPE_CHECKING:
+    from .baselines.autoregressive import AutoregressivePipeline
     from .data import DataSettings, load_corpora
     from .loading.pretrained_sources import resolve_pretrained_source
     from .metrics import GenerativePerplexity, Mauve, NGramDiversity, Repetition, TokenEntropy
@@ -114,6 +116,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AdaptiveTimestepSampler",
+    "AutoregressivePipeline",
     "DataSettings",
     "DistillationLosses",
     "DistillationObjective",

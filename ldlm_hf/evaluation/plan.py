@@ -17,7 +17,7 @@ from .options import EvaluationOptions
 from .part_cache import FinishedParts, digest
 from .real_text import RealText
 from .samplers import OWN, Sampler
-from .samples import Lines, SampleSet, Subject, load_pipeline, pairs_of
+from .samples import Lines, SampleSet, Subject, load_pipeline, pairs_of, sample_rows
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ def make_plan(
 ) -> Plan:
     """What is asked for; `device` is the kind that all sampling times are of."""
     sets = []
-    for subject, steps, seed in itertools.product(subjects, options.steps, range(options.seeds)):
-        rows = parts.rows(
-            "samples", pipeline=subject.digest, dtype=subject.dtype, steps=steps, seed=seed, device=device
-        )
-        sets.append(SampleSet(subject, steps, seed, options.num_samples, rows))
+    for subject in subjects:
+        for steps, seed in itertools.product(subject.steps(options.steps), range(options.seeds)):
+            depends_on = {"pipeline": subject.digest, "dtype": subject.dtype, "steps": steps, "seed": seed}
+            rows = parts.rows("samples", **depends_on, device=device)
+            sets.append(SampleSet(subject, steps, seed, options.num_samples, rows))
     lines = []
     if options.interpolation:
         ends = pairs_of(real.sequences, options.num_lines)
@@ -117,7 +117,7 @@ def make_missing(plan: Plan, options: EvaluationOptions, accelerator: Accelerato
         if mine:
             pipeline = subject.load().to(accelerator.device)
             # what a device does only once shall not count as sampling time
-            pipeline(batch_size=1, num_inference_steps=min(options.steps), output_type="seq")
+            sample_rows(pipeline, min(options.steps), 0, [0])
             total = sum(cost for cost, _, _ in mine)
             with tqdm(
                 total=total, desc=f"Sampling {subject.name}", disable=not accelerator.is_main_process

@@ -68,7 +68,7 @@ def pipeline_results(
         "digest": subject.digest,
         "sets": [],
     }
-    for steps in dict.fromkeys(samples.steps for samples in plan.sets):
+    for steps in dict.fromkeys(samples.steps for samples in plan.sets if samples.subject is subject):
         seeds = [
             {"seed": samples.seed} | scored.scores.to_json() | made
             for samples, scored, made in sets

@@ -6,7 +6,9 @@ same for every number of steps. What is made is kept batch by batch; what is the
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +26,8 @@ class Subject:
     """A pipeline that is evaluated, with a way to sample it.
 
     `digest` is of its components and of the arguments that its call takes, `vocabulary` of its tokenizer's;
-    `sequence_length` is in tokens, and `missing_encoders` are the components that `encode` needs and that it lacks.
+    `sequence_length` is in tokens, `takes_steps` says whether its number of steps can be chosen, and
+    `missing_encoders` are the components that `encode` needs and that it lacks.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Subject:
     dtype: str
     sampler: Sampler
     sequence_length: int
+    takes_steps: bool
     digest: str
     vocabulary: str
     missing_encoders: tuple[str, ...]
@@ -55,10 +59,15 @@ class Subject:
             dtype=dtype,
             sampler=sampler,
             sequence_length=pipeline.sequence_length,
+            takes_steps=takes_steps(pipeline),
             digest=digest([parts, vocabulary, tuple(arguments.items())]),
             vocabulary=vocabulary,
             missing_encoders=missing_encoders(pipeline),
         )
+
+    def steps(self, asked: Sequence[int]) -> Sequence[int]:
+        """The numbers of steps that it is sampled with: where it has no choice, one for each token."""
+        return asked if self.takes_steps else (self.sequence_length,)
 
     def load(self) -> DiffusionPipeline:
         """The pipeline, on the CPU; OSError if it cannot be loaded, or is another one by now."""
@@ -70,6 +79,11 @@ class Subject:
                 "there any more, and give the same command again."
             )
         return pipeline
+
+
+def takes_steps(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline's call can be told how many steps to take."""
+    return "num_inference_steps" in inspect.signature(type(pipeline).__call__).parameters
 
 
 def missing_encoders(pipeline: DiffusionPipeline) -> tuple[str, ...]:
@@ -93,8 +107,8 @@ def load_pipeline(source: str, dtype: str) -> DiffusionPipeline:
     """A pipeline that generates texts in evaluation's precision, or an OSError.
 
     Such a pipeline has a `tokenizer`, its `sequence_length` and, of its last call, `num_function_evaluations`. It is
-    called with `batch_size`, `num_inference_steps`, a `generator` for each text and `output_type="seq"`, and returns
-    token ids (B, L) as `sequences`; where it decodes `latents`, these too.
+    called with `batch_size`, where it takes that `num_inference_steps`, a `generator` for each text and
+    `output_type="seq"`, and returns token ids (B, L) as `sequences`; where it decodes `latents`, these too.
     """
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
@@ -153,9 +167,10 @@ def sample_rows(
     pipeline: DiffusionPipeline, steps: int, seed: int, indices: list[int], **arguments: Any
 ) -> BaseOutput:
     """The pipeline's output for n samples of a seed, each of which is the same in any batch."""
+    if takes_steps(pipeline):
+        arguments["num_inference_steps"] = steps
     return pipeline(
         batch_size=len(indices),
-        num_inference_steps=steps,
         generator=[sample_generator(seed, index, pipeline.device) for index in indices],
         output_type="seq",
         **arguments,

@@ -157,6 +157,8 @@ def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
         return class_name in classes and is_class(class_name, diffusers, diffusers.SchedulerMixin)
     if library == "transformers" and "PreTrainedTokenizerBase" in classes:
         return is_class(class_name, transformers, transformers.PreTrainedTokenizerBase)
+    if library == "transformers":
+        return class_name in classes and is_class(class_name, transformers, transformers.PreTrainedModel)
     return False
 
 

@@ -78,7 +78,7 @@ def attempt(action: Callable[[], None]) -> str | None:
     try:
         action()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a full disk
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
 
 

@@ -34,6 +34,13 @@ class EMAWeights(EMAModel):
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
 
+def names_left_out(module: nn.Module) -> set[str]:
+    """Weights of a module that no checkpoint holds: frozen ones, and second names of tied ones."""
+    once = dict(module.named_parameters())
+    names = (name for name, _ in module.named_parameters(remove_duplicate=False))
+    return {name for name in names if name not in once or not once[name].requires_grad}
+
+
 class RunState:
     """Weights, optimiser, EMA weights, position in the text, the recipe's state and counters.
 
@@ -63,7 +70,7 @@ class RunState:
                 "optimizer.name=muon with FSDP: Muon needs each matrix whole, and these are sharded. Use DDP, or "
                 "optimizer.name=adamw."
             )
-        self.frozen = {name for name, parameter in recipe.module.named_parameters() if not parameter.requires_grad}
+        self.left_out = names_left_out(recipe.module)
         self.module, *self.optimizers = accelerator.prepare(recipe.module, *build_optimizers(recipe.module, settings))
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.ema = EMAWeights(self.local_parameters(), decay=settings.ema_decay, foreach=True)
@@ -176,7 +183,7 @@ class RunState:
         while weights:
             state = {name.removeprefix("module."): value for name, value in weights.pop().items()}
             if self.accelerator.is_main_process:
-                trained = {name: value.contiguous() for name, value in state.items() if name not in self.frozen}
+                trained = {name: value.contiguous() for name, value in state.items() if name not in self.left_out}
                 save_file(trained, Path(folder) / TRAINED_WEIGHTS)
 
     def load_trained_weights(self, models: list[nn.Module], folder: str) -> None:
@@ -184,7 +191,7 @@ class RunState:
         while models:
             module = self.accelerator.unwrap_model(models.pop())
             found = module.load_state_dict(load_file(Path(folder) / TRAINED_WEIGHTS), strict=False)
-            missing = set(found.missing_keys) - self.frozen
+            missing = set(found.missing_keys) - self.left_out
             if missing or found.unexpected_keys:
                 raise ValueError(
                     f"{folder} holds other weights than this run trains: missing {sorted(missing)[:3]}, unexpected "

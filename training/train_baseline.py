@@ -1,0 +1,27 @@
+"""Trains a method that LDLM is compared with, on the same text and by the same loop.
+
+    accelerate launch training/train_baseline.py METHOD --config training/configs/METHOD_demo.yaml [key=value ...]
+
+Methods: `autoregressive`. Each is one file of `ldlm_hf/baselines/`; what comes out is its pipeline.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ldlm_hf.baselines.autoregressive import AutoregressiveRecipe
+from ldlm_hf.training.launch import run
+from ldlm_hf.training.recipe import PipelineRecipe
+
+
+METHODS: dict[str, type[PipelineRecipe]] = {"autoregressive": AutoregressiveRecipe}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
+        raise SystemExit(f"train_baseline.py: name the method first, one of {', '.join(METHODS)}.")
+    run(METHODS[sys.argv.pop(1)], __doc__)
+
+
+if __name__ == "__main__":
+    main()
