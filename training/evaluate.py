@@ -4,9 +4,12 @@
         --output_dir FOLDER --num_samples 1000 --seeds 5 --steps 8 16 32 64 128 256 512 1024 \
         [--judge JUDGE|none] [--controls] [--interpolation] [data.key=value ...]
 
+    python training/evaluate.py --task continuation --guidance_scales 1 1.5 2 3 [--bert_score MODEL:LAYER] ...
+
 on several GPUs with `accelerate launch` instead of `python`; `ldlm_hf/evaluation/run.py` says what it does and writes.
 With a judge, the figures `pareto.png` (Gen. PPL against entropy), `evaluations.png` (every score over the evaluations
-of the denoiser) and `interpolation.png` (Gen. PPL between two real texts) are drawn beside its results.
+of the denoiser) and `interpolation.png` (Gen. PPL between two real texts) are drawn beside its results; for texts that
+are given in part, `guidance.png` (their scores over the weight of what is given).
 
 Python looks for modules beside the script that it runs first, so for all scripts of this folder this file hides the
 package `evaluate`, which the metrics are built on. Imported by that name, it steps aside for the package.
@@ -35,6 +38,7 @@ def load_hidden_package() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The options that are given; `EvaluationOptions` has the defaults of the others."""
+    from ldlm_hf.evaluation.options import TASKS
     from ldlm_hf.loading.settings_reader import positive
 
     parser = argparse.ArgumentParser(
@@ -62,6 +66,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--interpolation", action="store_true", help="also decode lines between the latents of real texts")
     add("--num_pairs", type=positive, help="lines; by default half the number of samples")
     add("--num_positions", type=positive, help="evenly spaced points of each line, its ends included")
+    add("--task", choices=TASKS, help="write whole texts, continue held-out prompts, or fill gaps in held-out texts")
+    add("--prompt_tokens", type=positive, help="of a held-out text that are continued; by default half of them")
+    add("--gap_tokens", type=positive, help="in the middle of a text that are written; by default a quarter of them")
+    add("--guidance_scales", type=float, nargs="+", metavar="V", help="weights of what is given, each a set")
+    add("--bert_score", metavar="MODEL:LAYER", help="language model that written and real tokens are compared in")
     add("--cache_dir", type=Path, help="folder of MAUVE's reference features, for evaluations to share")
     add("--config", default=None, metavar="YAML", help="file whose section data: names the text, such as a run's")
     add("overrides", nargs="*", default=[], metavar="data.key=value", help="settings of the text, over the file's")
@@ -69,7 +78,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    from figures.conditional import draw_guidance
     from figures.evaluation import draw_figures
+    from ldlm_hf.evaluation.conditional_run import evaluate_conditionally
     from ldlm_hf.evaluation.options import EvaluationOptions
     from ldlm_hf.evaluation.real_text import load_data_settings
     from ldlm_hf.evaluation.run import evaluate_pipelines
@@ -77,7 +88,10 @@ def main() -> None:
     arguments = vars(parse_arguments())
     data = load_data_settings(arguments.pop("config"), arguments.pop("overrides"))
     options = EvaluationOptions(**arguments)
-    evaluate_pipelines(options, data, partial(draw_figures, folder=options.output_dir))
+    if options.task == "unconditional":
+        evaluate_pipelines(options, data, partial(draw_figures, folder=options.output_dir))
+    else:
+        evaluate_conditionally(options, data, partial(draw_guidance, folder=options.output_dir))
 
 
 if __name__ == "__main__":

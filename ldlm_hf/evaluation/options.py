@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .real_text import CONTROLS, check_mauve_size
 from .samplers import OWN
+
+
+TASKS = ("unconditional", "continuation", "infilling")
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,14 @@ class EvaluationOptions:
     num_pairs: int | None = None
     num_positions: int = 11
     cache_dir: Path | None = None
+    task: str = "unconditional"
+    prompt_tokens: int | None = None
+    gap_tokens: int | None = None
+    guidance_scales: Sequence[float] = (1.0,)
+    bert_score: str | None = None
 
     def __post_init__(self) -> None:
+        self.check_task()
         if self.with_mauve:
             check_mauve_size(self.num_samples)
         if self.names is not None and len(self.names) != len(self.pipeline):
@@ -59,6 +69,24 @@ class EvaluationOptions:
             )
         elif self.num_positions < 3:
             raise ValueError(f"--num_positions {self.num_positions}: a line needs its ends and a point between.")
+
+    def check_task(self) -> None:
+        """Raises ValueError for options of another task."""
+        if self.task not in TASKS:
+            raise ValueError(f"--task {self.task!r} is unknown: choose from {', '.join(TASKS)}.")
+        of_tasks = {
+            "--prompt_tokens": (self.prompt_tokens is not None, ("continuation",)),
+            "--gap_tokens": (self.gap_tokens is not None, ("infilling",)),
+            "--guidance_scales": (tuple(self.guidance_scales) != (1.0,), ("continuation", "infilling")),
+            "--bert_score": (self.bert_score is not None, ("continuation", "infilling")),
+            "--controls": (self.controls, ("unconditional",)),
+            "--interpolation": (self.interpolation, ("unconditional",)),
+        }
+        for option, (is_given, tasks) in of_tasks.items():
+            if is_given and self.task not in tasks:
+                raise ValueError(f"{option} goes with --task {' or '.join(tasks)}, not {self.task}: leave it out.")
+        if any(not 0 <= scale < math.inf for scale in self.guidance_scales):
+            raise ValueError(f"--guidance_scales {list(self.guidance_scales)}: weights are at least 0.")
 
     @property
     def labels(self) -> list[str]:

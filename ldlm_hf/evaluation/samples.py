@@ -26,8 +26,9 @@ class Subject:
     """A pipeline that is evaluated, with a way to sample it.
 
     `digest` is of its components and of the arguments that its call takes, `vocabulary` of its tokenizer's;
-    `sequence_length` is in tokens, `takes_steps` says whether its number of steps can be chosen, and
-    `missing_encoders` are the components that `encode` needs and that it lacks.
+    `sequence_length` is in tokens, `takes_steps` says whether its number of steps can be chosen, `conditioning` is the
+    argument of its call that says which tokens are given (None: it takes none), and `missing_encoders` are the
+    components that `encode` needs and that it lacks.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Subject:
     sampler: Sampler
     sequence_length: int
     takes_steps: bool
+    conditioning: str | None
     digest: str
     vocabulary: str
     missing_encoders: tuple[str, ...]
@@ -60,6 +62,7 @@ class Subject:
             sampler=sampler,
             sequence_length=pipeline.sequence_length,
             takes_steps=takes_steps(pipeline),
+            conditioning=conditioning(pipeline),
             digest=digest([parts, vocabulary, tuple(arguments.items())]),
             vocabulary=vocabulary,
             missing_encoders=missing_encoders(pipeline),
@@ -84,6 +87,15 @@ class Subject:
 def takes_steps(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline's call can be told how many steps to take."""
     return "num_inference_steps" in inspect.signature(type(pipeline).__call__).parameters
+
+
+def conditioning(pipeline: DiffusionPipeline) -> str | None:
+    """How a pipeline is told what is given: `given_tokens` anywhere, `prompt_ids` at the beginning, or not at all."""
+    arguments = inspect.signature(type(pipeline).__call__).parameters
+    if "prompt_ids" in arguments:
+        return "prompt_ids"
+    takes_prompts = "given_tokens" in arguments and pipeline.transformer.config.role_embeds
+    return "given_tokens" if takes_prompts and not missing_encoders(pipeline) else None
 
 
 def missing_encoders(pipeline: DiffusionPipeline) -> tuple[str, ...]:
@@ -146,10 +158,14 @@ class SampleSet:
         """Which samples are still to be made."""
         return self.rows.missing_batches(self.count, batch_size)
 
+    def sample(self, pipeline: DiffusionPipeline, indices: list[int]) -> BaseOutput:
+        """The pipeline's output for some of the set."""
+        return sample_rows(pipeline, self.steps, self.seed, indices, **dict(self.subject.sampler.arguments))
+
     def make(self, pipeline: DiffusionPipeline, indices: list[int], batch_size: int) -> None:
         """Samples some of the set, and keeps them; `batch_size` is what was asked for, the last batch is smaller."""
         start = time.perf_counter()
-        output = sample_rows(pipeline, self.steps, self.seed, indices, **dict(self.subject.sampler.arguments))
+        output = self.sample(pipeline, indices)
         # a device may still be at work: copying waits for it
         sequences = output.sequences.cpu()
         seconds = time.perf_counter() - start

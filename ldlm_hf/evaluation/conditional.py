@@ -1,0 +1,206 @@
+"""Texts that are given in part: continuations of held-out prompts, and filled gaps, with what they are scored by.
+
+Held-out sequences of L tokens have the same place to be written, `Task.written`; everything else of them is given. A
+text is scored *where it stands*: the judge reads the real tokens before the place and scores what is written together
+with the real tokens behind it, so that a gap counts as filled well if what follows fits, too. Two controls tell
+whether a model heeds what it is given: the same written tokens where *another* sequence was given, and what was really
+written there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from transformers import PreTrainedTokenizerBase
+
+from ..metrics.bert_score import TokenMatcher, bert_score
+from ..metrics.generative_perplexity import generative_perplexity
+from ..metrics.judge import Judge
+from ..metrics.ngram_diversity import unique_ngram_share
+from ..metrics.registry import References, TextSet
+from ..metrics.repetition import repetition
+from ..metrics.rouge_l import rouge_l
+from ..pipelines.prompts import GivenTokens
+from .options import EvaluationOptions
+from .part_cache import FinishedParts, digest
+from .samples import SampleSet, Subject, sample_generator
+
+
+# 1. The task
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is written of sequences of `length` tokens: those from `start` to `stop`; the others are given."""
+
+    name: str
+    start: int
+    stop: int
+    length: int
+
+    @classmethod
+    def of(cls, options: EvaluationOptions, sequence_length: int) -> Task:
+        """The task of an evaluation; ValueError where prompt or gap do not fit the model's texts."""
+        if options.task == "continuation":
+            start = sequence_length // 2 if options.prompt_tokens is None else options.prompt_tokens
+            if start >= sequence_length:
+                raise ValueError(
+                    f"--prompt_tokens {start} leaves nothing to write of the models' {sequence_length} tokens."
+                )
+            return cls("continuation", start, sequence_length, sequence_length)
+        size = sequence_length // 4 if options.gap_tokens is None else options.gap_tokens
+        if not 0 < size <= sequence_length - 2:
+            raise ValueError(f"--gap_tokens {size}: a gap has tokens on both sides, and texts have {sequence_length}.")
+        start = (sequence_length - size) // 2
+        return cls("infilling", start, start + size, sequence_length)
+
+    @property
+    def written(self) -> slice:
+        """The places that are written."""
+        return slice(self.start, self.stop)
+
+    def given(self, told: str = "all") -> torch.Tensor:
+        """Bool (L,), what a model is told: `all` that is given, or the `prefix` alone."""
+        places = torch.arange(self.length)
+        return (places < self.start) | ((places >= self.stop) & (told == "all"))
+
+    def put_in(self, sequences: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """Sequences (n, L) with the written tokens of others (n, L)."""
+        return torch.cat([sequences[:, : self.start], written[:, self.written], sequences[:, self.stop :]], dim=1)
+
+
+# 2. Writing
+
+
+@dataclass(frozen=True)
+class ConditionalSet(SampleSet):
+    """What a pipeline writes, for one number of steps, seed and guidance, into the real sequences `real` (n, L).
+
+    `told` is what of them the pipeline is told, see [`Task.given`].
+    """
+
+    task: Task
+    real: torch.Tensor
+    guidance_scale: float
+    told: str
+
+    @property
+    def row_cost(self) -> int:
+        """Passes of the network for a text."""
+        return self.steps * (1 if self.guidance_scale == 1 else 2)
+
+    def sample(self, pipeline: DiffusionPipeline, indices: list[int]) -> BaseOutput:
+        real = self.real[indices]
+        generators = [sample_generator(self.seed, index, pipeline.device) for index in indices]
+        arguments = dict(self.subject.sampler.arguments) | {"generator": generators, "output_type": "seq"}
+        if self.subject.conditioning == "prompt_ids":
+            output = pipeline(
+                prompt_ids=real[:, : self.task.start], max_new_tokens=self.task.stop - self.task.start, **arguments
+            )
+            output.sequences = torch.cat([output.sequences, real[:, self.task.stop :].to(pipeline.device)], dim=1)
+            return output
+        given = self.task.given(self.told).expand(len(real), -1)
+        return pipeline(
+            given_tokens=GivenTokens(real, given, [self.task.length] * len(real)),
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            **arguments,
+        )
+
+
+def make_sets(
+    subjects: list[Subject],
+    real: torch.Tensor,
+    task: Task,
+    options: EvaluationOptions,
+    parts: FinishedParts,
+    device: str,
+) -> list[ConditionalSet]:
+    """The sets that are asked for: with each guidance, and for gaps also told the prefix alone; a model that writes
+    from the left is told no more than that, and knows no guidance."""
+    sets = []
+    for subject in subjects:
+        if subject.conditioning is None:
+            raise ValueError(
+                f"--task {task.name}: the pipeline {subject.name!r} takes no prompts. Train it further with "
+                "conditioning.prefix_share=0.25 conditioning.gaps_share=0.25 (docs/conditioning.md)."
+            )
+        ways = [("all", scale) for scale in options.guidance_scales]
+        if subject.conditioning == "prompt_ids":
+            ways = [("prefix", 1.0)]
+        elif task.name == "infilling":
+            ways += [("prefix", scale) for scale in options.guidance_scales]
+        for steps, (told, scale), seed in itertools.product(subject.steps(options.steps), ways, range(options.seeds)):
+            depends_on: dict[str, Any] = {
+                "pipeline": subject.digest,
+                "dtype": subject.dtype,
+                "steps": steps,
+                "seed": seed,
+                "told": told,
+                "guidance_scale": scale,
+                "written": [task.start, task.stop],
+                "real": digest(real.tolist()),
+            }
+            rows = parts.rows("conditional", **depends_on, device=device)
+            sets.append(ConditionalSet(subject, steps, seed, len(real), rows, task, real, scale, told))
+    return sets
+
+
+# 3. Scoring
+
+
+@dataclass(frozen=True)
+class ConditionalScorer:
+    """What all sets are scored with, beside the real sequences (n, L); `references` are those of MAUVE."""
+
+    task: Task
+    real: torch.Tensor
+    tokenizer: PreTrainedTokenizerBase
+    judge: Judge | None
+    batch_size: int
+    references: References | None
+    matcher: TokenMatcher | None
+
+    def score(self, sequences: torch.Tensor) -> dict[str, float | None]:
+        """Every score of sequences (n, L) of which a part was written."""
+        written = sequences[:, self.task.written]
+        texts, real_texts = self.texts(written), self.texts(self.real[:, self.task.written])
+        whole = TextSet(
+            sequences.tolist(), self.texts(sequences), self.judge, self.batch_size, references=self.references
+        )
+        given = self.task.given()
+        return {
+            "perplexity": self.perplexity(sequences),
+            "perplexity_elsewhere": self.perplexity(self.task.put_in(self.real.roll(-1, 0), sequences)),
+            "mauve": whole.mauve.get("mauve"),
+            "rouge_l": rouge_l(texts, real_texts)["rouge_l"],
+            "bert_score": None if self.matcher is None else bert_score(texts, real_texts, self.matcher)["bert_score"],
+            "distinct_1": unique_ngram_share(written.tolist(), 1),
+            "distinct_2": unique_ngram_share(written.tolist(), 2) if written.shape[1] > 1 else None,
+            "repetition": repetition(sequences.tolist())["repetition"],
+            "entropy": whole.entropy["entropy"],
+            "given_kept": float((sequences == self.real)[:, given].float().mean()),
+        }
+
+    def perplexity(self, sequences: torch.Tensor) -> float | None:
+        """Perplexity of what stands from the written place on, given what stands before it."""
+        if self.judge is None:
+            return None
+        contexts, rests = [], []
+        for before, text in zip(self.texts(sequences[:, : self.task.start]), self.texts(sequences), strict=True):
+            # where tokens join across the border, or lose the space there, the rest begins a little earlier
+            same = sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False))
+            )
+            contexts.append(text[:same])
+            rests.append(text[same:])
+        return generative_perplexity(rests, self.judge, self.batch_size, contexts=contexts)["perplexity"]
+
+    def texts(self, sequences: torch.Tensor) -> list[str]:
+        """Token ids (n, T) → texts."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
