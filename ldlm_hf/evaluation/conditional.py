@@ -102,15 +102,19 @@ class ConditionalSet(SampleSet):
             output = pipeline(
                 prompt_ids=real[:, : self.task.start], max_new_tokens=self.task.stop - self.task.start, **arguments
             )
-            output.sequences = torch.cat([output.sequences, real[:, self.task.stop :].to(pipeline.device)], dim=1)
-            return output
-        given = self.task.given(self.told).expand(len(real), -1)
-        return pipeline(
-            given_tokens=GivenTokens(real, given, [self.task.length] * len(real)),
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            **arguments,
-        )
+        else:
+            given = self.task.given(self.told).expand(len(real), -1)
+            output = pipeline(
+                given_tokens=GivenTokens(real, given, [self.task.length] * len(real)),
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                **arguments,
+            )
+        if self.told == "prefix":
+            # what a model that does not know the suffix writes in its place is thrown away
+            before = output.sequences[:, : self.task.stop]
+            output.sequences = torch.cat([before, real[:, self.task.stop :].to(before)], dim=1)
+        return output
 
 
 def make_sets(

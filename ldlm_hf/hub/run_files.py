@@ -171,7 +171,9 @@ class Run:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether it was trained with texts given in part."""
+        """Whether it continues prompts: a model that writes from the left does, an LDLM that was trained for it."""
+        if self.results.pipeline == "AutoregressivePipeline":
+            return True
         return ConditioningSettings(**self.settings.get("conditioning", {})).gives_texts
 
     @property

@@ -9,7 +9,15 @@ import evaluate
 import pytest
 
 import ldlm_hf.metrics
-from ldlm_hf.metrics import GenerativePerplexity, LatentSmoothness, Mauve, NGramDiversity, Repetition, TokenEntropy
+from ldlm_hf.metrics import (
+    GenerativePerplexity,
+    LatentSmoothness,
+    Mauve,
+    NGramDiversity,
+    Repetition,
+    RougeL,
+    TokenEntropy,
+)
 
 
 FOLDER = Path(ldlm_hf.metrics.__file__).parent
@@ -35,6 +43,7 @@ def copied_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("token_entropy", TokenEntropy, {"predictions": SEQUENCES}),
         ("ngram_diversity", NGramDiversity, {"predictions": SEQUENCES}),
         ("repetition", Repetition, {"predictions": SEQUENCES}),
+        ("rouge_l", RougeL, {"predictions": TEXTS, "references": TEXTS[::-1]}),
         ("generative_perplexity", GenerativePerplexity, {"predictions": TEXTS}),
         ("mauve", Mauve, {"predictions": MANY_TEXTS, "references": MANY_TEXTS}),
         ("latent_smoothness", LatentSmoothness, {"predictions": MANY_TEXTS[:3], "positions": [0.0, 0.5, 1.0]}),
@@ -43,7 +52,8 @@ def copied_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_evaluate_load(script, metric_class, inputs, judge):
     metric = evaluate.load(str(FOLDER / f"{script}.py"))
     assert type(metric).__name__ == metric_class.__name__ and isinstance(metric, evaluate.Metric)
-    arguments = {} if script in ("token_entropy", "ngram_diversity", "repetition") else {"judge": judge}
+    reads_words = script in ("token_entropy", "ngram_diversity", "repetition", "rouge_l")
+    arguments = {} if reads_words else {"judge": judge}
     assert metric.compute(**inputs, **arguments) == metric_class().compute(**inputs, **arguments)
     assert "Returns:" in metric.compute.__doc__
 
