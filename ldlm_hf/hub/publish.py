@@ -36,8 +36,8 @@ logger = logging.get_logger(__name__)
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_PATTERNS = ["*.safetensors", "*.safetensors.index*.json"]
 
-# what sampling imports of this package
-SPACE_ROOMS = ("loading", "models", "pipelines", "schedulers")
+# the page, and what sampling imports of this package
+SPACE_ROOMS = ("app", "loading", "models", "pipelines", "schedulers")
 # and of its requirements
 SPACE_REQUIREMENTS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
 SPACE_APP = Template('''"""Runs the page of ldlm_hf, whose sources lie beside this file, on $repo_id."""

@@ -267,7 +267,9 @@ def test_publishing_over_http(folder: Path, loopback_hub: LoopbackHub, tmp_path:
     whole = {name.replace(".fp16", "") for name in halves}
     assert code | halves | whole | {"README.md", "curves.png", "model_index.json"} <= set(found["published"])
     assert found["card"] == CARD
-    assert {"README.md", "app.py", "requirements.txt", "ldlm_hf/app.py", "ldlm_hf/__init__.py"} <= set(found["space"])
+    assert {"README.md", "app.py", "requirements.txt", "ldlm_hf/app/page.py", "ldlm_hf/__init__.py"} <= set(
+        found["space"]
+    )
     assert 'from_pretrained("org/tiny")' in found["app"].replace("'", '"')
     pipe = LDLMPipeline.from_pretrained(bare)
     pipe.set_progress_bar_config(disable=True)
