@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from ..pipelines.pipeline_ldlm import LDLMPipeline
+from .marked_texts import CSS
 from .page import THEME, build_app
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     pipeline = LDLMPipeline.from_pretrained(arguments.pipeline).to(arguments.device)
-    build_app(pipeline).launch(server_port=arguments.port, theme=THEME)
+    build_app(pipeline).launch(server_port=arguments.port, theme=THEME, css=CSS)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,16 @@ CHANGED = "changed"
 GIVEN = "given"
 COLORS = {CHANGED: "#ffd166", GIVEN: "#8ecae6"}
 
+# gradio gives each piece a place of its own, with spaces between, and lets lines end within words: here it is one text
+CSS = """
+.gradio-container .marked .textfield { display: block; font-size: 0; }
+.gradio-container .marked .token-container { display: inline; }
+.gradio-container .marked .token { margin: 0; }
+.gradio-container .marked .token.highlighted { padding: 14px 2px 4px; }
+.gradio-container .marked .text { font-size: 14px; line-height: 28px; word-break: normal; overflow-wrap: anywhere; }
+.gradio-container .marked .empty { min-height: 80px; }
+"""
+
 Pieces: TypeAlias = list[tuple[str, str | None]]
 
 
@@ -49,12 +59,14 @@ def mark_changes(tokenizer: PreTrainedTokenizerBase, sequence: torch.Tensor, pre
 
 def text_box(elem_id: str, **options: Any) -> gr.HighlightedText:
     """A place for a marked text."""
-    return gr.HighlightedText(color_map=COLORS, show_inline_category=False, elem_id=elem_id, **options)
+    return gr.HighlightedText(
+        color_map=COLORS, show_inline_category=False, elem_id=elem_id, elem_classes="marked", **options
+    )
 
 
 def text_boxes(number: int, name: str) -> list[gr.HighlightedText]:
-    """Hidden places for texts, with the ids `name-0`, `name-1`, ..."""
-    return [text_box(f"{name}-{index}", visible=False) for index in range(number)]
+    """Places for texts, with the ids `name-0`, `name-1`, ...; only the first is visible before there are texts."""
+    return [text_box(f"{name}-{index}", label=f"Text {index + 1}", visible=index == 0) for index in range(number)]
 
 
 def fill_boxes(labels: list[str], texts: list[Pieces], num_boxes: int) -> list[Any]:

@@ -36,7 +36,7 @@ OPTIONAL_TABS = {
 
 
 def build_app(pipeline: LDLMPipeline) -> gr.Blocks:
-    """The page for a pipeline, to be launched with `build_app(pipeline).launch(theme=THEME)`.
+    """The page for a pipeline, to be launched with `build_app(pipeline).launch(theme=THEME, css=CSS)`.
 
     A tab that the pipeline cannot serve says why, and what to do. Visitors wait for each other.
     """

@@ -45,11 +45,11 @@ SPACE_APP = Template('''"""Runs the page of ldlm_hf, whose sources lie beside th
 import torch
 
 from ldlm_hf import LDLMPipeline
-from ldlm_hf.app import THEME, build_app
+from ldlm_hf.app import CSS, THEME, build_app
 
 
 pipeline = LDLMPipeline.from_pretrained($arguments)
-build_app(pipeline.to("cuda" if torch.cuda.is_available() else "cpu")).launch(theme=THEME)
+build_app(pipeline.to("cuda" if torch.cuda.is_available() else "cpu")).launch(theme=THEME, css=CSS)
 ''')
 SPACE_CARD = Template("""---
 $metadata

@@ -17,14 +17,14 @@ if importlib.util.find_spec("gradio") is None:
 @pytest.fixture
 def launch() -> Iterator[Callable[[LDLMPipeline], str]]:
     """Serves a pipeline's page on the loopback interface; gives its address."""
-    from ldlm_hf.app import THEME, build_app
+    from ldlm_hf.app import CSS, THEME, build_app
 
     apps = []
 
     def start(pipeline: LDLMPipeline) -> str:
         app = build_app(pipeline)
         apps.append(app)
-        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, theme=THEME)
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, theme=THEME, css=CSS)
         return url
 
     yield start

@@ -281,11 +281,38 @@ def test_visitors_wait_for_each_other_and_stop_only_their_own(
     assert box_texts(finite.result(timeout=60)[1:]) == plain_output(pipeline, 2, 10, seed=3).texts
 
 
-def test_interpolation_is_off_without_encoders(make_pipeline: Callable[..., LDLMPipeline]):
-    app = build_app(make_pipeline(token_encoder=None, latent_encoder=None))
-    assert [function.api_name for function in app.fns.values()] == ["generate", "stop"]
-    texts = [block.value for block in app.blocks.values() if isinstance(block, gradio.Markdown)]
-    assert any("this pipeline has no `token_encoder` and no `latent_encoder`" in text for text in texts if text)
+def tabs_that_are_off(app: gradio.Blocks) -> dict[str, str]:
+    """The names of the tabs that the pipeline cannot serve, and what stands there."""
+    texts = [block.value for block in app.blocks.values() if isinstance(block, gradio.Markdown) and block.value]
+    return {text.split()[0].strip("*"): text for text in texts if " is off:**" in text}
+
+
+def endpoints(app: gradio.Blocks) -> list[str]:
+    return [function.api_name for function in app.fns.values() if function.api_visibility == "public"]
+
+
+def test_a_pipeline_that_takes_prompts_serves_every_tab(make_conditional_pipeline: Callable[[], LDLMPipeline]):
+    app = build_app(make_conditional_pipeline())
+    assert tabs_that_are_off(app) == {}
+    assert endpoints(app) == ["generate", "stop", "continue", "infill", "edit", "interpolate"]
+
+
+def test_a_denoiser_of_whole_texts_edits_and_says_why_it_does_not_continue(make_pipeline: Callable[..., LDLMPipeline]):
+    app = build_app(make_pipeline())
+    assert endpoints(app) == ["generate", "stop", "edit", "interpolate"]
+    off = tabs_that_are_off(app)
+    assert off.keys() == {"Continue", "Infill"}
+    assert all("role_embeds=False" in text and "conditioning.prefix_share=0.25" in text for text in off.values())
+
+
+def test_tabs_are_off_without_encoders(make_conditional_pipeline: Callable[[], LDLMPipeline]):
+    pipeline = make_conditional_pipeline()
+    pipeline.register_modules(token_encoder=None, latent_encoder=None)
+    app = build_app(pipeline)
+    assert endpoints(app) == ["generate", "stop"]
+    off = tabs_that_are_off(app)
+    assert off.keys() == {"Continue", "Infill", "Edit", "Interpolate"}
+    assert all("lacks token_encoder and latent_encoder. Pass what is missing" in text for text in off.values())
 
 
 def test_command_line_serves_the_pipeline_of_a_folder(
@@ -298,4 +325,4 @@ def test_command_line_serves_the_pipeline_of_a_folder(
     monkeypatch.setattr(sys, "argv", ["app", "--pipeline", str(tmp_path), "--port", "7999", "--device", "cpu"])
     command_line.main()
     assert launched["server_port"] == 7999
-    assert [function.api_name for function in launched["app"].fns.values()] == ["generate", "stop", "interpolate"]
+    assert endpoints(launched["app"]) == ["generate", "stop", "edit", "interpolate"]
