@@ -305,6 +305,12 @@ def test_a_denoiser_of_whole_texts_edits_and_says_why_it_does_not_continue(make_
     assert all("role_embeds=False" in text and "conditioning.prefix_share=0.25" in text for text in off.values())
 
 
+def test_a_page_without_a_denoiser_says_so_where_prompts_go(make_pipeline: Callable[..., LDLMPipeline]):
+    off = tabs_that_are_off(build_app(make_pipeline(transformer=None)))
+    assert off.keys() == {"Continue", "Infill"}
+    assert all("lacks transformer" in text for text in off.values())
+
+
 def test_tabs_are_off_without_encoders(make_conditional_pipeline: Callable[[], LDLMPipeline]):
     pipeline = make_conditional_pipeline()
     pipeline.register_modules(token_encoder=None, latent_encoder=None)

@@ -308,7 +308,7 @@ def test_space_files():
     assert set(required.values()) <= set(importlib.metadata.requires("ldlm_hf"))
     assert files["ldlm_hf/__init__.py"] == inspect.getsource(ldlm_hf)
     rooms = {name.split("/")[1] for name in files if name.count("/") > 1}
-    assert rooms == {"loading", "models", "pipelines", "schedulers"}
+    assert rooms == {"app", "loading", "models", "pipelines", "schedulers"}
     assert "revision='trial'" in space_files("org/tiny", "trial")["app.py"]
     ast.parse(files["app.py"])
 
