@@ -16,7 +16,7 @@ FLOORS = (
     {"loading"},
     {"models", "schedulers", "metrics", "data"},
     {"pipelines", "objective"},
-    {"hub"},
+    {"hub", "app"},
     {"evaluation"},
     {"training"},
     {"baselines"},

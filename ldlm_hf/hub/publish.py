@@ -36,8 +36,8 @@ logger = logging.get_logger(__name__)
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS_PATTERNS = ["*.safetensors", "*.safetensors.index*.json"]
 
-# what sampling imports of this package
-SPACE_ROOMS = ("loading", "models", "pipelines", "schedulers")
+# the page, and what sampling imports of this package
+SPACE_ROOMS = ("app", "loading", "models", "pipelines", "schedulers")
 # and of its requirements
 SPACE_REQUIREMENTS = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub")
 SPACE_APP = Template('''"""Runs the page of ldlm_hf, whose sources lie beside this file, on $repo_id."""
@@ -45,11 +45,11 @@ SPACE_APP = Template('''"""Runs the page of ldlm_hf, whose sources lie beside th
 import torch
 
 from ldlm_hf import LDLMPipeline
-from ldlm_hf.app import THEME, build_app
+from ldlm_hf.app import CSS, THEME, build_app
 
 
 pipeline = LDLMPipeline.from_pretrained($arguments)
-build_app(pipeline.to("cuda" if torch.cuda.is_available() else "cpu")).launch(theme=THEME)
+build_app(pipeline.to("cuda" if torch.cuda.is_available() else "cpu")).launch(theme=THEME, css=CSS)
 ''')
 SPACE_CARD = Template("""---
 $metadata

@@ -267,7 +267,9 @@ def test_publishing_over_http(folder: Path, loopback_hub: LoopbackHub, tmp_path:
     whole = {name.replace(".fp16", "") for name in halves}
     assert code | halves | whole | {"README.md", "curves.png", "model_index.json"} <= set(found["published"])
     assert found["card"] == CARD
-    assert {"README.md", "app.py", "requirements.txt", "ldlm_hf/app.py", "ldlm_hf/__init__.py"} <= set(found["space"])
+    assert {"README.md", "app.py", "requirements.txt", "ldlm_hf/app/page.py", "ldlm_hf/__init__.py"} <= set(
+        found["space"]
+    )
     assert 'from_pretrained("org/tiny")' in found["app"].replace("'", '"')
     pipe = LDLMPipeline.from_pretrained(bare)
     pipe.set_progress_bar_config(disable=True)
@@ -306,7 +308,7 @@ def test_space_files():
     assert set(required.values()) <= set(importlib.metadata.requires("ldlm_hf"))
     assert files["ldlm_hf/__init__.py"] == inspect.getsource(ldlm_hf)
     rooms = {name.split("/")[1] for name in files if name.count("/") > 1}
-    assert rooms == {"loading", "models", "pipelines", "schedulers"}
+    assert rooms == {"app", "loading", "models", "pipelines", "schedulers"}
     assert "revision='trial'" in space_files("org/tiny", "trial")["app.py"]
     ast.parse(files["app.py"])
 

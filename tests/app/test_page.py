@@ -7,21 +7,21 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import gradio
+import gradio_client
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from ldlm_hf import LDLMPipeline
-
-
-gradio = pytest.importorskip("gradio")
-gradio_client = pytest.importorskip("gradio_client")
-app_module = pytest.importorskip("ldlm_hf.app")
-
-CHANGED, Frame = app_module.CHANGED, app_module.Frame
+from ldlm_hf.app import __main__ as command_line
+from ldlm_hf.app.generation import Frame, describe, generate_frames
+from ldlm_hf.app.interpolation import interpolate_texts
+from ldlm_hf.app.marked_texts import CHANGED, mark_changes
+from ldlm_hf.app.page import build_app
 
 
 def plain_output(pipeline: LDLMPipeline, batch_size: int, num_inference_steps: int, seed: int):
@@ -34,7 +34,7 @@ def plain_output(pipeline: LDLMPipeline, batch_size: int, num_inference_steps: i
 
 def generate(pipeline: LDLMPipeline, *arguments: int) -> list[Frame]:
     """All frames of a generation: batch size, steps, seed, decode every."""
-    return list(app_module.generate_frames(pipeline, *arguments, threading.Event()))
+    return list(generate_frames(pipeline, *arguments, threading.Event()))
 
 
 def joined(pieces: list[tuple[str, str | None]]) -> str:
@@ -60,9 +60,7 @@ def test_the_last_frame_is_what_the_pipeline_gives(make_pipeline: Callable[..., 
     expected = plain_output(pipeline, 3, 12, seed=5)
     last = generate(pipeline, 3, 12, 5, decode_every)[-1]
     assert torch.equal(last.sequences, expected.sequences)
-    assert [
-        joined(app_module.highlight_changes(pipeline.tokenizer, sequence, None)) for sequence in last.sequences
-    ] == expected.texts
+    assert [joined(mark_changes(pipeline.tokenizer, sequence, None)) for sequence in last.sequences] == expected.texts
     assert not torch.equal(last.sequences, plain_output(pipeline, 3, 12, seed=6).sequences)
 
 
@@ -90,21 +88,21 @@ def test_frames_decode_the_clean_prediction_of_their_step(make_pipeline: Callabl
 def test_only_changed_tokens_are_highlighted(tiny_tokenizer: PreTrainedTokenizerFast):
     before = torch.tensor([2, 3, 4, 5, 1, 7])
     after = torch.tensor([2, 9, 8, 5, 6, 7])
-    assert app_module.highlight_changes(tiny_tokenizer, after, before) == [
+    assert mark_changes(tiny_tokenizer, after, before) == [
         ("w2 ", None),
         ("w9 w8", CHANGED),
         (" w5 ", None),
         ("w6", CHANGED),
         (" w7", None),
     ]
-    assert app_module.highlight_changes(tiny_tokenizer, after, after) == [("w2 w9 w8 w5 w6 w7", None)]
-    assert app_module.highlight_changes(tiny_tokenizer, after, None) == [("w2 w9 w8 w5 w6 w7", CHANGED)]
+    assert mark_changes(tiny_tokenizer, after, after) == [("w2 w9 w8 w5 w6 w7", None)]
+    assert mark_changes(tiny_tokenizer, after, None) == [("w2 w9 w8 w5 w6 w7", CHANGED)]
 
 
 def test_special_tokens_show_nothing(tiny_tokenizer: PreTrainedTokenizerFast):
     before, after = torch.tensor([1, 1, 3, 1]), torch.tensor([1, 2, 3, 0])
-    assert app_module.highlight_changes(tiny_tokenizer, after, before) == [("w2", CHANGED), (" w3", None)]
-    assert app_module.highlight_changes(tiny_tokenizer, torch.ones(4, dtype=torch.long), before) == []
+    assert mark_changes(tiny_tokenizer, after, before) == [("w2", CHANGED), (" w3", None)]
+    assert mark_changes(tiny_tokenizer, torch.ones(4, dtype=torch.long), before) == []
 
 
 def test_pieces_of_characters_and_words_join_to_the_text(byte_tokenizer: PreTrainedTokenizerFast):
@@ -115,7 +113,7 @@ def test_pieces_of_characters_and_words_join_to_the_text(byte_tokenizer: PreTrai
         for _ in range(20):
             changed = torch.rand(len(token_ids), generator=generator) < 0.4
             before = torch.where(changed, (token_ids + 1) % 256, token_ids)
-            assert joined(app_module.highlight_changes(byte_tokenizer, token_ids, before)) == text
+            assert joined(mark_changes(byte_tokenizer, token_ids, before)) == text
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +129,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def test_status_counts_changed_tokens_and_tokens_per_second():
     before, after = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 2, 3, 9], [9, 6, 7, 8]])
-    assert app_module.describe(Frame(4, 16, after), before) == "**Step 4 of 16**: 2 of 8 tokens changed"
-    assert app_module.describe(Frame(4, 16, after), None) == "**Step 4 of 16**: 8 of 8 tokens changed"
-    assert app_module.describe(Frame(16, 16, after, seconds=0.5), before).startswith(
+    assert describe(Frame(4, 16, after), before) == "**Step 4 of 16**: 2 of 8 tokens changed"
+    assert describe(Frame(4, 16, after), None) == "**Step 4 of 16**: 8 of 8 tokens changed"
+    assert describe(Frame(16, 16, after, seconds=0.5), before).startswith(
         "**16 tokens/s**: 2 texts of 4 tokens, 16 steps and the final decoding in 0.50 s"
     )
-    assert app_module.describe(Frame(7, 16, after, seconds=0.5), before).startswith("**Stopped after 7 of 16 steps**")
+    assert describe(Frame(7, 16, after, seconds=0.5), before).startswith("**Stopped after 7 of 16 steps**")
 
 
 def test_decoding_for_the_page_is_not_counted_as_generation(make_pipeline: Callable[..., LDLMPipeline], monkeypatch):
@@ -159,7 +157,7 @@ def test_stopping_interrupts_the_pipeline(make_pipeline: Callable[..., LDLMPipel
     steps = queue.SimpleQueue()
     pipeline.transformer.register_forward_hook(lambda *_: steps.put(None))
     stop = threading.Event()
-    frames = app_module.generate_frames(pipeline, 1, 3000, 0, 2, stop)
+    frames = generate_frames(pipeline, 1, 3000, 0, 2, stop)
     next(frames)
     if stop_by_event:
         stop.set()
@@ -176,7 +174,7 @@ def test_stopping_interrupts_the_pipeline(make_pipeline: Callable[..., LDLMPipel
 def test_two_generations_at_once_do_not_mix(make_pipeline: Callable[..., LDLMPipeline]):
     pipeline = make_pipeline()
     expected = [plain_output(pipeline, 2, 20, seed).sequences for seed in (0, 1)]
-    generations = [app_module.generate_frames(pipeline, 2, 20, seed, 3, threading.Event()) for seed in (0, 1)]
+    generations = [generate_frames(pipeline, 2, 20, seed, 3, threading.Event()) for seed in (0, 1)]
     for pair in itertools.zip_longest(*generations):
         last = pair
     assert [frame.step for frame in last] == [20, 20]
@@ -186,7 +184,7 @@ def test_two_generations_at_once_do_not_mix(make_pipeline: Callable[..., LDLMPip
 def test_interpolation_runs_from_one_reconstruction_to_the_other(make_pipeline: Callable[..., LDLMPipeline]):
     pipeline = make_pipeline()
     texts = ["w2 w3 w4 w5", "w30 w31 w32 w33 w34 w35 w36 w37"]
-    sequences = app_module.interpolate_texts(pipeline, *texts, num_points=5)
+    sequences = interpolate_texts(pipeline, *texts, num_points=5)
     assert sequences.shape[0] == 5
     decoded = pipeline.tokenizer.batch_decode(sequences, skip_special_tokens=True)
     assert [decoded[0], decoded[-1]] == [pipeline.decode(pipeline.encode(text))[0] for text in texts]
@@ -214,7 +212,7 @@ def test_forms_may_give_whole_numbers_as_floats(make_pipeline: Callable[..., LDL
     pipeline = make_pipeline()
     expected = plain_output(pipeline, 2, 4, seed=3).sequences
     assert torch.equal(generate(pipeline, 2.0, 4.0, 3.0, 2.0)[-1].sequences, expected)
-    assert len(app_module.interpolate_texts(pipeline, "w2", "w3", 3.0)) == 3
+    assert len(interpolate_texts(pipeline, "w2", "w3", 3.0)) == 3
 
 
 @pytest.mark.parametrize(
@@ -230,23 +228,7 @@ def test_interpolation_refuses_bad_values(
     make_pipeline: Callable[..., LDLMPipeline], first: str, second: str, num_points: int, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        app_module.interpolate_texts(make_pipeline(), first, second, num_points)
-
-
-@pytest.fixture
-def launch() -> Iterator[Callable[[LDLMPipeline], str]]:
-    """Serves a pipeline's page on the loopback interface; gives its address."""
-    apps = []
-
-    def start(pipeline: LDLMPipeline) -> str:
-        app = app_module.build_app(pipeline)
-        apps.append(app)
-        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
-        return url
-
-    yield start
-    for app in apps:
-        app.close()
+        interpolate_texts(make_pipeline(), first, second, num_points)
 
 
 def box_texts(boxes: tuple) -> list[str]:
@@ -299,11 +281,44 @@ def test_visitors_wait_for_each_other_and_stop_only_their_own(
     assert box_texts(finite.result(timeout=60)[1:]) == plain_output(pipeline, 2, 10, seed=3).texts
 
 
-def test_interpolation_is_off_without_encoders(make_pipeline: Callable[..., LDLMPipeline]):
-    app = app_module.build_app(make_pipeline(token_encoder=None, latent_encoder=None))
-    assert [function.api_name for function in app.fns.values()] == ["generate", "stop"]
-    texts = [block.value for block in app.blocks.values() if isinstance(block, gradio.Markdown)]
-    assert any("this pipeline has no `token_encoder` and no `latent_encoder`" in text for text in texts if text)
+def tabs_that_are_off(app: gradio.Blocks) -> dict[str, str]:
+    """The names of the tabs that the pipeline cannot serve, and what stands there."""
+    texts = [block.value for block in app.blocks.values() if isinstance(block, gradio.Markdown) and block.value]
+    return {text.split()[0].strip("*"): text for text in texts if " is off:**" in text}
+
+
+def endpoints(app: gradio.Blocks) -> list[str]:
+    return [function.api_name for function in app.fns.values() if function.api_visibility == "public"]
+
+
+def test_a_pipeline_that_takes_prompts_serves_every_tab(make_conditional_pipeline: Callable[[], LDLMPipeline]):
+    app = build_app(make_conditional_pipeline())
+    assert tabs_that_are_off(app) == {}
+    assert endpoints(app) == ["generate", "stop", "continue", "infill", "edit", "interpolate"]
+
+
+def test_a_denoiser_of_whole_texts_edits_and_says_why_it_does_not_continue(make_pipeline: Callable[..., LDLMPipeline]):
+    app = build_app(make_pipeline())
+    assert endpoints(app) == ["generate", "stop", "edit", "interpolate"]
+    off = tabs_that_are_off(app)
+    assert off.keys() == {"Continue", "Infill"}
+    assert all("role_embeds=False" in text and "conditioning.prefix_share=0.25" in text for text in off.values())
+
+
+def test_a_page_without_a_denoiser_says_so_where_prompts_go(make_pipeline: Callable[..., LDLMPipeline]):
+    off = tabs_that_are_off(build_app(make_pipeline(transformer=None)))
+    assert off.keys() == {"Continue", "Infill"}
+    assert all("lacks transformer" in text for text in off.values())
+
+
+def test_tabs_are_off_without_encoders(make_conditional_pipeline: Callable[[], LDLMPipeline]):
+    pipeline = make_conditional_pipeline()
+    pipeline.register_modules(token_encoder=None, latent_encoder=None)
+    app = build_app(pipeline)
+    assert endpoints(app) == ["generate", "stop"]
+    off = tabs_that_are_off(app)
+    assert off.keys() == {"Continue", "Infill", "Edit", "Interpolate"}
+    assert all("lacks token_encoder and latent_encoder. Pass what is missing" in text for text in off.values())
 
 
 def test_command_line_serves_the_pipeline_of_a_folder(
@@ -314,6 +329,6 @@ def test_command_line_serves_the_pipeline_of_a_folder(
     launched = {}
     monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **options: launched.update(options, app=app))
     monkeypatch.setattr(sys, "argv", ["app", "--pipeline", str(tmp_path), "--port", "7999", "--device", "cpu"])
-    app_module.main()
+    command_line.main()
     assert launched["server_port"] == 7999
-    assert [function.api_name for function in launched["app"].fns.values()] == ["generate", "stop", "interpolate"]
+    assert endpoints(launched["app"]) == ["generate", "stop", "edit", "interpolate"]
