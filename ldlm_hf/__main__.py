@@ -36,7 +36,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def write(options: argparse.Namespace) -> None:
     """Writes the texts to the standard output, an empty line between two of them."""
-    pipeline = LDLMPipeline.from_pretrained(options.pipeline).to(options.device)
+    # weights that are stored in half precision are read in it by accelerators alone
+    dtype = torch.float32 if options.device == "cpu" else None
+    pipeline = LDLMPipeline.from_pretrained(options.pipeline, dtype=dtype).to(options.device)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
     generator = torch.Generator(options.device)
     if options.seed is None:

@@ -21,7 +21,9 @@ def main() -> None:
         help="where the pipeline runs (here: %(default)s)",
     )
     arguments = parser.parse_args()
-    pipeline = LDLMPipeline.from_pretrained(arguments.pipeline).to(arguments.device)
+    # weights that are stored in half precision are read in it by accelerators alone
+    dtype = torch.float32 if arguments.device == "cpu" else None
+    pipeline = LDLMPipeline.from_pretrained(arguments.pipeline, dtype=dtype).to(arguments.device)
     build_app(pipeline).launch(server_port=arguments.port, theme=THEME, css=CSS)
 
 

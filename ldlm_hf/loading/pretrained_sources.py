@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,10 @@ def resolve_pretrained_source(name_or_path: str) -> PretrainedSource:
             raise OSError(f"{name_or_path!r}: there is no GGUF file at that place.")
         return PretrainedSource(str(path.parent), gguf_file=path.name)
     return PretrainedSource(str(path) if path.exists() else name_or_path)
+
+
+def is_public(name: str | None) -> bool:
+    """Whether a source is one that other machines can have: a Hub id, or a folder or file inside a package."""
+    if name is None or ".." in name or Path(name).exists():
+        return False
+    return name.startswith(PACKAGE_PREFIX) or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None

@@ -84,8 +84,8 @@ def build_token_encoder(settings: ModelSettings, tokenizer: PreTrainedTokenizerB
     config = token_encoder.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"model.tokenizer={settings.tokenizer or settings.backbone!r} has {len(tokenizer)} tokens, but "
-            f"model.backbone={settings.backbone!r} knows {config.vocab_size}; use the backbone's own tokenizer."
+            f"The tokenizer, {tokenizer.name_or_path!r}, has {len(tokenizer)} tokens, but model.backbone="
+            f"{settings.backbone!r} knows {config.vocab_size}; they have to be of one language model."
         )
     return token_encoder
 
@@ -190,7 +190,8 @@ def build_averaged_transformer(
 
 def load_autoencoder(settings: RunSettings) -> dict[str, Any]:
     """The parts of `components` but denoiser and scheduler; ValueError unless their length is that of the settings."""
-    autoencoder = {name: load_part(settings.components, name) for name in AUTOENCODER}
+    autoencoder = {name: load_part(settings.components, name) for name in AUTOENCODER if name != "token_encoder"}
+    autoencoder["token_encoder"] = load_token_encoder(settings)
     length = autoencoder["latent_encoder"].config.sequence_length
     if settings.model.sequence_length != length:
         raise ValueError(
@@ -198,6 +199,17 @@ def load_autoencoder(settings: RunSettings) -> dict[str, Any]:
             f"components={settings.components!r}, {length}."
         )
     return autoencoder
+
+
+def load_token_encoder(settings: RunSettings) -> LDLMTokenEncoder:
+    """That of `components`, or where their pipeline has none, a new one from `model.backbone`, not fitted yet."""
+    try:
+        is_missing = LDLMPipeline.load_config(settings.components).get("token_encoder") in ([None, None], None)
+    except OSError:  # what a run has left that trained no whole pipeline
+        is_missing = False
+    if is_missing:
+        return build_token_encoder(settings.model, build_tokenizer(settings))
+    return load_part(settings.components, "token_encoder")
 
 
 def load_denoiser(source: str, changes: dict[str, Any]) -> LDLMTransformer1DModel:

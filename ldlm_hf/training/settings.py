@@ -271,7 +271,9 @@ class RunSettings:
         components: folder or Hub id of a pipeline. With `stage=diffusion` its autoencoder is the frozen one; with
             `stage=joint` all its parts are trained further; `model.transformer` and `model.scheduler` then change
             arguments of its denoiser and scheduler, such as `guidance_embeds`. Settings that describe the components
-            otherwise (of `model` all but these, `sequence_length` and `statistics_sequences`) are not read.
+            otherwise (of `model` all but these, `sequence_length` and `statistics_sequences`) are not read; but of a
+            pipeline without its token encoder, `model.backbone` and what belongs to it make a new one, whose
+            statistics are those of the new text.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -485,3 +488,78 @@ def test_attentions_that_there_are_not_are_refused(gpt2: str, random_tokens: Cal
         encoder(random_tokens(), output_attentions=True)
     output = encoder(random_tokens(), output_hidden_states=True)
     assert torch.equal(output.backbone_hidden_states[0], encoder.embedding(random_tokens()))
+
+
+# --------------------------------------------------------------------------- saved without the language model
+
+
+@pytest.fixture
+def packaged(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The language model as a file of an installed package, which everybody can have."""
+    package = tmp_path / "packages" / "tiny_language_model"
+    shutil.copytree(folder, package / "model")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    return "package:tiny_language_model/model"
+
+
+@pytest.mark.parametrize("representation", ["hidden", "embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_language_model_need_not_be_saved(
+    packaged: str, representation: str, dtype: torch.dtype, random_tokens: Callable, tmp_path: Path
+) -> None:
+    encoder = fitted(LDLMTokenEncoder.from_backbone(packaged, representation=representation), random_tokens).to(dtype)
+    encoder.mean, encoder.std = encoder.mean.float(), encoder.std.float()
+    encoder.leave_out_backbone()
+    encoder.save_pretrained(tmp_path / "saved")
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == {"mean", "std"}
+    for loaded in (
+        LDLMTokenEncoder.from_pretrained(tmp_path / "saved", dtype=dtype),
+        LDLMTokenEncoder.from_pretrained(tmp_path, subfolder="saved", dtype=dtype),
+        AutoModel.from_pretrained(tmp_path / "saved", dtype=dtype),
+    ):
+        assert loaded.dtype == dtype and loaded.mean.dtype == torch.float32
+        tokens = random_tokens()
+        assert torch.equal(loaded(tokens).hidden_states, encoder(tokens).hidden_states)
+        assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
+    # it stays that way
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").stat().st_size < 1000
+
+
+def test_a_language_model_of_this_machine_alone_is_saved(gpt2: str, random_tokens: Callable) -> None:
+    encoder = fitted(LDLMTokenEncoder.from_backbone(gpt2), random_tokens)
+    assert encoder.config.backbone_source is None
+    with pytest.raises(ValueError, match="has to come from a Hub id or package:NAME/FOLDER"):
+        encoder.leave_out_backbone()
+    with pytest.raises(ValueError, match="has to come from a Hub id or package:NAME/FOLDER"):
+        encoder.leave_out_backbone(gpt2)
+    scratch = LDLMTokenEncoder.from_backbone(gpt2, representation="scratch")
+    with pytest.raises(ValueError, match="representation='scratch'"):
+        scratch.leave_out_backbone("openai-community/gpt2")
+
+
+def test_another_language_model_is_refused(packaged: str, random_tokens: Callable, tmp_path: Path) -> None:
+    encoder = fitted(LDLMTokenEncoder.from_backbone(packaged), random_tokens)
+    encoder.leave_out_backbone()
+    encoder.save_pretrained(tmp_path / "saved")
+    changed = fitted(LDLMTokenEncoder.from_backbone(packaged), random_tokens)
+    next(changed.backbone.parameters()).data.add_(1)
+    with pytest.raises(ValueError, match="has another backbone.* than this token encoder"):
+        changed.leave_out_backbone()
+    assert changed.config.backbone_stored
+
+    config_file = tmp_path / "saved" / "config.json"
+    config = json.loads(config_file.read_text())
+    for changes, match in (
+        ({"vocab_size": 41}, "has vocab_size=40, and this token encoder was made from one with 41"),
+        ({"hidden_size": 33}, "the weights are `mean` and `std` of shape"),
+        ({"backbone_source": "package:tiny_language_model/../../elsewhere"}, "has to come from a Hub id or package"),
+        ({"backbone_source": str(tmp_path)}, "has to come from a Hub id or package"),
+    ):
+        config_file.write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=match):
+            LDLMTokenEncoder.from_pretrained(tmp_path / "saved")
+    config_file.write_text(json.dumps(config | {"backbone_source": "package:not_installed/model"}))
+    with pytest.raises(OSError, match="which is not installed.*token_encoder=None"):
+        LDLMTokenEncoder.from_pretrained(tmp_path / "saved")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ldlm_hf import LDLMPipeline
 
@@ -96,3 +97,35 @@ def test_what_the_denoiser_lacked_changes_nothing_at_first(
 def test_another_model_is_refused(run_script: Run, finetuning: list[str], change: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_script("train_joint", *finetuning, change)
+
+
+@pytest.mark.parametrize("stage", ["joint", "diffusion"])
+def test_it_goes_on_from_a_pipeline_without_its_token_encoder(
+    run_script: Run, finetuning: list[str], tmp_path: Path, stage: str
+) -> None:
+    """`model.backbone` names the language model; its statistics are those of the text."""
+    LDLMPipeline.from_pretrained(tmp_path / "trained", token_encoder=None).save_pretrained(tmp_path / "without")
+    run_script("train_joint", *finetuning, f"components={tmp_path / 'without'}", f"stage={stage}")
+    before, after = load(tmp_path / "trained").token_encoder, load(tmp_path / "finetuned" / "pipeline").token_encoder
+    weights = after.state_dict()
+    for key, value in before.state_dict().items():
+        # half precision lies between
+        torch.testing.assert_close(weights[key], value, rtol=1e-2, atol=1e-3)
+    assert after.config.num_statistics_tokens == before.config.num_statistics_tokens
+
+
+def test_a_backbone_that_is_not_the_pipelines_is_refused(
+    run_script: Run, finetuning: list[str], tmp_path: Path
+) -> None:
+    LDLMPipeline.from_pretrained(tmp_path / "trained", token_encoder=None).save_pretrained(tmp_path / "without")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(ValueError, match="token encoder hidden_size"):
+        run_script(
+            "train_joint",
+            *finetuning,
+            f"components={tmp_path / 'without'}",
+            f"model.backbone={tmp_path / 'narrow'}",
+            "model.layer=-1",
+        )

@@ -78,13 +78,14 @@ class JointRecipe(PipelineRecipe):
         super().build(train, held_out)
         if self.settings.conditioning.gives_texts:
             self.module.token_encoder.to(self.device).check_masks()
-        if self.settings.stage == "diffusion":
-            if not self.module.latent_encoder.config.standardize_latents:
-                standardize_latents(self.module, self.statistics_batches(train), self.device)
+        is_done = self.module.token_encoder.is_fitted and self.module.latent_encoder.config.standardize_latents
+        if self.settings.stage == "diffusion" and is_done:
             return
         self.statistics = self.statistics_batches(train)
         if not self.module.token_encoder.is_fitted:
             fit_token_encoder(self.module.token_encoder, self.statistics, self.device)
+        if self.settings.stage == "diffusion" and not self.module.latent_encoder.config.standardize_latents:
+            standardize_latents(self.module, self.statistics, self.device)
 
     def complete(self, snapshot: nn.Module) -> None:
         """Measures the latents' statistics, which differ between EMA weights, over the run's statistics_sequences."""
