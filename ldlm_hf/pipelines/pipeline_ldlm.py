@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from .latent_denoising import LatentDenoisingPipeline
 from .pipeline_output import LDLMPipelineOutput
 from .prompts import GivenTokens, as_texts, continued_rows, rows_with_gaps, tokenize, whole_characters
 from .sampling import Sampling, StepCallback, check_number
+from .steering import LatentGradient, Particles, Rewards, Steering, check_draws_noise, check_rewards, one_reward
 
 
 logger = logging.get_logger(__name__)
@@ -169,6 +170,15 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if self._prompt_tokenizer is None or self._prompt_tokenizer[0] is not self.tokenizer:
             self._prompt_tokenizer = (self.tokenizer, copy.deepcopy(self.tokenizer))
         return self._prompt_tokenizer[1]
+
+    def rows_around(
+        self, prompts: list[list[int]], suffixes: list[list[int]], max_new_tokens: int | None
+    ) -> GivenTokens | None:
+        """Rows of prompts, tokens to be written and suffixes, as of [`continued_rows`]; None for whole texts."""
+        if max_new_tokens is None and not any(prompts) and not any(suffixes):
+            return None
+        length = self.sequence_length
+        return GivenTokens.of_rows(continued_rows(prompts, suffixes, length, max_new_tokens), length)
 
     def encode_given(self, rows: GivenTokens) -> dict[str, torch.Tensor] | None:
         """What the denoiser is told of given tokens (see [`Conditions.of_denoiser`]); None where there are none.
@@ -318,16 +328,12 @@ class LDLMPipeline(LatentDenoisingPipeline):
             batch_size = len(prompts)
             longest = max(map(len, prompts))
             is_long = max_new_tokens is not None and longest + max_new_tokens > self.sequence_length
-            if max_new_tokens is not None or any(prompts) or any(suffixes):
-                if is_long and any(suffixes):
-                    raise ValueError(
-                        f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
-                        f"than this model's {self.sequence_length} tokens, prompt and suffix included."
-                    )
-                within = None if is_long else max_new_tokens
-                rows = GivenTokens.of_rows(
-                    continued_rows(prompts, suffixes, self.sequence_length, within), self.sequence_length
+            if is_long and any(suffixes):
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
+                    f"than this model's {self.sequence_length} tokens, prompt and suffix included."
                 )
+            rows = self.rows_around(prompts, suffixes, None if is_long else max_new_tokens)
         self.check_inputs(batch_size, sampling, latents)
 
         # 3. Denoise and decode; more tokens than there is room for, block by block
@@ -491,6 +497,119 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else (output.sequences, output.texts)
 
+    @torch.no_grad()
+    def steer(
+        self,
+        reward: Callable[[list[str]], Rewards] | None = None,
+        token_reward: Callable[[torch.Tensor], Rewards] | None = None,
+        latent_reward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        scale: float = 1.0,
+        num_particles: int = 16,
+        reward_every: int = 1,
+        prompt: str | list[str] | None = None,
+        suffix: str | list[str] | None = None,
+        batch_size: int = 1,
+        num_texts_per_prompt: int = 1,
+        max_new_tokens: int | None = None,
+        return_dict: bool = True,
+        **sampling: Any,
+    ) -> LDLMPipelineOutput | tuple:
+        """Writes texts that a reward r prefers, towards p(z) exp(lambda r(z)) with p what the pipeline writes; with any
+        transformer and without training.
+
+        A reward of texts or token ids steers by particles (see [`Particles`]): each text is drawn from `num_particles`
+        that are denoised together, by their final weights. It is decoded and rewarded in between, so the cost is that
+        many texts, and `scale` alone says how much the reward counts: 0 changes nothing, and a very large one takes the
+        best. It needs a stochastic scheduler of this package. A reward of latents steers by its gradient, at the cost
+        of that alone and with any scheduler (see [`LatentGradient`]).
+
+        Args:
+            reward: list of B texts → B numbers, a sequence or a tensor; the more, the better.
+            token_reward: the same of token ids (B, T).
+            latent_reward: clean latents (B, N, d_z), float32, as [`~LDLMPipeline.encode`] gives them → tensor (B,) that
+                can be differentiated.
+            scale: lambda, not negative.
+            num_particles: M of each text, at least 2; without effect for a reward of latents.
+            reward_every: steps from one reward of the particles to the next; the last step is always rewarded.
+            prompt, suffix, batch_size, num_texts_per_prompt: as of [`~LDLMPipeline.__call__`].
+            max_new_tokens: the same, within the model's length.
+            return_dict: as of [`~LDLMPipeline.__call__`].
+            sampling: how latents are denoised: the arguments of [`~LDLMPipeline.__call__`] of [`Sampling`]'s names. The
+                draws of resampling are the generator's, too. A list has one generator for each text, from which all of
+                its particles draw: text i is then the same alone and in any batch. Callbacks see all particles, those of
+                a text one behind the other.
+
+        Returns:
+            [`LDLMPipelineOutput`] with the texts and their `rewards`, or a tuple `(sequences, texts)`.
+
+        Raises:
+            ValueError: not exactly one reward, one that does not return a finite number for each text, or a
+                deterministic scheduler with particles; as of [`~LDLMPipeline.__call__`].
+        """
+        self.require_components("steer", "transformer", "scheduler", "token_decoder", "tokenizer")
+        name, function = one_reward(reward=reward, token_reward=token_reward, latent_reward=latent_reward)
+        check_number("scale", scale)
+        self.check_counts(
+            num_particles=num_particles,
+            reward_every=reward_every,
+            batch_size=batch_size,
+            num_texts_per_prompt=num_texts_per_prompt,
+        )
+        if int(num_particles) < 2:
+            raise ValueError(f"`num_particles`={num_particles}: there is nothing to choose from; take 2 or more.")
+        arguments = Sampling(**sampling)
+        prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
+        num_texts, num_copies = len(prompts), int(num_particles)
+        if max_new_tokens is not None:
+            self.check_counts(max_new_tokens=max_new_tokens)
+            if max(map(len, prompts)) + max_new_tokens > self.sequence_length:
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens}: steered texts are no longer than this model's "
+                    f"{self.sequence_length} tokens, the prompt included."
+                )
+        rows = self.rows_around(prompts, suffixes, max_new_tokens)
+        self.check_inputs(num_texts, arguments)
+
+        def rewards_of(clean_latents: torch.Tensor, rows: GivenTokens | None) -> torch.Tensor:
+            if name == "latent_reward":
+                argument = clean_latents.float()
+            else:
+                argument = self.finished_sequences(rows, clean_latents)
+                if name == "reward":
+                    argument = self._to_texts(argument)
+            return check_rewards(name, function(argument), len(clean_latents))
+
+        if name == "latent_reward":
+            given = None if rows is None or not rows.given.any() else rows.given
+            gradient = LatentGradient(function, float(scale), given)
+            clean_latents = self._write(rows, num_texts, arguments, CallState(), steering=gradient)
+        else:
+            check_draws_noise(self.prepare_solver(arguments.num_inference_steps, arguments.timesteps, "cpu"))
+            copies = None if rows is None else rows.repeat(num_copies)
+            particles = Particles(
+                lambda clean_latents: rewards_of(clean_latents, copies),
+                num_texts,
+                num_copies,
+                float(scale),
+                int(reward_every),
+                arguments.generator,
+            )
+            if isinstance(arguments.generator, list):
+                arguments = replace(
+                    arguments, generator=[one for one in arguments.generator for _ in range(num_copies)]
+                )
+            clean_latents = self._write(copies, num_texts * num_copies, arguments, CallState(), steering=particles)
+            clean_latents = particles.draw(clean_latents)
+        sequences = self.finished_sequences(rows, clean_latents)
+        output = LDLMPipelineOutput(
+            sequences=sequences,
+            texts=self._to_texts(sequences),
+            latents=clean_latents.float(),
+            rewards=rewards_of(clean_latents, rows).detach(),
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.sequences, output.texts)
+
     def _write_blocks(
         self,
         prompts: list[list[int]],
@@ -524,6 +643,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         sampling: Sampling,
         call: CallState,
         noise: torch.Tensor | None = None,
+        steering: Steering | None = None,
     ) -> torch.Tensor:
         """Clean latents (B, N, d_z) of texts, around what is given of them."""
         given = None if rows is None else self.encode_given(rows)
@@ -531,7 +651,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             # nothing to be guided by
             sampling = replace(sampling, guidance_scale=1.0)
         latents = self.prepare_latents(batch_size, self._execution_device, sampling.generator, noise)
-        return self.denoise(latents, sampling, call, given)
+        return self.denoise(latents, sampling, call, given, steering=steering)
 
     def finished_sequences(self, rows: GivenTokens | None, clean_latents: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) of clean latents, decoded without decoder noise."""
