@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -514,101 +515,94 @@ class LDLMPipeline(LatentDenoisingPipeline):
         return_dict: bool = True,
         **sampling: Any,
     ) -> LDLMPipelineOutput | tuple:
-        """Writes texts that a reward r prefers, towards p(z) exp(lambda r(z)) with p what the pipeline writes; with any
-        transformer and without training.
+        """Writes texts that a reward r prefers, from p(z) exp(lambda r(z)) with p what the pipeline writes otherwise;
+        with any transformer, without training.
 
-        A reward of texts or token ids steers by particles (see [`Particles`]): each text is drawn from `num_particles`
-        that are denoised together, by their final weights. It is decoded and rewarded in between, so the cost is that
-        many texts, and `scale` alone says how much the reward counts: 0 changes nothing, and a very large one takes the
-        best. It needs a stochastic scheduler of this package. A reward of latents steers by its gradient, at the cost
-        of that alone and with any scheduler (see [`LatentGradient`]).
+        A reward of texts or token ids steers by particles ([`Particles`]). `num_particles` are denoised for each text,
+        and decoded and rewarded at each step. The text is drawn from the last ones by their weights: with `scale` 0 it
+        is any of them, with a very large one the best. It needs a stochastic scheduler of this package. A reward of
+        latents steers by its gradient ([`LatentGradient`]), which costs no evaluation more, with any scheduler.
 
         Args:
             reward: list of B texts → B numbers, a sequence or a tensor; the more, the better.
             token_reward: the same of token ids (B, T).
-            latent_reward: clean latents (B, N, d_z), float32, as [`~LDLMPipeline.encode`] gives them → tensor (B,) that
-                can be differentiated.
+            latent_reward: clean latents (B, N, d_z), float32, as [`~LDLMPipeline.encode`] gives them → tensor (B,)
+                that can be differentiated.
             scale: lambda, not negative.
-            num_particles: M of each text, at least 2; without effect for a reward of latents.
-            reward_every: steps from one reward of the particles to the next; the last step is always rewarded.
+            num_particles: of each text, 2 or more; without effect on a reward of latents.
+            reward_every: steps from one reward of the particles to the next; the last step has one in any case.
             prompt, suffix, batch_size, num_texts_per_prompt: as of [`~LDLMPipeline.__call__`].
             max_new_tokens: the same, within the model's length.
             return_dict: as of [`~LDLMPipeline.__call__`].
-            sampling: how latents are denoised: the arguments of [`~LDLMPipeline.__call__`] of [`Sampling`]'s names. The
-                draws of resampling are the generator's, too. A list has one generator for each text, from which all of
-                its particles draw: text i is then the same alone and in any batch. Callbacks see all particles, those of
-                a text one behind the other.
+            sampling: how latents are denoised: the arguments of [`~LDLMPipeline.__call__`] of [`Sampling`]'s names.
+                Resampling draws from `generator`, too. A list has one for each text, which all of its particles draw
+                from: text i is then the same alone and in any batch. Callbacks see all particles, those of a text
+                one behind the other.
 
         Returns:
             [`LDLMPipelineOutput`] with the texts and their `rewards`, or a tuple `(sequences, texts)`.
 
         Raises:
-            ValueError: not exactly one reward, one that does not return a finite number for each text, or a
-                deterministic scheduler with particles; as of [`~LDLMPipeline.__call__`].
+            ValueError: no reward or several, one that does not return a finite number for each text, particles with
+                a deterministic scheduler; as of [`~LDLMPipeline.__call__`].
         """
         self.require_components("steer", "transformer", "scheduler", "token_decoder", "tokenizer")
         name, function = one_reward(reward=reward, token_reward=token_reward, latent_reward=latent_reward)
         check_number("scale", scale)
-        self.check_counts(
-            num_particles=num_particles,
-            reward_every=reward_every,
-            batch_size=batch_size,
-            num_texts_per_prompt=num_texts_per_prompt,
-        )
+        counts = {"batch_size": batch_size, "num_texts_per_prompt": num_texts_per_prompt}
+        if max_new_tokens is not None:
+            counts["max_new_tokens"] = max_new_tokens
+        self.check_counts(num_particles=num_particles, reward_every=reward_every, **counts)
         if int(num_particles) < 2:
             raise ValueError(f"`num_particles`={num_particles}: there is nothing to choose from; take 2 or more.")
-        arguments = Sampling(**sampling)
         prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
-        num_texts, num_copies = len(prompts), int(num_particles)
-        if max_new_tokens is not None:
-            self.check_counts(max_new_tokens=max_new_tokens)
-            if max(map(len, prompts)) + max_new_tokens > self.sequence_length:
-                raise ValueError(
-                    f"`max_new_tokens`={max_new_tokens}: steered texts are no longer than this model's "
-                    f"{self.sequence_length} tokens, the prompt included."
-                )
-        rows = self.rows_around(prompts, suffixes, max_new_tokens)
-        self.check_inputs(num_texts, arguments)
-
-        def rewards_of(clean_latents: torch.Tensor, rows: GivenTokens | None) -> torch.Tensor:
-            if name == "latent_reward":
-                argument = clean_latents.float()
-            else:
-                argument = self.finished_sequences(rows, clean_latents)
-                if name == "reward":
-                    argument = self._to_texts(argument)
-            return check_rewards(name, function(argument), len(clean_latents))
-
-        if name == "latent_reward":
-            given = None if rows is None or not rows.given.any() else rows.given
-            gradient = LatentGradient(function, float(scale), given)
-            clean_latents = self._write(rows, num_texts, arguments, CallState(), steering=gradient)
-        else:
-            check_draws_noise(self.prepare_solver(arguments.num_inference_steps, arguments.timesteps, "cpu"))
-            copies = None if rows is None else rows.repeat(num_copies)
-            particles = Particles(
-                lambda clean_latents: rewards_of(clean_latents, copies),
-                num_texts,
-                num_copies,
-                float(scale),
-                int(reward_every),
-                arguments.generator,
+        if max_new_tokens is not None and max(map(len, prompts)) + max_new_tokens > self.sequence_length:
+            raise ValueError(
+                f"`max_new_tokens`={max_new_tokens}: steered texts have no more than this model's "
+                f"{self.sequence_length} tokens, the prompt included."
             )
-            if isinstance(arguments.generator, list):
-                arguments = replace(
-                    arguments, generator=[one for one in arguments.generator for _ in range(num_copies)]
-                )
-            clean_latents = self._write(copies, num_texts * num_copies, arguments, CallState(), steering=particles)
-            clean_latents = particles.draw(clean_latents)
+        rows = self.rows_around(prompts, suffixes, None if max_new_tokens is None else int(max_new_tokens))
+        arguments = Sampling(**sampling)
+        self.check_inputs(len(prompts), arguments)
+
+        rewards_of = partial(self._rewards_of, name, function)
+        if name == "latent_reward":
+            given = rows.given if rows is not None and rows.given.any() else None
+            gradient = LatentGradient(function, float(scale), given)
+            clean_latents = self._write(rows, len(prompts), arguments, CallState(), steering=gradient)
+        else:
+            copies, generator = int(num_particles), arguments.generator
+            check_draws_noise(
+                self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, self._execution_device)
+            )
+            particle_rows = None if rows is None else rows.repeat(copies)
+            particles = Particles(
+                partial(rewards_of, particle_rows), len(prompts), copies, float(scale), int(reward_every), generator
+            )
+            if isinstance(generator, list):
+                arguments = replace(arguments, generator=[one for one in generator for _ in range(copies)])
+            clean_latents = particles.draw(
+                self._write(particle_rows, len(prompts) * copies, arguments, CallState(), steering=particles)
+            )
         sequences = self.finished_sequences(rows, clean_latents)
         output = LDLMPipelineOutput(
             sequences=sequences,
             texts=self._to_texts(sequences),
             latents=clean_latents.float(),
-            rewards=rewards_of(clean_latents, rows).detach(),
+            rewards=rewards_of(rows, clean_latents).detach(),
         )
         self.maybe_free_model_hooks()
         return output if return_dict else (output.sequences, output.texts)
+
+    def _rewards_of(
+        self, name: str, reward: Callable[[Any], Rewards], rows: GivenTokens | None, clean_latents: torch.Tensor
+    ) -> torch.Tensor:
+        """Rewards (B,) of clean latents (B, N, d_z), by what a reward of that name is one of."""
+        if name == "latent_reward":
+            return check_rewards(name, reward(clean_latents.float()), len(clean_latents))
+        sequences = self.finished_sequences(rows, clean_latents)
+        found = reward(sequences) if name == "token_reward" else reward(self._to_texts(sequences))
+        return check_rewards(name, found, len(clean_latents))
 
     def _write_blocks(
         self,

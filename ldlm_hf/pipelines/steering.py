@@ -1,7 +1,7 @@
 """Steering by a reward r, without training: towards p(z) exp(lambda r(z)), with p what the pipeline writes.
 
-By particles, for any reward of what is decoded, or by the gradient of a reward of the clean latents. Either acts within a
-step of denoising, between the prediction x^ and the way to the next time.
+By particles, for any reward of what is decoded, or by the gradient of a reward of clean latents. Both act within a
+step, between the prediction x^ and the way to the next time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def one_reward(**rewards: Callable[[Any], Any] | None) -> tuple[str, Callable[[A
     """Name and function of the only reward that is given; ValueError where there are none or several."""
     given = [(name, function) for name, function in rewards.items() if function is not None]
     if len(given) != 1:
-        raise ValueError(
-            f"steer takes exactly one of {', '.join(rewards)}, got {' and '.join(name for name, _ in given) or 'none'}."
-        )
+        found = " and ".join(name for name, _ in given) or "none"
+        raise ValueError(f"steer takes exactly one of {', '.join(rewards)}, got {found}.")
     name, function = given[0]
     if not callable(function):
         raise ValueError(f"`{name}` must be a function that returns a number for each text, got {function!r}.")
@@ -43,8 +42,7 @@ def one_reward(**rewards: Callable[[Any], Any] | None) -> tuple[str, Callable[[A
 
 
 def check_rewards(name: str, rewards: Rewards, count: int) -> torch.Tensor:
-    """A reward's numbers as a tensor (B,), float64 unless they were one; ValueError unless there is a finite one for each
-    of B texts."""
+    """Rewards as a tensor (B,), a sequence's in float64; ValueError unless each of B texts has a finite one."""
     try:
         found = rewards if isinstance(rewards, torch.Tensor) else torch.as_tensor(rewards, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -102,8 +100,8 @@ class Particles:
 
     Each text has M particles, rows of the batch one behind the other. A reward multiplies their weights by
     exp(lambda (r - r')), r' being the reward before and at first 0, so that over all steps their product is
-    exp(lambda r) of the last prediction. Where the effective sample size of a text's particles is below M / 2, they are
-    resampled.
+    exp(lambda r) of the last prediction. Where the effective sample size of a text's particles falls below M / 2, they
+    are resampled.
 
     Args:
         reward: clean latents (B M, N, d_z) → rewards (B M,).
@@ -197,14 +195,16 @@ def reward_gradient(reward: Callable[[torch.Tensor], torch.Tensor], clean_latent
 def steered_prediction(
     clean_latents: torch.Tensor, gradient: torch.Tensor, sigma: float, scale: float
 ) -> torch.Tensor:
-    """x^ + lambda sigma^2 grad r(x^), guidance of the score s + lambda grad_z r(x^(z)) without the denoiser's gradient.
+    """x^ + lambda sigma^2 grad r(x^)
 
-    By Tweedie's formula x^ = (z + sigma^2 s) / alpha, the score's guidance moves x^ by
+    Guidance moves the score s by lambda grad_z r(x^(z)), and by Tweedie's formula x^ = (z + sigma^2 s) / alpha the
+    prediction by
 
         lambda sigma^2 / alpha grad_z r(x^(z)) = lambda sigma^2 / alpha J^T grad r(x^),  J = dx^ / dz
 
-    where sigma^2 / alpha J is the covariance of z_0 given z. For independent latents of variance 1 it is sigma^2, which
-    is put in its place: it costs no way back through the denoiser, and has no 1 / alpha, which is infinite at t = 1.
+    where sigma^2 / alpha J is the covariance of z_0 given z. For independent latents of variance 1 that is sigma^2,
+    which takes its place: without a way back through the denoiser, and without 1 / alpha, which is infinite at t = 1.
+    Exact for such Gaussian latents and a linear r.
     """
     return clean_latents.float() + scale * sigma**2 * gradient
 
