@@ -549,19 +549,24 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.require_components("steer", "transformer", "scheduler", "token_decoder", "tokenizer")
         name, function = one_reward(reward=reward, token_reward=token_reward, latent_reward=latent_reward)
         check_number("scale", scale)
-        counts = {"batch_size": batch_size, "num_texts_per_prompt": num_texts_per_prompt}
-        if max_new_tokens is not None:
-            counts["max_new_tokens"] = max_new_tokens
-        self.check_counts(num_particles=num_particles, reward_every=reward_every, **counts)
+        self.check_counts(
+            num_particles=num_particles,
+            reward_every=reward_every,
+            batch_size=batch_size,
+            num_texts_per_prompt=num_texts_per_prompt,
+        )
         if int(num_particles) < 2:
             raise ValueError(f"`num_particles`={num_particles}: there is nothing to choose from; take 2 or more.")
         prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
-        if max_new_tokens is not None and max(map(len, prompts)) + max_new_tokens > self.sequence_length:
-            raise ValueError(
-                f"`max_new_tokens`={max_new_tokens}: steered texts have no more than this model's "
-                f"{self.sequence_length} tokens, the prompt included."
-            )
-        rows = self.rows_around(prompts, suffixes, None if max_new_tokens is None else int(max_new_tokens))
+        if max_new_tokens is not None:
+            self.check_counts(max_new_tokens=max_new_tokens)
+            max_new_tokens = int(max_new_tokens)
+            if max(map(len, prompts)) + max_new_tokens > self.sequence_length:
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens}: steered texts have no more than this model's "
+                    f"{self.sequence_length} tokens, the prompt included."
+                )
+        rows = self.rows_around(prompts, suffixes, max_new_tokens)
         arguments = Sampling(**sampling)
         self.check_inputs(len(prompts), arguments)
 

@@ -263,13 +263,12 @@ def test_particles_that_are_resampled_go_on_apart(pipe: LDLMPipeline) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
     def reward(sequences: torch.Tensor) -> list[float]:
-        return [100.0, 0.0, 0.0, 0.0] if not seen else [0.0] * 4
+        return [100.0 * (i == 0 and not seen) for i in range(len(sequences))]
 
     pipe.steer(
-        token_reward=lambda sequences: reward(sequences)[: len(sequences)],
+        token_reward=reward,
         num_particles=4,
         num_inference_steps=3,
-        reward_every=1,
         callback_on_step_end=lambda _, __, ___, tensors: seen.append(dict(tensors)),
         callback_on_step_end_tensor_inputs=["latents", "clean_latents"],
     )
