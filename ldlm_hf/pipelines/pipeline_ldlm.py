@@ -55,7 +55,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
     the clean prediction to tokens once (Section 4.3 of the paper).
 
     It writes texts, and where the transformer was trained with texts given in part (`role_embeds`), continues prompts
-    and fills gaps. [`~LDLMPipeline.edit`] changes texts with any transformer.
+    and fills gaps. With any transformer [`~LDLMPipeline.edit`] changes texts, and [`~LDLMPipeline.steer`] writes those
+    that a reward prefers.
 
     Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
     one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
