@@ -204,8 +204,8 @@ def steered_prediction(
 
     where sigma^2 / alpha J is the covariance of z_0 given z. For independent latents of variance 1 that is sigma^2,
     which takes its place: without a way back through the denoiser, and without 1 / alpha, which is infinite at t = 1.
-    Exact for such Gaussian latents and a linear r. A variance v < 1 has v sigma^2 / (v alpha^2 + sigma^2), smaller than
-    sigma^2 by up to the factor v, where noise is most.
+    Exact for such Gaussian latents and a linear r. A variance v < 1 has v sigma^2 / (v alpha^2 + sigma^2), which is
+    less, down to v where there is nothing but noise.
     """
     return clean_latents.float() + scale * sigma**2 * gradient
 
