@@ -17,6 +17,7 @@ from ..schedulers.discrete import Solver, check_schedule, is_discrete
 from ..schedulers.tangent import alpha_sigma
 from .calls import CallState
 from .sampling import DenoisingStep, Sampling, check_number
+from .steering import Steering
 from .text_latents import TextLatentPipeline
 
 
@@ -269,6 +270,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         call: CallState,
         given: dict[str, torch.Tensor] | None = None,
         self_condition: torch.Tensor | None = None,
+        steering: Steering | None = None,
     ) -> torch.Tensor:
         """Noisy latents at the beginning of a grid → clean ones, (B, N, d_z).
 
@@ -278,6 +280,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
             call: the call that this is part of; counts steps and evaluations.
             given: what is given, as [`Conditions.of_denoiser`] says it.
             self_condition: the first one, zeros by default.
+            steering: changes latents and prediction of each step.
         """
         solver = self.prepare_solver(int(sampling.num_inference_steps), sampling.timesteps, latents.device)
         # the last prediction of the clean latents is the next step's self-condition
@@ -290,6 +293,8 @@ class LatentDenoisingPipeline(TextLatentPipeline):
                     continue
                 model_input = solver.model_input(latents, step.timestep)
                 clean_latents = self.predict(model_input, step, clean_latents, given)  # (B, N, d_z)
+                if steering is not None:
+                    latents, clean_latents = steering(solver, i, latents, clean_latents)
                 latents = solver.step(clean_latents, step.timestep, latents, sampling.generator)
                 call.num_function_evaluations += step.num_function_evaluations
 

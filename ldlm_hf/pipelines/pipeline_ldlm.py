@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .latent_denoising import LatentDenoisingPipeline
 from .pipeline_output import LDLMPipelineOutput
 from .prompts import GivenTokens, as_texts, continued_rows, rows_with_gaps, tokenize, whole_characters
 from .sampling import Sampling, StepCallback, check_number
+from .steering import LatentGradient, Particles, Rewards, Steering, check_draws_noise, check_rewards, one_reward
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +55,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
     the clean prediction to tokens once (Section 4.3 of the paper).
 
     It writes texts, and where the transformer was trained with texts given in part (`role_embeds`), continues prompts
-    and fills gaps. [`~LDLMPipeline.edit`] changes texts with any transformer.
+    and fills gaps. With any transformer [`~LDLMPipeline.edit`] changes texts, and [`~LDLMPipeline.steer`] writes those
+    that a reward prefers.
 
     Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
     one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
@@ -169,6 +172,15 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if self._prompt_tokenizer is None or self._prompt_tokenizer[0] is not self.tokenizer:
             self._prompt_tokenizer = (self.tokenizer, copy.deepcopy(self.tokenizer))
         return self._prompt_tokenizer[1]
+
+    def rows_around(
+        self, prompts: list[list[int]], suffixes: list[list[int]], max_new_tokens: int | None
+    ) -> GivenTokens | None:
+        """Rows of prompts, tokens to be written and suffixes, as of [`continued_rows`]; None for whole texts."""
+        if max_new_tokens is None and not any(prompts) and not any(suffixes):
+            return None
+        length = self.sequence_length
+        return GivenTokens.of_rows(continued_rows(prompts, suffixes, length, max_new_tokens), length)
 
     def encode_given(self, rows: GivenTokens) -> dict[str, torch.Tensor] | None:
         """What the denoiser is told of given tokens (see [`Conditions.of_denoiser`]); None where there are none.
@@ -318,16 +330,12 @@ class LDLMPipeline(LatentDenoisingPipeline):
             batch_size = len(prompts)
             longest = max(map(len, prompts))
             is_long = max_new_tokens is not None and longest + max_new_tokens > self.sequence_length
-            if max_new_tokens is not None or any(prompts) or any(suffixes):
-                if is_long and any(suffixes):
-                    raise ValueError(
-                        f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
-                        f"than this model's {self.sequence_length} tokens, prompt and suffix included."
-                    )
-                within = None if is_long else max_new_tokens
-                rows = GivenTokens.of_rows(
-                    continued_rows(prompts, suffixes, self.sequence_length, within), self.sequence_length
+            if is_long and any(suffixes):
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
+                    f"than this model's {self.sequence_length} tokens, prompt and suffix included."
                 )
+            rows = self.rows_around(prompts, suffixes, None if is_long else max_new_tokens)
         self.check_inputs(batch_size, sampling, latents)
 
         # 3. Denoise and decode; more tokens than there is room for, block by block
@@ -491,6 +499,117 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else (output.sequences, output.texts)
 
+    @torch.no_grad()
+    def steer(
+        self,
+        reward: Callable[[list[str]], Rewards] | None = None,
+        token_reward: Callable[[torch.Tensor], Rewards] | None = None,
+        latent_reward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        scale: float = 1.0,
+        num_particles: int = 16,
+        reward_every: int = 1,
+        prompt: str | list[str] | None = None,
+        suffix: str | list[str] | None = None,
+        batch_size: int = 1,
+        num_texts_per_prompt: int = 1,
+        max_new_tokens: int | None = None,
+        return_dict: bool = True,
+        **sampling: Any,
+    ) -> LDLMPipelineOutput | tuple:
+        """Writes texts that a reward r prefers, from p(z) exp(lambda r(z)) with p what the pipeline writes otherwise;
+        with any transformer, without training.
+
+        A reward of texts or token ids steers by particles ([`Particles`]). `num_particles` are denoised for each text,
+        and decoded and rewarded at each step. The text is drawn from the last ones by their weights: with `scale` 0 it
+        is any of them, with a very large one the best. It needs a stochastic scheduler of this package. A reward of
+        latents steers by its gradient ([`LatentGradient`]), which costs no evaluation more, with any scheduler.
+
+        Args:
+            reward: list of B texts → B numbers, a sequence or a tensor; the more, the better.
+            token_reward: the same of token ids (B, T).
+            latent_reward: clean latents (B, N, d_z), float32, as [`~LDLMPipeline.encode`] gives them → tensor (B,)
+                that can be differentiated.
+            scale: lambda, not negative.
+            num_particles: of each text, 2 or more; without effect on a reward of latents.
+            reward_every: steps from one reward of the particles to the next; the last step has one in any case.
+            prompt, suffix, batch_size, num_texts_per_prompt: as of [`~LDLMPipeline.__call__`].
+            max_new_tokens: the same, within the model's length.
+            return_dict: as of [`~LDLMPipeline.__call__`].
+            sampling: how latents are denoised: the arguments of [`~LDLMPipeline.__call__`] of [`Sampling`]'s names.
+                Resampling draws from `generator`, too. A list has one for each text, which all of its particles draw
+                from: text i is then the same alone and in any batch. Callbacks see all particles, those of a text
+                one behind the other.
+
+        Returns:
+            [`LDLMPipelineOutput`] with the texts and their `rewards`, or a tuple `(sequences, texts)`.
+
+        Raises:
+            ValueError: no reward or several, one that does not return a finite number for each text, particles with
+                a deterministic scheduler; as of [`~LDLMPipeline.__call__`].
+        """
+        self.require_components("steer", "transformer", "scheduler", "token_decoder", "tokenizer")
+        name, function = one_reward(reward=reward, token_reward=token_reward, latent_reward=latent_reward)
+        check_number("scale", scale)
+        self.check_counts(
+            num_particles=num_particles,
+            reward_every=reward_every,
+            batch_size=batch_size,
+            num_texts_per_prompt=num_texts_per_prompt,
+        )
+        if int(num_particles) < 2:
+            raise ValueError(f"`num_particles`={num_particles}: there is nothing to choose from; take 2 or more.")
+        prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
+        if max_new_tokens is not None:
+            self.check_counts(max_new_tokens=max_new_tokens)
+            max_new_tokens = int(max_new_tokens)
+            if max(map(len, prompts)) + max_new_tokens > self.sequence_length:
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens}: steered texts have no more than this model's "
+                    f"{self.sequence_length} tokens, the prompt included."
+                )
+        rows = self.rows_around(prompts, suffixes, max_new_tokens)
+        arguments = Sampling(**sampling)
+        self.check_inputs(len(prompts), arguments)
+
+        rewards_of = partial(self._rewards_of, name, function)
+        if name == "latent_reward":
+            given = rows.given if rows is not None and rows.given.any() else None
+            gradient = LatentGradient(function, float(scale), given)
+            clean_latents = self._write(rows, len(prompts), arguments, CallState(), steering=gradient)
+        else:
+            copies, generator = int(num_particles), arguments.generator
+            check_draws_noise(
+                self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, self._execution_device)
+            )
+            particle_rows = None if rows is None else rows.repeat(copies)
+            particles = Particles(
+                partial(rewards_of, particle_rows), len(prompts), copies, float(scale), int(reward_every), generator
+            )
+            if isinstance(generator, list):
+                arguments = replace(arguments, generator=[one for one in generator for _ in range(copies)])
+            clean_latents = particles.draw(
+                self._write(particle_rows, len(prompts) * copies, arguments, CallState(), steering=particles)
+            )
+        sequences = self.finished_sequences(rows, clean_latents)
+        output = LDLMPipelineOutput(
+            sequences=sequences,
+            texts=self._to_texts(sequences),
+            latents=clean_latents.float(),
+            rewards=rewards_of(rows, clean_latents).detach(),
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.sequences, output.texts)
+
+    def _rewards_of(
+        self, name: str, reward: Callable[[Any], Rewards], rows: GivenTokens | None, clean_latents: torch.Tensor
+    ) -> torch.Tensor:
+        """Rewards (B,) of clean latents (B, N, d_z), by what a reward of that name is one of."""
+        if name == "latent_reward":
+            return check_rewards(name, reward(clean_latents.float()), len(clean_latents))
+        sequences = self.finished_sequences(rows, clean_latents)
+        found = reward(sequences) if name == "token_reward" else reward(self._to_texts(sequences))
+        return check_rewards(name, found, len(clean_latents))
+
     def _write_blocks(
         self,
         prompts: list[list[int]],
@@ -524,6 +643,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         sampling: Sampling,
         call: CallState,
         noise: torch.Tensor | None = None,
+        steering: Steering | None = None,
     ) -> torch.Tensor:
         """Clean latents (B, N, d_z) of texts, around what is given of them."""
         given = None if rows is None else self.encode_given(rows)
@@ -531,7 +651,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             # nothing to be guided by
             sampling = replace(sampling, guidance_scale=1.0)
         latents = self.prepare_latents(batch_size, self._execution_device, sampling.generator, noise)
-        return self.denoise(latents, sampling, call, given)
+        return self.denoise(latents, sampling, call, given, steering=steering)
 
     def finished_sequences(self, rows: GivenTokens | None, clean_latents: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) of clean latents, decoded without decoder noise."""

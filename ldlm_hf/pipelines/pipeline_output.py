@@ -17,8 +17,10 @@ class LDLMPipelineOutput(BaseOutput):
         texts (`list[str]`, *optional*): decoded texts, with `output_type="text"` only.
         latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`):
             Clean latents, as they were decoded.
+        rewards (`torch.Tensor` of shape `(batch_size,)`, *optional*): of the texts, by [`LDLMPipeline.steer`].
     """
 
     sequences: torch.Tensor | None = None
     texts: list[str] | None = None
     latents: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None

@@ -34,6 +34,14 @@ class GivenTokens:
             [len(row) for row in rows],
         )
 
+    def repeat(self, times: int) -> GivenTokens:
+        """Rows of which each comes so many times, one behind the other."""
+        return GivenTokens(
+            self.sequences.repeat_interleave(times, dim=0),
+            self.given.repeat_interleave(times, dim=0),
+            [length for length in self.lengths for _ in range(times)],
+        )
+
 
 def as_texts(name: str, texts: Any) -> list[str]:
     """The texts of an argument; ValueError unless it is a text or a list of at least one."""

@@ -142,3 +142,7 @@ class Solver:
         """The latents (B, N, d_z) of the next, earlier time, by the prediction for this one."""
         arguments = {"generator": generator} if self.draws_noise else {}
         return self.scheduler.step(clean_latents, timestep, latents, **arguments).prev_sample
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with some rows of the batch, in any order and number; for schedulers of this package."""
+        self.scheduler.select(rows)
