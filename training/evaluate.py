@@ -70,6 +70,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt_tokens", type=positive, help="of a held-out text that are continued; by default half of them")
     add("--gap_tokens", type=positive, help="in the middle of a text that are written; by default a quarter of them")
     add("--guidance_scales", type=float, nargs="+", metavar="V", help="weights of what is given, each a set")
+    add(
+        "--steering_scales",
+        type=float,
+        nargs="+",
+        metavar="LAMBDA",
+        help="steer pipelines that take no prompts by the likelihood of what is given, with these weights",
+    )
     add("--bert_score", metavar="MODEL:LAYER", help="language model that written and real tokens are compared in")
     add("--cache_dir", type=Path, help="folder of MAUVE's reference features, for evaluations to share")
     add("--config", default=None, metavar="YAML", help="file whose section data: names the text, such as a run's")

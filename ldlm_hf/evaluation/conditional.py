@@ -10,10 +10,12 @@ written there.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
@@ -81,7 +83,8 @@ class Task:
 class ConditionalSet(SampleSet):
     """What a pipeline writes, for one number of steps, seed and guidance, into the real sequences `real` (n, L).
 
-    `told` is what of them the pipeline is told, see [`Task.given`].
+    `told` is what of them the pipeline is told, see [`Task.given`]; or `steering`, where it takes no prompts and is
+    steered by the likelihood of the given tokens, whose weight `guidance_scale` is then.
     """
 
     task: Task
@@ -92,7 +95,7 @@ class ConditionalSet(SampleSet):
     @property
     def row_cost(self) -> int:
         """Passes of the network for a text."""
-        return self.steps * (1 if self.guidance_scale == 1 else 2)
+        return self.steps * (1 if self.guidance_scale == 1 or self.told == "steering" else 2)
 
     def sample(self, pipeline: DiffusionPipeline, indices: list[int]) -> BaseOutput:
         real = self.real[indices]
@@ -102,6 +105,11 @@ class ConditionalSet(SampleSet):
             output = pipeline(
                 prompt_ids=real[:, : self.task.start], max_new_tokens=self.task.stop - self.task.start, **arguments
             )
+        elif self.told == "steering":
+            reward = given_likelihood(pipeline, real, self.task.given())
+            arguments |= {"latent_reward": reward, "scale": self.guidance_scale, "batch_size": len(real)}
+            arguments.pop("output_type")
+            output = pipeline.steer(num_inference_steps=self.steps, **arguments)
         else:
             given = self.task.given(self.told).expand(len(real), -1)
             output = pipeline(
@@ -117,6 +125,23 @@ class ConditionalSet(SampleSet):
         return output
 
 
+def given_likelihood(
+    pipeline: DiffusionPipeline, real: torch.Tensor, given: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The reward that makes a pipeline continue prompts without being trained for it: clean latents (B, N, d_z) →
+    log-likelihood (B,), by the decoders, of those of the tokens `real` (B, L) that are `given`, bool (L,)."""
+
+    def reward(latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = latents.to(pipeline.token_decoder.dtype)
+        if pipeline.latent_decoder is not None:
+            hidden_states = pipeline.latent_decoder(latents.to(pipeline.latent_decoder.dtype)).hidden_states
+        logits = pipeline.token_decoder(hidden_states).logits[:, given].float()  # (B, P, V)
+        tokens = real[:, given].to(logits.device)
+        return -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").sum(1)
+
+    return reward
+
+
 def make_sets(
     subjects: list[Subject],
     real: torch.Tensor,
@@ -126,17 +151,20 @@ def make_sets(
     device: str,
 ) -> list[ConditionalSet]:
     """The sets that are asked for: with each guidance, and for gaps also told the prefix alone; a model that writes
-    from the left is told no more than that, and knows no guidance."""
+    from the left is told no more than that, and knows no guidance. What takes no prompts is steered."""
     sets = []
     for subject in subjects:
-        if subject.conditioning is None:
+        if subject.conditioning is None and not options.steering_scales:
             raise ValueError(
                 f"--task {task.name}: the pipeline {subject.name!r} takes no prompts. Train it further with "
-                "conditioning.prefix_share=0.25 conditioning.gaps_share=0.25 (docs/conditioning.md)."
+                "conditioning.prefix_share=0.25 conditioning.gaps_share=0.25 (docs/conditioning.md), or have it "
+                "steered with --steering_scales."
             )
         ways = [("all", scale) for scale in options.guidance_scales]
         if subject.conditioning == "prompt_ids":
             ways = [("prefix", 1.0)]
+        elif subject.conditioning is None:
+            ways = [("steering", scale) for scale in options.steering_scales]
         elif task.name == "infilling":
             ways += [("prefix", scale) for scale in options.guidance_scales]
         for steps, (told, scale), seed in itertools.product(subject.steps(options.steps), ways, range(options.seeds)):
@@ -171,13 +199,16 @@ class ConditionalScorer:
     matcher: TokenMatcher | None
 
     def score(self, sequences: torch.Tensor) -> dict[str, float | None]:
-        """Every score of sequences (n, L) of which a part was written."""
+        """Every score of sequences (n, L) of which a part was written; but for `given_kept`, of that part around which
+        everything else is real."""
+        given = self.task.given()
+        given_kept = float((sequences == self.real)[:, given].float().mean())
+        sequences = self.task.put_in(self.real, sequences)
         written = sequences[:, self.task.written]
         texts, real_texts = self.texts(written), self.texts(self.real[:, self.task.written])
         whole = TextSet(
             sequences.tolist(), self.texts(sequences), self.judge, self.batch_size, references=self.references
         )
-        given = self.task.given()
         return {
             "perplexity": self.perplexity(sequences),
             "perplexity_elsewhere": self.perplexity(self.task.put_in(self.real.roll(-1, 0), sequences)),
@@ -188,7 +219,7 @@ class ConditionalScorer:
             "distinct_2": unique_ngram_share(written.tolist(), 2) if written.shape[1] > 1 else None,
             "repetition": repetition(sequences.tolist())["repetition"],
             "entropy": whole.entropy["entropy"],
-            "given_kept": float((sequences == self.real)[:, given].float().mean()),
+            "given_kept": given_kept,
         }
 
     def perplexity(self, sequences: torch.Tensor) -> float | None:

@@ -213,7 +213,8 @@ def results_text(results: dict[str, Any]) -> str:
         f"{settings['num_samples']:,} held-out texts of {results['sequence_length']} tokens, of which tokens {start} "
         f"to {stop - 1} were written; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}.",
         "PPL where given: of what is written and all that follows, given what stands before it; elsewhere: the same "
-        "written tokens in another text. v: `guidance_scale`. Told the prefix: of what is given, that before the gap.",
+        "written tokens in another text. v: `guidance_scale`. Told the prefix: of what is given, that before the gap. "
+        "Steering: of a pipeline that takes no prompts, by the likelihood of what is given, with the weight v.",
         "MAUVE, seq-rep-4 and entropy are of whole texts; ROUGE-L, BERTScore and distinct-n of what was written.",
     ]
     if results["judge"] is not None:

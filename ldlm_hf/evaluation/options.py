@@ -43,6 +43,7 @@ class EvaluationOptions:
     prompt_tokens: int | None = None
     gap_tokens: int | None = None
     guidance_scales: Sequence[float] = (1.0,)
+    steering_scales: Sequence[float] = ()
     bert_score: str | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ class EvaluationOptions:
             "--prompt_tokens": (self.prompt_tokens is not None, ("continuation",)),
             "--gap_tokens": (self.gap_tokens is not None, ("infilling",)),
             "--guidance_scales": (tuple(self.guidance_scales) != (1.0,), ("continuation", "infilling")),
+            "--steering_scales": (bool(self.steering_scales), ("continuation", "infilling")),
             "--bert_score": (self.bert_score is not None, ("continuation", "infilling")),
             "--controls": (self.controls, ("unconditional",)),
             "--interpolation": (self.interpolation, ("unconditional",)),
@@ -85,8 +87,9 @@ class EvaluationOptions:
         for option, (is_given, tasks) in of_tasks.items():
             if is_given and self.task not in tasks:
                 raise ValueError(f"{option} goes with --task {' or '.join(tasks)}, not {self.task}: leave it out.")
-        if any(not 0 <= scale < math.inf for scale in self.guidance_scales):
-            raise ValueError(f"--guidance_scales {list(self.guidance_scales)}: weights are at least 0.")
+        for name, scales in (("guidance", self.guidance_scales), ("steering", self.steering_scales)):
+            if any(not 0 <= scale < math.inf for scale in scales):
+                raise ValueError(f"--{name}_scales {list(scales)}: weights are at least 0.")
 
     @property
     def labels(self) -> list[str]:

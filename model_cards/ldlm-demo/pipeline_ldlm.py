@@ -22,6 +22,7 @@ from diffusers.utils import replace_example_docstring
 from diffusers.utils.hub_utils import load_or_create_model_card
 from diffusers.utils.hub_utils import populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
+from functools import partial
 from huggingface_hub import CommitInfo
 from huggingface_hub import create_branch
 from huggingface_hub import create_repo
@@ -33,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME
 from types import ModuleType
 from typing import Any
+from typing import Protocol
 from typing import TypeAlias
 import copy
 import diffusers
@@ -258,6 +260,10 @@ class Solver:
         arguments = {"generator": generator} if self.draws_noise else {}
         return self.scheduler.step(clean_latents, timestep, latents, **arguments).prev_sample
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with some rows of the batch, in any order and number; for schedulers of this package."""
+        self.scheduler.select(rows)
+
 
 # from ldlm_hf/pipelines/calls.py:
 #
@@ -407,6 +413,232 @@ def check_number(name: str, number: Any, highest: float = math.inf) -> None:
         raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
 
 
+# from ldlm_hf/pipelines/steering.py:
+#
+# Steering by a reward r, without training: towards p(z) exp(lambda r(z)), with p what the pipeline writes.
+#
+# By particles, for any reward of what is decoded, or by the gradient of a reward of clean latents. Both act within a
+# step, between the prediction x^ and the way to the next time.
+
+
+# one number for each text, the more the better
+Rewards: TypeAlias = Sequence[float] | torch.Tensor
+
+
+class Steering(Protocol):
+    """What may change a step."""
+
+    def __call__(
+        self, solver: Solver, i: int, latents: torch.Tensor, clean_latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noisy latents (B, N, d_z) of step i and their prediction, from which the solver goes on."""
+
+
+def one_reward(**rewards: Callable[[Any], Any] | None) -> tuple[str, Callable[[Any], Any]]:
+    """Name and function of the only reward that is given; ValueError where there are none or several."""
+    given = [(name, function) for name, function in rewards.items() if function is not None]
+    if len(given) != 1:
+        found = " and ".join(name for name, _ in given) or "none"
+        raise ValueError(f"steer takes exactly one of {', '.join(rewards)}, got {found}.")
+    name, function = given[0]
+    if not callable(function):
+        raise ValueError(f"`{name}` must be a function that returns a number for each text, got {function!r}.")
+    return name, function
+
+
+def check_rewards(name: str, rewards: Rewards, count: int) -> torch.Tensor:
+    """Rewards as a tensor (B,), a sequence's in float64; ValueError unless each of B texts has a finite one."""
+    try:
+        found = rewards if isinstance(rewards, torch.Tensor) else torch.as_tensor(rewards, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`{name}` must return a number for each text, in a list or a tensor, got {reprlib.repr(rewards)}."
+        ) from error
+    if found.shape != (count,):
+        raise ValueError(
+            f"`{name}` must return {count} numbers, one for each text, got the shape {tuple(found.shape)}."
+        )
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            f"`{name}` returned {reprlib.repr(found.tolist())}: rewards must be finite. Let a large negative number "
+            "stand for what is ruled out."
+        )
+    return found
+
+
+# --- particles
+
+
+def effective_sample_size(weights: torch.Tensor) -> float:
+    """1 / sum_m w_m^2, for weights (M,) that sum to 1: M where all are equal, 1 where one has all."""
+    return 1 / float(weights.square().sum())
+
+
+def systematic_resampling(weights: torch.Tensor, uniform: float, count: int) -> torch.Tensor:
+    """Indices (count,) of the particles that are kept: those whose share of [0, 1) holds (m + u) / count.
+
+    Each is kept `count` times its weight times on average, rounded up or down.
+
+    Args:
+        weights: (M,), which sum to 1.
+        uniform: u, drawn evenly from [0, 1).
+        count: how many are kept.
+    """
+    positions = (torch.arange(count, dtype=weights.dtype) + uniform) / count
+    # the last share ends at 1, whatever rounding made of it
+    return torch.searchsorted(weights.cumsum(0)[:-1].contiguous(), positions, right=True)
+
+
+def check_draws_noise(solver: Solver) -> None:
+    """Raises ValueError for a solver whose steps add no noise, as copies of a particle would stay alike."""
+    steps = getattr(solver.scheduler, "step_weights", [])
+    if not any(step.noise for step in steps[:-1]):
+        raise ValueError(
+            f"{type(solver.scheduler).__name__} adds no noise in {len(solver.times)} steps, without which the "
+            "particles of a reward stay alike. Take 2 steps or more of a stochastic scheduler of ldlm_hf: "
+            "pipe.scheduler = TangentDDIMScheduler.from_config(pipe.scheduler.config, eta=1.0)."
+        )
+
+
+class Particles:
+    """Sequential Monte Carlo (Feynman-Kac steering, Singhal et al., arXiv 2501.06848, with the difference potential).
+
+    Each text has M particles, rows of the batch one behind the other. A reward multiplies their weights by
+    exp(lambda (r - r')), r' being the reward before and at first 0, so that over all steps their product is
+    exp(lambda r) of the last prediction. Where the effective sample size of a text's particles falls below M / 2, they
+    are resampled.
+
+    Args:
+        reward: clean latents (B M, N, d_z) → rewards (B M,).
+        num_texts: B.
+        num_particles: M.
+        scale: lambda.
+        every: steps from one reward to the next.
+        generator: source of the draws, one for all texts or a list of one for each.
+    """
+
+    def __init__(
+        self,
+        reward: Callable[[torch.Tensor], torch.Tensor],
+        num_texts: int,
+        num_particles: int,
+        scale: float,
+        every: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ):
+        self.reward, self.scale, self.every = reward, scale, every
+        self.generators = generator if isinstance(generator, list) else [generator] * num_texts
+        self.log_weights = torch.zeros(num_texts, num_particles, dtype=torch.float64)
+        self.rewards = torch.zeros_like(self.log_weights)
+
+    def __call__(
+        self, solver: Solver, i: int, latents: torch.Tensor, clean_latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # the last prediction is weighed by `draw`
+        if (i + 1) % self.every or i + 1 == len(solver.times):
+            return latents, clean_latents
+        self.weigh(clean_latents)
+        rows = self.resample().to(latents.device)
+        solver.select(rows)
+        return latents[rows], clean_latents[rows]
+
+    def weigh(self, clean_latents: torch.Tensor) -> None:
+        """log w += lambda (r - r')"""
+        rewards = self.reward(clean_latents).detach().cpu().double().view_as(self.rewards)
+        self.log_weights += self.scale * (rewards - self.rewards)
+        self.rewards = rewards
+
+    def resample(self) -> torch.Tensor:
+        """Rows (B M,) that particles go on from."""
+        num_texts, num_particles = self.log_weights.shape
+        kept = torch.arange(num_particles).repeat(num_texts, 1)
+        for text, weights in enumerate(self.log_weights.softmax(-1)):
+            if effective_sample_size(weights) < num_particles / 2:
+                kept[text] = systematic_resampling(weights, self._uniform(text), num_particles)
+                self.log_weights[text] = 0
+        self.rewards = self.rewards.gather(1, kept)
+        return self._rows(kept)
+
+    def draw(self, clean_latents: torch.Tensor) -> torch.Tensor:
+        """Of the last predictions (B M, N, d_z) one for each text, by its weight: (B, N, d_z)."""
+        self.weigh(clean_latents)
+        weights = self.log_weights.softmax(-1)
+        drawn = [systematic_resampling(one, self._uniform(text), 1) for text, one in enumerate(weights)]
+        return clean_latents[self._rows(torch.stack(drawn)).to(clean_latents.device)]
+
+    def _rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the batch, by indices (B, ...) of each text's particles."""
+        num_texts, num_particles = self.log_weights.shape
+        return (indices + num_particles * torch.arange(num_texts)[:, None]).flatten()
+
+    def _uniform(self, text: int) -> float:
+        generator = self.generators[text]
+        device = "cpu" if generator is None else generator.device
+        return float(torch.rand((), generator=generator, device=device, dtype=torch.float64))
+
+
+# --- gradients
+
+
+def reward_gradient(reward: Callable[[torch.Tensor], torch.Tensor], clean_latents: torch.Tensor) -> torch.Tensor:
+    """grad r (B, N, d_z) at clean latents, float32.
+
+    Raises:
+        ValueError: rewards that are no tensor (B,) computed from the latents, or have no finite gradient.
+    """
+    with torch.enable_grad():
+        latents = clean_latents.detach().float().requires_grad_()
+        rewards = check_rewards("latent_reward", reward(latents), len(latents))
+        if not rewards.requires_grad:
+            raise ValueError("`latent_reward` has no gradient: compute it from the latents in torch, without detach.")
+        (gradient,) = torch.autograd.grad(rewards.sum(), latents)
+    if not torch.isfinite(gradient).all():
+        raise ValueError("The gradient of `latent_reward` is not finite; give it one everywhere.")
+    return gradient
+
+
+def steered_prediction(
+    clean_latents: torch.Tensor, gradient: torch.Tensor, sigma: float, scale: float
+) -> torch.Tensor:
+    """x^ + lambda sigma^2 grad r(x^)
+
+    Guidance moves the score s by lambda grad_z r(x^(z)), and by Tweedie's formula x^ = (z + sigma^2 s) / alpha the
+    prediction by
+
+        lambda sigma^2 / alpha grad_z r(x^(z)) = lambda sigma^2 / alpha J^T grad r(x^),  J = dx^ / dz
+
+    where sigma^2 / alpha J is the covariance of z_0 given z. For independent latents of variance 1 that is sigma^2,
+    which takes its place: without a way back through the denoiser, and without 1 / alpha, which is infinite at t = 1.
+    Exact for such Gaussian latents and a linear r. A variance v < 1 has v sigma^2 / (v alpha^2 + sigma^2), which is
+    less, down to v where there is nothing but noise.
+    """
+    return clean_latents.float() + scale * sigma**2 * gradient
+
+
+class LatentGradient:
+    """Moves each prediction along the gradient of a reward of clean latents.
+
+    Args:
+        reward: clean latents (B, N, d_z), float32 → rewards (B,).
+        scale: lambda.
+        given: bool (B, N), latents that are given and stay.
+    """
+
+    def __init__(
+        self, reward: Callable[[torch.Tensor], torch.Tensor], scale: float, given: torch.Tensor | None = None
+    ):
+        self.reward, self.scale, self.given = reward, scale, given
+
+    def __call__(
+        self, solver: Solver, i: int, latents: torch.Tensor, clean_latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = reward_gradient(self.reward, clean_latents)
+        if self.given is not None:
+            gradient = gradient.masked_fill(self.given.to(gradient.device)[..., None], 0)
+        _, sigma = alpha_sigma(solver.times[i].cpu(), solver.scheduler.config.tangent_d)
+        return latents, steered_prediction(clean_latents, gradient, float(sigma), self.scale)
+
+
 # from ldlm_hf/loading/recorded_code.py:
 #
 # What [`ldlm_hf.loading.remote_code`] is in the files that it generates: they cannot generate files, only repeat
@@ -483,6 +715,8 @@ def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
         return class_name in classes and is_class(class_name, diffusers, diffusers.SchedulerMixin)
     if library == "transformers" and "PreTrainedTokenizerBase" in classes:
         return is_class(class_name, transformers, transformers.PreTrainedTokenizerBase)
+    if library == "transformers":
+        return class_name in classes and is_class(class_name, transformers, transformers.PreTrainedModel)
     return False
 
 
@@ -788,6 +1022,14 @@ class GivenTokens:
             torch.tensor([[0 if token is None else token for token in row] for row in filled]),
             torch.tensor([[token is not None for token in row] for row in filled]),
             [len(row) for row in rows],
+        )
+
+    def repeat(self, times: int) -> GivenTokens:
+        """Rows of which each comes so many times, one behind the other."""
+        return GivenTokens(
+            self.sequences.repeat_interleave(times, dim=0),
+            self.given.repeat_interleave(times, dim=0),
+            [length for length in self.lengths for _ in range(times)],
         )
 
 
@@ -1337,6 +1579,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         call: CallState,
         given: dict[str, torch.Tensor] | None = None,
         self_condition: torch.Tensor | None = None,
+        steering: Steering | None = None,
     ) -> torch.Tensor:
         """Noisy latents at the beginning of a grid → clean ones, (B, N, d_z).
 
@@ -1346,6 +1589,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
             call: the call that this is part of; counts steps and evaluations.
             given: what is given, as [`Conditions.of_denoiser`] says it.
             self_condition: the first one, zeros by default.
+            steering: changes latents and prediction of each step.
         """
         solver = self.prepare_solver(int(sampling.num_inference_steps), sampling.timesteps, latents.device)
         # the last prediction of the clean latents is the next step's self-condition
@@ -1358,6 +1602,8 @@ class LatentDenoisingPipeline(TextLatentPipeline):
                     continue
                 model_input = solver.model_input(latents, step.timestep)
                 clean_latents = self.predict(model_input, step, clean_latents, given)  # (B, N, d_z)
+                if steering is not None:
+                    latents, clean_latents = steering(solver, i, latents, clean_latents)
                 latents = solver.step(clean_latents, step.timestep, latents, sampling.generator)
                 call.num_function_evaluations += step.num_function_evaluations
 
@@ -1385,11 +1631,13 @@ class LDLMPipelineOutput(BaseOutput):
         texts (`list[str]`, *optional*): decoded texts, with `output_type="text"` only.
         latents (`torch.Tensor` of shape `(batch_size, num_latents, latent_size)`):
             Clean latents, as they were decoded.
+        rewards (`torch.Tensor` of shape `(batch_size,)`, *optional*): of the texts, by [`LDLMPipeline.steer`].
     """
 
     sequences: torch.Tensor | None = None
     texts: list[str] | None = None
     latents: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
 
 
 OUTPUT_TYPES = ("text", "seq", "latent", "pt")
@@ -1415,7 +1663,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
     the clean prediction to tokens once (Section 4.3 of the paper).
 
     It writes texts, and where the transformer was trained with texts given in part (`role_embeds`), continues prompts
-    and fills gaps. [`~LDLMPipeline.edit`] changes texts with any transformer.
+    and fills gaps. With any transformer [`~LDLMPipeline.edit`] changes texts, and [`~LDLMPipeline.steer`] writes those
+    that a reward prefers.
 
     Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
     one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
@@ -1531,6 +1780,15 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if self._prompt_tokenizer is None or self._prompt_tokenizer[0] is not self.tokenizer:
             self._prompt_tokenizer = (self.tokenizer, copy.deepcopy(self.tokenizer))
         return self._prompt_tokenizer[1]
+
+    def rows_around(
+        self, prompts: list[list[int]], suffixes: list[list[int]], max_new_tokens: int | None
+    ) -> GivenTokens | None:
+        """Rows of prompts, tokens to be written and suffixes, as of [`continued_rows`]; None for whole texts."""
+        if max_new_tokens is None and not any(prompts) and not any(suffixes):
+            return None
+        length = self.sequence_length
+        return GivenTokens.of_rows(continued_rows(prompts, suffixes, length, max_new_tokens), length)
 
     def encode_given(self, rows: GivenTokens) -> dict[str, torch.Tensor] | None:
         """What the denoiser is told of given tokens (see [`Conditions.of_denoiser`]); None where there are none.
@@ -1680,16 +1938,12 @@ class LDLMPipeline(LatentDenoisingPipeline):
             batch_size = len(prompts)
             longest = max(map(len, prompts))
             is_long = max_new_tokens is not None and longest + max_new_tokens > self.sequence_length
-            if max_new_tokens is not None or any(prompts) or any(suffixes):
-                if is_long and any(suffixes):
-                    raise ValueError(
-                        f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
-                        f"than this model's {self.sequence_length} tokens, prompt and suffix included."
-                    )
-                within = None if is_long else max_new_tokens
-                rows = GivenTokens.of_rows(
-                    continued_rows(prompts, suffixes, self.sequence_length, within), self.sequence_length
+            if is_long and any(suffixes):
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
+                    f"than this model's {self.sequence_length} tokens, prompt and suffix included."
                 )
+            rows = self.rows_around(prompts, suffixes, None if is_long else max_new_tokens)
         self.check_inputs(batch_size, sampling, latents)
 
         # 3. Denoise and decode; more tokens than there is room for, block by block
@@ -1853,6 +2107,117 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else (output.sequences, output.texts)
 
+    @torch.no_grad()
+    def steer(
+        self,
+        reward: Callable[[list[str]], Rewards] | None = None,
+        token_reward: Callable[[torch.Tensor], Rewards] | None = None,
+        latent_reward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        scale: float = 1.0,
+        num_particles: int = 16,
+        reward_every: int = 1,
+        prompt: str | list[str] | None = None,
+        suffix: str | list[str] | None = None,
+        batch_size: int = 1,
+        num_texts_per_prompt: int = 1,
+        max_new_tokens: int | None = None,
+        return_dict: bool = True,
+        **sampling: Any,
+    ) -> LDLMPipelineOutput | tuple:
+        """Writes texts that a reward r prefers, from p(z) exp(lambda r(z)) with p what the pipeline writes otherwise;
+        with any transformer, without training.
+
+        A reward of texts or token ids steers by particles ([`Particles`]). `num_particles` are denoised for each text,
+        and decoded and rewarded at each step. The text is drawn from the last ones by their weights: with `scale` 0 it
+        is any of them, with a very large one the best. It needs a stochastic scheduler of this package. A reward of
+        latents steers by its gradient ([`LatentGradient`]), which costs no evaluation more, with any scheduler.
+
+        Args:
+            reward: list of B texts → B numbers, a sequence or a tensor; the more, the better.
+            token_reward: the same of token ids (B, T).
+            latent_reward: clean latents (B, N, d_z), float32, as [`~LDLMPipeline.encode`] gives them → tensor (B,)
+                that can be differentiated.
+            scale: lambda, not negative.
+            num_particles: of each text, 2 or more; without effect on a reward of latents.
+            reward_every: steps from one reward of the particles to the next; the last step has one in any case.
+            prompt, suffix, batch_size, num_texts_per_prompt: as of [`~LDLMPipeline.__call__`].
+            max_new_tokens: the same, within the model's length.
+            return_dict: as of [`~LDLMPipeline.__call__`].
+            sampling: how latents are denoised: the arguments of [`~LDLMPipeline.__call__`] of [`Sampling`]'s names.
+                Resampling draws from `generator`, too. A list has one for each text, which all of its particles draw
+                from: text i is then the same alone and in any batch. Callbacks see all particles, those of a text
+                one behind the other.
+
+        Returns:
+            [`LDLMPipelineOutput`] with the texts and their `rewards`, or a tuple `(sequences, texts)`.
+
+        Raises:
+            ValueError: no reward or several, one that does not return a finite number for each text, particles with
+                a deterministic scheduler; as of [`~LDLMPipeline.__call__`].
+        """
+        self.require_components("steer", "transformer", "scheduler", "token_decoder", "tokenizer")
+        name, function = one_reward(reward=reward, token_reward=token_reward, latent_reward=latent_reward)
+        check_number("scale", scale)
+        self.check_counts(
+            num_particles=num_particles,
+            reward_every=reward_every,
+            batch_size=batch_size,
+            num_texts_per_prompt=num_texts_per_prompt,
+        )
+        if int(num_particles) < 2:
+            raise ValueError(f"`num_particles`={num_particles}: there is nothing to choose from; take 2 or more.")
+        prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
+        if max_new_tokens is not None:
+            self.check_counts(max_new_tokens=max_new_tokens)
+            max_new_tokens = int(max_new_tokens)
+            if max(map(len, prompts)) + max_new_tokens > self.sequence_length:
+                raise ValueError(
+                    f"`max_new_tokens`={max_new_tokens}: steered texts have no more than this model's "
+                    f"{self.sequence_length} tokens, the prompt included."
+                )
+        rows = self.rows_around(prompts, suffixes, max_new_tokens)
+        arguments = Sampling(**sampling)
+        self.check_inputs(len(prompts), arguments)
+
+        rewards_of = partial(self._rewards_of, name, function)
+        if name == "latent_reward":
+            given = rows.given if rows is not None and rows.given.any() else None
+            gradient = LatentGradient(function, float(scale), given)
+            clean_latents = self._write(rows, len(prompts), arguments, CallState(), steering=gradient)
+        else:
+            copies, generator = int(num_particles), arguments.generator
+            check_draws_noise(
+                self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, self._execution_device)
+            )
+            particle_rows = None if rows is None else rows.repeat(copies)
+            particles = Particles(
+                partial(rewards_of, particle_rows), len(prompts), copies, float(scale), int(reward_every), generator
+            )
+            if isinstance(generator, list):
+                arguments = replace(arguments, generator=[one for one in generator for _ in range(copies)])
+            clean_latents = particles.draw(
+                self._write(particle_rows, len(prompts) * copies, arguments, CallState(), steering=particles)
+            )
+        sequences = self.finished_sequences(rows, clean_latents)
+        output = LDLMPipelineOutput(
+            sequences=sequences,
+            texts=self._to_texts(sequences),
+            latents=clean_latents.float(),
+            rewards=rewards_of(rows, clean_latents).detach(),
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.sequences, output.texts)
+
+    def _rewards_of(
+        self, name: str, reward: Callable[[Any], Rewards], rows: GivenTokens | None, clean_latents: torch.Tensor
+    ) -> torch.Tensor:
+        """Rewards (B,) of clean latents (B, N, d_z), by what a reward of that name is one of."""
+        if name == "latent_reward":
+            return check_rewards(name, reward(clean_latents.float()), len(clean_latents))
+        sequences = self.finished_sequences(rows, clean_latents)
+        found = reward(sequences) if name == "token_reward" else reward(self._to_texts(sequences))
+        return check_rewards(name, found, len(clean_latents))
+
     def _write_blocks(
         self,
         prompts: list[list[int]],
@@ -1886,6 +2251,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         sampling: Sampling,
         call: CallState,
         noise: torch.Tensor | None = None,
+        steering: Steering | None = None,
     ) -> torch.Tensor:
         """Clean latents (B, N, d_z) of texts, around what is given of them."""
         given = None if rows is None else self.encode_given(rows)
@@ -1893,7 +2259,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             # nothing to be guided by
             sampling = replace(sampling, guidance_scale=1.0)
         latents = self.prepare_latents(batch_size, self._execution_device, sampling.generator, noise)
-        return self.denoise(latents, sampling, call, given)
+        return self.denoise(latents, sampling, call, given, steering=steering)
 
     def finished_sequences(self, rows: GivenTokens | None, clean_latents: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) of clean latents, decoded without decoder noise."""

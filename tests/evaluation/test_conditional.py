@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from figures.conditional import plot_guidance
 from ldlm_hf import AutoregressivePipeline, GenerativePerplexity, GivenTokens, LDLMPipeline, Mauve
-from ldlm_hf.evaluation.conditional import ConditionalScorer, Task
+from ldlm_hf.evaluation.conditional import ConditionalScorer, Task, given_likelihood
 from ldlm_hf.evaluation.options import EvaluationOptions
 from ldlm_hf.evaluation.samples import SampleSet, sample_generator
 from ldlm_hf.metrics import BertScore, RougeL, load_judge
@@ -177,6 +177,45 @@ def test_texts_are_scored_where_they_stand(tiny_tokenizer: Any, backbone_folders
     changed = sequences.clone()
     changed[0, 0] = 20
     assert scorer.score(changed)["given_kept"] == 7 / 8
+
+
+def test_a_pipeline_that_takes_no_prompts_is_steered(
+    evaluate: Callable[..., Any],
+    make_pipeline: Callable[..., LDLMPipeline],
+    random_tokens: Callable[..., torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    """By the likelihood of what is given, which rises."""
+    pipeline, real = make_pipeline(), random_tokens(4)
+    given = torch.arange(LENGTH) < 3
+    reward = given_likelihood(pipeline, real, given)
+    latents = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        log_likelihood = pipeline.token_decoder(pipeline.latent_decoder(latents).hidden_states).logits.log_softmax(-1)
+        expected = log_likelihood.gather(2, real[..., None])[:, :3, 0].sum(1)
+        torch.testing.assert_close(reward(latents), expected)
+    free, steered = (
+        pipeline.steer(
+            latent_reward=reward,
+            scale=scale,
+            batch_size=4,
+            num_inference_steps=10,
+            generator=torch.Generator().manual_seed(0),
+        ).rewards
+        for scale in (0, 30)
+    )
+    assert (steered > free).all()
+
+    pipeline.save_pretrained(tmp_path / "whole" / "pipeline")
+    scales = ["--steering_scales", "0", "30"]
+    results = evaluate("--task", "continuation", *scales, "--no_mauve", pipelines=(tmp_path / "whole" / "pipeline",))
+    first, second = results["pipelines"][0]["sets"]
+    assert [(one["told"], one["guidance_scale"], one["nfe"]) for one in (first, second)] == [
+        ("steering", 0, 3),
+        ("steering", 30, 3),
+    ]
+    # what is scored stands around the real prompts in any case
+    assert first["mean"]["given_kept"] < 0.5 and first["mean"]["perplexity"] != second["mean"]["perplexity"]
 
 
 def test_the_picture_has_a_line_a_way(evaluate: Callable[..., Any]) -> None:

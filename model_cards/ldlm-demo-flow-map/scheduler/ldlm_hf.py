@@ -552,6 +552,17 @@ class TangentScheduler(SchedulerMixin, ConfigMixin):
             return prev_sample, clean_latents
         return TangentSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean_latents)
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Goes on with other rows of the batch: keeps these of what the last step has left for the next one.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(batch_size,)`): indices of rows, any of them once, more often or never.
+        """
+        if self._previous_clean is not None:
+            self._previous_clean = self._previous_clean[rows]
+        if self._previous_noise is not None:
+            self._previous_noise = self._previous_noise[rows]
+
 
 # from ldlm_hf/schedulers/scheduling_tangent_ddim.py:
 #
