@@ -30,7 +30,7 @@ from ..metrics.rouge_l import rouge_l
 from ..pipelines.prompts import GivenTokens
 from .options import EvaluationOptions
 from .part_cache import FinishedParts, digest
-from .samples import SampleSet, Subject, sample_generator
+from .samples import SampleSet, Subject, conditioning, sample_generator
 
 
 # 1. The task
@@ -79,12 +79,47 @@ class Task:
 # 2. Writing
 
 
+def write_into(
+    pipeline: DiffusionPipeline,
+    real: torch.Tensor,
+    task: Task,
+    generators: list[torch.Generator],
+    told: str = "all",
+    guidance_scale: float | None = None,
+    **arguments: Any,
+) -> BaseOutput:
+    """A pipeline's output, whose `sequences` (B, L) are `real` ones of which a part was written.
+
+    Args:
+        told: what the pipeline is told of the others, see [`Task.given`]; or `steering`, where it takes no prompts and
+            is steered by the likelihood of the given tokens, whose weight `guidance_scale` is then.
+        guidance_scale: weight of what is given; None leaves it out.
+        arguments: others of the pipeline's call.
+    """
+    arguments |= {"generator": generators}
+    if told == "steering":
+        reward = given_likelihood(pipeline, real, task.given())
+        return pipeline.steer(latent_reward=reward, scale=guidance_scale, batch_size=len(real), **arguments)
+    arguments["output_type"] = "seq"
+    if conditioning(pipeline) == "prompt_ids":
+        output = pipeline(prompt_ids=real[:, : task.start], max_new_tokens=task.stop - task.start, **arguments)
+    else:
+        given = task.given(told).expand(len(real), -1)
+        if guidance_scale is not None:
+            arguments["guidance_scale"] = guidance_scale
+        output = pipeline(given_tokens=GivenTokens(real, given, [task.length] * len(real)), **arguments)
+    if told == "prefix":
+        # what a model that does not know the suffix writes in its place is thrown away
+        output.sequences = torch.cat(
+            [output.sequences[:, : task.stop], real[:, task.stop :].to(output.sequences)], dim=1
+        )
+    return output
+
+
 @dataclass(frozen=True)
 class ConditionalSet(SampleSet):
-    """What a pipeline writes, for one number of steps, seed and guidance, into the real sequences `real` (n, L).
-
-    `told` is what of them the pipeline is told, see [`Task.given`]; or `steering`, where it takes no prompts and is
-    steered by the likelihood of the given tokens, whose weight `guidance_scale` is then.
+    """What a pipeline writes, for one number of steps, seed and guidance, into the real sequences `real` (n, L); see
+    [`write_into`].
     """
 
     task: Task
@@ -98,31 +133,13 @@ class ConditionalSet(SampleSet):
         return self.steps * (1 if self.guidance_scale == 1 or self.told == "steering" else 2)
 
     def sample(self, pipeline: DiffusionPipeline, indices: list[int]) -> BaseOutput:
-        real = self.real[indices]
+        arguments = dict(self.subject.sampler.arguments)
+        if self.subject.takes_steps:
+            arguments["num_inference_steps"] = self.steps
         generators = [sample_generator(self.seed, index, pipeline.device) for index in indices]
-        arguments = dict(self.subject.sampler.arguments) | {"generator": generators, "output_type": "seq"}
-        if self.subject.conditioning == "prompt_ids":
-            output = pipeline(
-                prompt_ids=real[:, : self.task.start], max_new_tokens=self.task.stop - self.task.start, **arguments
-            )
-        elif self.told == "steering":
-            reward = given_likelihood(pipeline, real, self.task.given())
-            arguments |= {"latent_reward": reward, "scale": self.guidance_scale, "batch_size": len(real)}
-            arguments.pop("output_type")
-            output = pipeline.steer(num_inference_steps=self.steps, **arguments)
-        else:
-            given = self.task.given(self.told).expand(len(real), -1)
-            output = pipeline(
-                given_tokens=GivenTokens(real, given, [self.task.length] * len(real)),
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance_scale,
-                **arguments,
-            )
-        if self.told == "prefix":
-            # what a model that does not know the suffix writes in its place is thrown away
-            before = output.sequences[:, : self.task.stop]
-            output.sequences = torch.cat([before, real[:, self.task.stop :].to(before)], dim=1)
-        return output
+        return write_into(
+            pipeline, self.real[indices], self.task, generators, self.told, self.guidance_scale, **arguments
+        )
 
 
 def given_likelihood(
