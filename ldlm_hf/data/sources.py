@@ -76,9 +76,7 @@ def _builder(settings: DataSettings, split: str) -> datasets.DatasetBuilder:
         builder = datasets.load_dataset_builder(**arguments)
         features = builder.info.features
         # `column` of `column.field`
-        names = [
-            name if name in (features or ()) else name.partition(".")[0] for name in settings.columns.values()
-        ]
+        names = [name if name in (features or ()) else name.partition(".")[0] for name in settings.columns.values()]
         if getattr(builder.config, "columns", ()) is None and (features is None or set(names) <= set(features)):
             builder = datasets.load_dataset_builder(**arguments, columns=list(dict.fromkeys(names)))
         return builder

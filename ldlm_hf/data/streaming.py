@@ -119,7 +119,9 @@ class DocumentFiles:
         if missing:
             logger.warning("source: %s: %s rows have no text and were skipped", self.name(file), f"{missing:,}")
 
-    def _texts(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[list[int], list[list[Any]]]]:
+    def _texts(
+        self, file: int, start: int, residues: range, modulus: int
+    ) -> Iterator[tuple[list[int], list[list[Any]]]]:
         # `iter`, unlike `__iter__`, does not divide the files among the workers of a DataLoader a second time
         tables = self.rows.shard(len(self), file).with_format("arrow").iter(batch_size=READ_ROWS)
         first = 0

@@ -65,7 +65,9 @@ def require_text(setting: str, column: str, value: Any, row: str) -> None:
 def with_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row, and the fields of its columns that hold objects as columns of their own, named `column.field`."""
     objects = {column: value for column, value in row.items() if isinstance(value, dict)}
-    return {f"{column}.{field}": value for column, some in objects.items() for field, value in some.items()} | row
+    return {f"{column}.{field}": value for column, some in objects.items() for field, value in some.items()} | dict(
+        row
+    )
 
 
 def read_tables(name: str | Path, columns: Mapping[str, str]) -> Iterator[pyarrow.Table]:
@@ -107,7 +109,7 @@ def read_tables(name: str | Path, columns: Mapping[str, str]) -> Iterator[pyarro
 
 def _read_rows(
     lines: io.TextIOWrapper, kind: str | None, name: str, columns: Mapping[str, str]
-) -> Iterator[dict[str, str | None]]:
+) -> Iterator[Mapping[str, str | None]]:
     """The rows of a text file, of which each of the columns is a text or missing (None)."""
     if kind == "txt":
         require_columns(columns, ["text"])

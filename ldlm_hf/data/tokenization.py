@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,11 @@ class DocumentEncoder:
 
     def document(self, *parts: list[int]) -> list[int]:
         """The tokens of a document, of those of the text of each column."""
+        end = [] if self.end_id is None else [self.end_id]
         if not self.lengths:
-            return parts[0] if self.end_id is None else [*parts[0], self.end_id]
-        filled = zip(parts, self.lengths, strict=True)
-        return [token for ids, length in filled for token in (ids + [self.end_id] * length)[:length]]
+            return parts[0] + end
+        filled = [(ids + end * length)[:length] for ids, length in zip(parts, self.lengths, strict=True)]
+        return list(chain(*filled))
 
     def texts(self, setting: str, column: str, values: list[Any]) -> list[str]:
         """The texts of a column, missing ones as blank ones where they are to be skipped."""
