@@ -64,10 +64,13 @@ def require_text(setting: str, column: str, value: Any, row: str) -> None:
 
 def with_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row, and the fields of its columns that hold objects as columns of their own, named `column.field`."""
-    objects = {column: value for column, value in row.items() if isinstance(value, dict)}
-    return {f"{column}.{field}": value for column, some in objects.items() for field, value in some.items()} | dict(
-        row
-    )
+    fields = {
+        f"{column}.{name}": field
+        for column, value in row.items()
+        if isinstance(value, dict)
+        for name, field in value.items()
+    }
+    return {**fields, **row}
 
 
 def read_tables(name: str | Path, columns: Mapping[str, str]) -> Iterator[pyarrow.Table]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from itertools import takewhile
 
 import torch
 
@@ -126,8 +127,9 @@ class TextLatentPipeline(RepositoryPipeline):
     def _to_texts(
         self, sequences: torch.Tensor | list[list[int]], ends_of_given: list[int] | None = None
     ) -> list[str]:
-        """Token ids (B, L) → texts, without special tokens: of pairs the targets alone. Where texts end, they do at
-        their first end-of-text token behind the given ones, whose ends are 0 by default."""
+        """Token ids (B, L) → texts, without special tokens; of pairs the targets alone. A text ends at its first
+        end-of-text token from the place in `ends_of_given` on (0 by default), where the pipeline's texts end at one.
+        """
         source_length = self.config.source_length or 0
         if self.config.ends_texts or source_length:
             rows = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
@@ -137,7 +139,7 @@ class TextLatentPipeline(RepositoryPipeline):
 
     def _up_to_end(self, row: list[int], start: int) -> list[int]:
         """The tokens of a text before the first end-of-text token from `start` on, where texts end at one."""
-        return row[: row.index(self.fill_token_id, start)] if self.is_over(row[start:]) else row
+        return row[:start] + list(takewhile(lambda token: not self.is_over([token]), row[start:]))
 
     def is_over(self, written: list[int]) -> bool:
         """Whether a text ends within tokens that were written of it."""

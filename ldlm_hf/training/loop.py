@@ -175,8 +175,8 @@ class TrainingLoop:
         values: dict[str, torch.Tensor] = {}
         observations: list[tuple[torch.Tensor, ...]] = []
         for index in range(self.accumulation_steps):
-            batch = next(self.batches).items()
-            batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch}
+            on_host = next(self.batches)
+            batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in on_host.items()}
             input_ids = batch.pop("input_ids")
             self.tokens_per_step = loop.batch_size * input_ids.shape[1]
             rows = global_rows(index, rank, self.device_batch_size, num_processes)
