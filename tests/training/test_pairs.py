@@ -262,12 +262,14 @@ def look_alike(tmp_path: Path) -> Callable[[str], tuple[list[str], int]]:
             for split in ("train", "test"):
                 (folder / f"{split}.txt").write_text("\n".join(texts[:12]) + "\n", encoding="utf-8")
         else:
-            rows = datasets.Dataset.from_list([LOOK_ALIKES[name](*pair) for pair in zip(texts[::2], texts[1::2])])
+            rows = datasets.Dataset.from_list(
+                [LOOK_ALIKES[name](*pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+            )
             for split in ("train",) if name == "qqp" else ("train", "validation"):
                 rows.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
         small = [f"data.source={folder}", f"data.cache_dir={tmp_path / 'cache'}", "data.num_proc=null"]
         small.append("data.config_name=null")  # which a folder has in its card
-        return (small + ["data.holdout_documents=3"], 3) if name == "qqp" else (small, 12)
+        return ([*small, "data.holdout_documents=3"], 3) if name == "qqp" else (small, 12)
 
     return write
 
