@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-from itertools import takewhile
 
 import torch
 
@@ -139,7 +138,8 @@ class TextLatentPipeline(RepositoryPipeline):
 
     def _up_to_end(self, row: list[int], start: int) -> list[int]:
         """The tokens of a text before the first end-of-text token from `start` on, where texts end at one."""
-        return row[:start] + list(takewhile(lambda token: not self.is_over([token]), row[start:]))
+        end = self.fill_token_id
+        return row[: row.index(end, start)] if end is not None and self.is_over(row[start:]) else row
 
     def is_over(self, written: list[int]) -> bool:
         """Whether a text ends within tokens that were written of it."""

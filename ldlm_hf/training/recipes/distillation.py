@@ -135,11 +135,11 @@ class DistillationRecipe(PipelineRecipe):
 
     def __init__(self, settings: DistillationSettings, accelerator: Accelerator):
         super().__init__(settings, accelerator)
-        self.decoders: dict[str, Any] = {}
+        self.of_teacher: dict[str, Any] = {}
         self.teacher_latents: torch.Tensor | None = None
 
     def load(self) -> None:
-        self.module, self.decoders = load_objective(self.settings)
+        self.module, self.of_teacher = load_objective(self.settings)
         self.sequence_length = self.module.latent_encoder.config.sequence_length
         self.tokenizer = AutoTokenizer.from_pretrained(self.settings.components, subfolder="tokenizer")
 
@@ -175,7 +175,7 @@ class DistillationRecipe(PipelineRecipe):
 
     def pipeline(self, snapshot: DistillationObjective) -> LDLMPipeline:
         """The student's pipeline."""
-        return build_pipeline(snapshot, tokenizer=self.tokenizer, **self.decoders).to(self.device)
+        return build_pipeline(snapshot, tokenizer=self.tokenizer, **self.of_teacher).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
