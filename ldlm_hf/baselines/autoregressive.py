@@ -251,6 +251,10 @@ class AutoregressiveSettings:
 
     def __post_init__(self) -> None:
         check_decay(self.optimizer, self.loop)
+        if self.data.source_column is not None:
+            raise ValueError(
+                f"data.source_column={self.data.source_column!r}: pairs are for latent diffusion models; leave it out."
+            )
 
 
 def build_language_model(settings: AutoregressiveModelSettings, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
@@ -298,7 +302,14 @@ class AutoregressiveRecipe(PipelineRecipe):
     def pipeline(self, snapshot: AutoregressiveObjective) -> AutoregressivePipeline:
         return AutoregressivePipeline(snapshot.language_model, self.tokenizer).to(self.device)
 
-    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+    def losses(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        step: int,
+        randomness: RowRandomness,
+        given: torch.Tensor | None = None,
+    ) -> StepLosses:
         loss, accuracy = module(input_ids)
         return StepLosses(total=loss, values={"token_loss": loss, "token_accuracy": accuracy})
 

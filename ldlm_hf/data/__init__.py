@@ -1,6 +1,7 @@
-"""Text corpora → one token stream → chunks of L tokens (MDLM's protocol, App. C).
+"""Text corpora → one token stream → chunks of L tokens (MDLM's protocol, App. C), or chunks of one document or pair.
 
-Shapes: L tokens a chunk. An item is `{"input_ids": int64 tensor (L,)}`; a `DataLoader` over it gives (B, L).
+Shapes: L tokens a chunk. An item is `{"input_ids": int64 tensor (L,)}`; a `DataLoader` over it gives (B, L). Of a
+corpus of pairs, it also has `"given"`, bool (L,): True for the source, False for the target.
 
     corpora = load_corpora(DataSettings(source="corpus.txt.gz", holdout_fraction=0.1), tokenizer, sequence_length=128)
     corpora.train[0]["input_ids"]

@@ -13,7 +13,8 @@ from datasets.table import InMemoryTable
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """What a chunk is made of: L tokens of the stream, or with `markers` (BOS, EOS): BOS + L-2 tokens + EOS.
+    """What a chunk is made of: L tokens of the stream, or with `markers` (BOS, EOS): BOS + L-2 tokens + EOS. Its first
+    `source_length` tokens are given, where that is set.
 
     Raises:
         ValueError: `sequence_length` leaves no room for a token of the stream.
@@ -21,6 +22,7 @@ class ChunkLayout:
 
     sequence_length: int
     markers: tuple[int, int] | None = None
+    source_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.stream_tokens < 1:
@@ -35,10 +37,13 @@ class ChunkLayout:
         return self.sequence_length - (0 if self.markers is None else 2)
 
     def assemble(self, tokens: np.ndarray) -> dict[str, torch.Tensor]:
-        """`tokens` (stream_tokens,) → `{"input_ids": int64 (L,)}`."""
+        """`tokens` (stream_tokens,) → `{"input_ids": int64 (L,)}`, and with a source `"given"`: bool (L,)."""
         if self.markers is not None:
             tokens = np.pad(tokens, 1, constant_values=self.markers)
-        return {"input_ids": torch.from_numpy(tokens.astype(np.int64))}  # (L,)
+        item = {"input_ids": torch.from_numpy(tokens.astype(np.int64))}  # (L,)
+        if self.source_length is not None:
+            item["given"] = torch.arange(self.sequence_length) < self.source_length  # (L,)
+        return item
 
 
 class TokenChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -73,7 +78,7 @@ class TokenChunks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.num_tokens // self.layout.stream_tokens
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`{"input_ids": int64 (L,)}`. Negative indices count from the end; IndexError past either end."""
+        """As [`ChunkLayout.assemble`] makes it. Negative indices count from the end; IndexError past either end."""
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"chunk {index} of {length}")

@@ -14,7 +14,7 @@ from .chunks import ChunkLayout, TokenChunks
 from .settings import DataSettings
 from .sources import Rows, load_split
 from .streaming import DocumentFiles, HeldOutTexts, StreamedTokenChunks
-from .text_files import require_text_column
+from .text_files import require_columns, with_fields
 from .tokenization import END_TOKENS, START_TOKENS, DocumentEncoder, special_id, tokenize_documents
 
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TextCorpora:
-    """What a run reads: both parts give `{"input_ids": int64 (L,)}`.
+    """What a run reads: both parts give `{"input_ids": int64 (L,)}`, and of pairs `"given"`, bool (L,), which tells
+    the source from the target.
 
     Attributes:
         train: at random access, or a stream where `streaming` is set.
@@ -74,7 +75,7 @@ def load_corpora(
         return TextCorpora(cutter.cut(rows, "training part"), validation)
 
     selection = HeldOutTexts(settings.seed, settings.holdout_fraction) if settings.holds_out else None
-    files = DocumentFiles(rows, settings.text_column, selection, names, settings.skip_missing_texts)
+    files = DocumentFiles(rows, settings.columns, selection, names, settings.skip_missing_texts)
     train = StreamedTokenChunks(
         files, cutter.encoder, cutter.layout, settings.shuffle_buffer, settings.seed, rank, world_size
     )
@@ -112,9 +113,10 @@ def hold_out(documents: Rows, settings: DataSettings) -> tuple[Rows, Rows]:
         ValueError: nothing would be left to train on.
     """
     if isinstance(documents, datasets.IterableDataset):
-        require_text_column(settings.text_column, list(next(iter(documents), {settings.text_column: ""})))
-        held_out = HeldOutTexts(settings.seed, settings.holdout_fraction)
-        return documents, documents.filter(held_out, input_columns=settings.text_column)
+        columns = settings.columns
+        require_columns(columns, with_fields(next(iter(documents), dict.fromkeys(columns.values()))))
+        held_out, column = HeldOutTexts(settings.seed, settings.holdout_fraction), next(iter(columns.values()))
+        return documents, documents.filter(lambda row: held_out(with_fields(row)[column]))
     total = len(documents)
     count = settings.holdout_documents or max(1, round(settings.holdout_fraction * total))
     if count >= total:
@@ -142,9 +144,15 @@ class _ChunkCutter:
             start_id = special_id(tokenizer, START_TOKENS, "chunk_markers")
             markers = (start_id, special_id(tokenizer, END_TOKENS, "chunk_markers"))
         self.settings = settings
-        self.layout = ChunkLayout(sequence_length, markers)
+        self.layout = ChunkLayout(sequence_length, markers, settings.source_length)
+        # texts of separate documents are chunks already, so the stream of them is cut at their ends
         self.encoder = DocumentEncoder(
-            tokenizer, settings.text_column, settings.detokenizer, end_id, settings.skip_missing_texts
+            tokenizer,
+            settings.columns,
+            settings.detokenizer,
+            end_id,
+            settings.skip_missing_texts,
+            settings.text_lengths(sequence_length),
         )
 
     def cut(self, documents: datasets.Dataset, part: str) -> TokenChunks:
@@ -155,7 +163,7 @@ class _ChunkCutter:
                 f"source={settings.source!r}: the {part} is empty, it holds no documents. "
                 "Use more text or hold out more."
             )
-        if settings.skip_missing_texts and (missing := _count_missing_texts(documents, settings.text_column)):
+        if settings.skip_missing_texts and (missing := _count_missing_texts(documents, settings)):
             counts = f"{missing:,} of the {len(documents):,} rows"
             logger.warning("source=%r: %s of the %s have no text and are skipped", settings.source, counts, part)
         tokens = tokenize_documents(documents, self.encoder, settings.num_proc, settings.cache_dir)
@@ -167,7 +175,7 @@ class _ChunkCutter:
         """The chunks of held-out rows, of the first `max_validation_documents`."""
         limit = self.settings.max_validation_documents
         if isinstance(rows, datasets.IterableDataset):
-            rows = datasets.Dataset.from_list(list(islice(rows, limit)))
+            rows = datasets.Dataset.from_list([with_fields(row) for row in islice(rows, limit)])
         elif limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
         return self.cut(rows, "validation part")
@@ -186,7 +194,9 @@ class _ChunkCutter:
             )
 
 
-def _count_missing_texts(documents: datasets.Dataset, text_column: str) -> int:
-    require_text_column(text_column, documents.column_names)
-    tables = documents.select_columns(text_column).with_format("arrow").iter(batch_size=10_000)
-    return sum(table[text_column].null_count for table in tables)
+def _count_missing_texts(documents: datasets.Dataset, settings: DataSettings) -> int:
+    """Rows of which a text is missing."""
+    require_columns(settings.columns, documents.column_names)
+    columns = list(settings.columns.values())
+    tables = documents.select_columns(columns).with_format("arrow").iter(batch_size=10_000)
+    return sum(len(table) - len(table.drop_null()) for table in tables)

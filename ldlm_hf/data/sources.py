@@ -36,7 +36,8 @@ def load_split(settings: DataSettings, split: str) -> tuple[Rows, tuple[str, ...
     """The documents of one split, and the names of the files of a stream.
 
     Documents are memory-mapped; with `streaming` they are a stream, of which nothing is read yet. It has no names
-    where a file (an archive) is not one of its shards.
+    where a file (an archive) is not one of its shards. A column of structs is memory-mapped as one column a field,
+    named `column.field`.
 
     Raises:
         OSError: nothing is there, the Hub cannot be reached, or a file cannot be read.
@@ -44,7 +45,7 @@ def load_split(settings: DataSettings, split: str) -> tuple[Rows, tuple[str, ...
             dataset that is a loading script; a stream of a folder that `save_to_disk` wrote.
     """
     if _is_saved(settings.source):
-        return _load_saved(settings, split), ()
+        return _with_fields(_load_saved(settings, split), settings), ()
     builder = _builder(settings, split)
     if settings.streaming:
         with _explained_errors(settings, split):
@@ -53,13 +54,18 @@ def load_split(settings: DataSettings, split: str) -> tuple[Rows, tuple[str, ...
         return rows, names if len(names) == rows.num_shards else ()
     with _explained_errors(settings, split):
         builder.download_and_prepare(num_proc=settings.num_proc)
-        return cast(datasets.Dataset, builder.as_dataset(split)), ()
+        return _with_fields(cast(datasets.Dataset, builder.as_dataset(split)), settings), ()
+
+
+def _with_fields(rows: datasets.Dataset, settings: DataSettings) -> datasets.Dataset:
+    is_nested = not set(settings.columns.values()) <= set(rows.column_names)
+    return rows.flatten(max_depth=2) if is_nested else rows
 
 
 def _builder(settings: DataSettings, split: str) -> datasets.DatasetBuilder:
-    """Of local files the text column alone, and of a data set of the Hub that is parquet files."""
+    """Of local files the columns of text alone, and of a data set of the Hub that is parquet files."""
     if is_local(settings.source):
-        return build_text_files(find_splits(settings, split), settings.text_column, settings.cache_dir)
+        return build_text_files(find_splits(settings, split), settings.columns, settings.cache_dir)
     arguments = {
         "path": settings.source,
         "name": settings.config_name,
@@ -69,8 +75,10 @@ def _builder(settings: DataSettings, split: str) -> datasets.DatasetBuilder:
     with _explained_errors(settings, split):
         builder = datasets.load_dataset_builder(**arguments)
         features = builder.info.features
-        if getattr(builder.config, "columns", ()) is None and (features is None or settings.text_column in features):
-            builder = datasets.load_dataset_builder(**arguments, columns=[settings.text_column])
+        # `column` of `column.field`
+        names = [name if name in (features or ()) else name.partition(".")[0] for name in settings.columns.values()]
+        if getattr(builder.config, "columns", ()) is None and (features is None or set(names) <= set(features)):
+            builder = datasets.load_dataset_builder(**arguments, columns=list(dict.fromkeys(names)))
         return builder
 
 

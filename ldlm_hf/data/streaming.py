@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import pyarrow
 import torch
 
 from .chunks import ChunkLayout
-from .text_files import CorpusError, require_text, require_text_column
+from .text_files import CorpusError, require_columns, require_text
 from .tokenization import DocumentEncoder
 
 
@@ -40,7 +40,8 @@ MAX_EMPTY_EPOCHS = 100
 
 @dataclass(frozen=True)
 class HeldOutTexts:
-    """Whether a document of a stream is held out, by its text alone, so that every rank and worker decides alike."""
+    """Whether a document of a stream is held out, by its text alone, so that every rank and worker decides alike; a
+    pair by its source, so that all targets of a source are held out with it."""
 
     seed: int
     fraction: float
@@ -51,9 +52,10 @@ class HeldOutTexts:
 
 
 class Document(NamedTuple):
-    """A text, and the position (part of the share, row of its file) at which reading goes on after it."""
+    """The text of each column, and the position (part of the share, row of its file) at which reading goes on after
+    them."""
 
-    text: str
+    texts: tuple[str, ...]
     part: int
     next_row: int
 
@@ -77,15 +79,15 @@ class DocumentFiles:
     """Raw documents, read one file at a time.
 
     Attributes:
-        rows: stream of rows with the text; each of its shards is a file.
-        text_column: column that holds the text.
+        rows: stream of rows with the texts; each of its shards is a file.
+        columns: those that hold the texts, by the settings that name them.
         held_out: documents that are left out, or None.
         names: of the files, for errors. Empty where they are unknown.
         skip_missing_texts: leave out rows without a text (null), and say at the end of each file how many it had.
     """
 
     rows: datasets.IterableDataset
-    text_column: str = "text"
+    columns: Mapping[str, str] = field(default_factory=lambda: {"text_column": "text"})
     held_out: HeldOutTexts | None = None
     names: tuple[str, ...] = ()
     skip_missing_texts: bool = False
@@ -96,26 +98,30 @@ class DocumentFiles:
     def name(self, file: int) -> str:
         return self.names[file] if self.names else f"file {file + 1} of {len(self)}"
 
-    def read(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[int, str]]:
-        """(row, text) of the rows of a file from `start` on with `row % modulus in residues`, without blank texts.
+    def read(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """(row, texts) of the rows of a file from `start` on with `row % modulus in residues`, without those that have
+        a blank text.
 
         Raises:
             OSError: the file cannot be read, or not further. The message names the file and the rows before.
-            ValueError: the text column is missing, or a row holds something else than text.
+            ValueError: a column is missing, or a row holds something else than text.
         """
         missing = 0
-        for rows, texts in self._texts(file, start, residues, modulus):
-            for row, text in zip(rows, texts, strict=True):
-                if text is None and self.skip_missing_texts:
+        for rows, columns in self._texts(file, start, residues, modulus):
+            for row, *texts in zip(rows, *columns, strict=True):
+                if self.skip_missing_texts and None in texts:
                     missing += 1
                     continue
-                require_text(self.text_column, text, f"row {row} of {self.name(file)}")
-                if text.strip() and not (self.held_out is not None and self.held_out(text)):
-                    yield row, text
+                for (setting, column), text in zip(self.columns.items(), texts, strict=True):
+                    require_text(setting, column, text, f"row {row} of {self.name(file)}")
+                if all(map(str.strip, texts)) and not (self.held_out is not None and self.held_out(texts[0])):
+                    yield row, tuple(texts)
         if missing:
             logger.warning("source: %s: %s rows have no text and were skipped", self.name(file), f"{missing:,}")
 
-    def _texts(self, file: int, start: int, residues: range, modulus: int) -> Iterator[tuple[list[int], list[Any]]]:
+    def _texts(
+        self, file: int, start: int, residues: range, modulus: int
+    ) -> Iterator[tuple[list[int], list[list[Any]]]]:
         # `iter`, unlike `__iter__`, does not divide the files among the workers of a DataLoader a second time
         tables = self.rows.shard(len(self), file).with_format("arrow").iter(batch_size=READ_ROWS)
         first = 0
@@ -125,8 +131,10 @@ class DocumentFiles:
                     return
                 rows = np.arange(first, first + len(table))
                 rows = rows[(rows >= start) & (rows % modulus >= residues.start) & (rows % modulus < residues.stop)]
-                require_text_column(self.text_column, table.column_names)
-                texts = table[self.text_column].take(pyarrow.array(rows - first)).to_pylist()
+                table = table.flatten()  # fields of structs, as `column.field`
+                require_columns(self.columns, table.column_names)
+                chosen = table.select(list(self.columns.values())).take(pyarrow.array(rows - first))
+                texts = [column.to_pylist() for column in chosen.columns]
             except CorpusError:
                 raise
             except Exception as error:  # parsers, decompressors and clients each raise errors of their own
@@ -223,14 +231,15 @@ class StreamedTokenChunks(torch.utils.data.IterableDataset[dict[str, torch.Tenso
     def count_tokens(self, enough: int) -> int:
         """Tokens of this rank's share of the first epoch, counted until there are `enough`."""
         count = 0
-        texts = (document.text for document in self.reader().documents())
+        texts = (document.texts for document in self.reader().documents())
         while count < enough and (batch := list(islice(texts, TOKENIZED_DOCUMENTS))):
             count += sum(map(len, self.encode(batch)))
         return count
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text."""
-        return self.encoder({self.encoder.text_column: texts})["input_ids"]
+    def encode(self, documents: list[tuple[str, ...]]) -> list[list[int]]:
+        """The tokens of each document, of the text of each of its columns."""
+        columns = zip(self.encoder.columns.values(), zip(*documents, strict=True), strict=True)
+        return self.encoder({column: list(texts) for column, texts in columns})["input_ids"]
 
 
 class ChunkReader(Iterator[dict[str, torch.Tensor]]):
@@ -244,6 +253,7 @@ class ChunkReader(Iterator[dict[str, torch.Tensor]]):
             "shuffle_buffer": stream.shuffle_buffer,
             "seed": stream.seed,
             "stream_tokens": stream.layout.stream_tokens,
+            "text_lengths": list(stream.encoder.lengths),
             "rank": stream.rank,
             "world_size": stream.world_size,
             "worker": worker,
@@ -283,8 +293,8 @@ class ChunkReader(Iterator[dict[str, torch.Tensor]]):
         share = reader_share(len(files), self.reader, self.num_readers)
         first_part, start = self.position.part, self.position.row  # the position moves on between two documents
         for part, (place, residues) in enumerate(share[first_part:], first_part):
-            for row, text in files.read(int(order[place]), start, residues, self.num_readers):
-                yield Document(text, part, row + 1)
+            for row, texts in files.read(int(order[place]), start, residues, self.num_readers):
+                yield Document(texts, part, row + 1)
             start = 0
 
     def _read(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -303,14 +313,14 @@ class ChunkReader(Iterator[dict[str, torch.Tensor]]):
                     position.chunks = 0
                     position.document += 1
 
-    def _blocks(self) -> Iterator[list[str]]:
+    def _blocks(self) -> Iterator[list[tuple[str, ...]]]:
         """Permuted texts of block after block, epoch after epoch. Moves the position from one block to the next."""
         position, size = self.position, self.stream.shuffle_buffer or TOKENIZED_DOCUMENTS
         empty_epochs = 0
         while empty_epochs < MAX_EMPTY_EPOCHS:
             documents = self.documents()
             while block := list(islice(documents, size)):
-                texts = [document.text for document in block]
+                texts = [document.texts for document in block]
                 if self.stream.shuffle_buffer > 0:
                     # + 1, since a seed of zeros at its end is the seed without them, here that of the files' order
                     key = [self.stream.seed, position.epoch, self.reader + 1, position.block]

@@ -1,11 +1,11 @@
-"""Reads one column of text out of a local file of any kind that we take."""
+"""Reads columns of text out of a local file of any kind that we take."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import Any
@@ -44,23 +44,41 @@ def kind_of(path: Path) -> str | None:
     return last if last in KINDS else None
 
 
-def require_text_column(text_column: str, columns: Iterable[str]) -> None:
-    columns = list(columns)
-    if text_column not in columns:
-        raise CorpusError(f"text_column={text_column!r}: the corpus has no such column. It has {sorted(columns)}.")
+def require_columns(columns: Mapping[str, str], found: Iterable[str]) -> None:
+    """Raises CorpusError unless each column, by its setting (`text_column`), is one of those found."""
+    found = list(found)
+    for setting, column in columns.items():
+        if column not in found:
+            raise CorpusError(f"{setting}={column!r}: the corpus has no such column. It has {sorted(found)}.")
 
 
-def require_text(text_column: str, value: Any, row: str) -> None:
+def require_text(setting: str, column: str, value: Any, row: str) -> None:
+    """Raises CorpusError unless a value of a column, which the setting names, is a text."""
     if not isinstance(value, str):
         skip = " skip_missing_texts=true skips and counts rows without one." if value is None else ""
         raise CorpusError(
-            f"text_column={text_column!r}: {row} holds {value!r:.80} ({type(value).__name__}) in place of a text. "
+            f"{setting}={column!r}: {row} holds {value!r:.80} ({type(value).__name__}) in place of a text. "
             f"Name a column of texts, or remove such rows.{skip}"
         )
 
 
-def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
-    """A file's rows as tables of one column of strings, some of which may be missing (null).
+def with_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row, and the fields of its columns that hold objects as columns of their own, named `column.field`."""
+    fields = {
+        f"{column}.{name}": field
+        for column, value in row.items()
+        if isinstance(value, dict)
+        for name, field in value.items()
+    }
+    return {**fields, **row}
+
+
+def read_tables(name: str | Path, columns: Mapping[str, str]) -> Iterator[pyarrow.Table]:
+    """A file's rows as tables of columns of strings, some of which may be missing (null).
+
+    Args:
+        name: of the file.
+        columns: names of settings (`text_column`) → the columns that they name.
 
     Raises:
         CorpusError: the column is not there, or holds something else than text; a text file is not UTF-8.
@@ -69,7 +87,7 @@ def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
     path = Path(name)
     kind = kind_of(path)
     if kind in ("parquet", "arrow"):
-        yield from _read_columns(path, kind, text_column)
+        yield from _read_columns(path, kind, columns)
         return
     # a line ends with any of \n, \r\n and \r; what a quoted field of CSV holds stays as it is
     newline = "" if kind == "csv" else None
@@ -77,9 +95,10 @@ def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
     try:
         file = pyarrow.input_stream(str(path), compression)
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as lines:
-            values = _read_values(lines, kind, path.name, text_column)
-            while batch := list(islice(values, ROWS_AT_ONCE)):
-                yield pyarrow.table({text_column: pyarrow.array(batch, pyarrow.string())})
+            schema = pyarrow.schema([(column, pyarrow.string()) for column in columns.values()])
+            rows = _read_rows(lines, kind, path.name, columns)
+            while batch := list(islice(rows, ROWS_AT_ONCE)):
+                yield pyarrow.Table.from_pylist(batch, schema)
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"source: {path} is not UTF-8: it holds the byte 0x{error.object[error.start]:02x} ({error.reason}). "
@@ -91,22 +110,28 @@ def read_tables(name: str | Path, text_column: str) -> Iterator[pyarrow.Table]:
         raise OSError(f"source: {path} cannot be unpacked ({error}): the file is damaged, fetch it again.") from error
 
 
-def _read_values(lines: io.TextIOWrapper, kind: str | None, name: str, text_column: str) -> Iterator[str | None]:
+def _read_rows(
+    lines: io.TextIOWrapper, kind: str | None, name: str, columns: Mapping[str, str]
+) -> Iterator[Mapping[str, str | None]]:
+    """The rows of a text file, of which each of the columns is a text or missing (None)."""
     if kind == "txt":
-        require_text_column(text_column, ["text"])
-        yield from (line.rstrip("\n") for line in lines)
+        require_columns(columns, ["text"])
+        yield from ({"text": line.rstrip("\n")} for line in lines)
         return
     rows = iter(_read_csv(lines) if kind == "csv" else _read_json(lines, name))
     first = list(islice(rows, ROWS_AT_ONCE))  # an object may lack what others have
-    if columns := {key for row in first if isinstance(row, dict) for key in row if key is not None}:
-        require_text_column(text_column, columns)
+    if found := {key for row in first if isinstance(row, dict) for key in with_fields(row) if key is not None}:
+        require_columns(columns, found)
     for number, row in enumerate(chain(first, rows)):
         if not isinstance(row, dict):
-            raise CorpusError(f"row {number} of {name} is {row!r:.80} in place of an object with {text_column!r}.")
-        value = row.get(text_column)
-        if value is not None:
-            require_text(text_column, value, f"row {number} of {name}")
-        yield value
+            wanted = " and ".join(map(repr, columns.values()))
+            raise CorpusError(f"row {number} of {name} is {row!r:.80} in place of an object with {wanted}.")
+        values = with_fields(row)
+        texts = {column: values.get(column) for column in columns.values()}
+        for setting, column in columns.items():
+            if texts[column] is not None:
+                require_text(setting, column, texts[column], f"row {number} of {name}")
+        yield texts
 
 
 def _read_csv(lines: Iterable[str]) -> Iterator[dict[str | None, Any]]:
@@ -130,24 +155,28 @@ def _read_json(lines: io.TextIOWrapper, name: str) -> Iterator[Any]:
                 raise ValueError(f"{name}, line {number}: {error.msg}") from error
 
 
-def _read_columns(path: Path, kind: str, text_column: str) -> Iterator[pyarrow.Table]:
+def _read_columns(path: Path, kind: str, columns: Mapping[str, str]) -> Iterator[pyarrow.Table]:
+    names = list(columns.values())
     with path.open("rb") as file:
         if kind == "parquet":
             parquet = pyarrow.parquet.ParquetFile(file)
             schema = parquet.schema_arrow
-            batches = parquet.iter_batches(ROWS_AT_ONCE, columns=[text_column])
+            batches = parquet.iter_batches(ROWS_AT_ONCE, columns=names)
         else:  # a stream, as `datasets` writes its files, or the file format of Arrow (Feather)
             is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
             schema = reader.schema
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        require_text_column(text_column, schema.names)
-        text_type = schema.field(text_column).type
-        values = text_type.value_type if pyarrow.types.is_dictionary(text_type) else text_type
-        if not any(is_text(values) for is_text in TEXT_TYPES):
-            raise CorpusError(
-                f"text_column={text_column!r}: {path.name} holds {text_type} in place of a text. Name another column."
-            )
+        schema = schema.empty_table().flatten().schema  # a field of a column of structs is named column.field
+        require_columns(columns, schema.names)
+        for setting, column in columns.items():
+            text_type = schema.field(column).type
+            values = text_type.value_type if pyarrow.types.is_dictionary(text_type) else text_type
+            if not any(is_text(values) for is_text in TEXT_TYPES):
+                raise CorpusError(
+                    f"{setting}={column!r}: {path.name} holds {text_type} in place of a text. Name another column."
+                )
+        texts = pyarrow.schema([(column, pyarrow.string()) for column in names])
         for batch in batches:
-            yield pyarrow.table({text_column: batch[text_column].cast(pyarrow.string())})
+            yield pyarrow.Table.from_batches([batch]).flatten().select(names).cast(texts)

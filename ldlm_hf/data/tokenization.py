@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from .detokenizers import DETOKENIZERS
-from .text_files import require_text, require_text_column
+from .text_files import require_columns, require_text
 
 
 if TYPE_CHECKING:
@@ -42,31 +43,54 @@ def special_id(tokenizer: PreTrainedTokenizerBase, names: tuple[str, str], setti
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """A batch of rows → the token ids of each text, with no special tokens but the end of the document.
+    """A batch of rows → the token ids of each document, with no special tokens but those that end its texts.
 
     Attributes:
-        tokenizer, text_column, detokenizer: see `DataSettings`.
-        end_id: appended to each document, or None. Blank documents give no tokens at all.
-        skip_missing_texts: a missing text (null) gives no tokens either, instead of an error.
+        tokenizer, columns, detokenizer: see `DataSettings`.
+        end_id: what a text ends with, or None. A document with a blank text gives no tokens at all.
+        skip_missing_texts: one whose text is missing (null) gives no tokens either, instead of an error.
+        lengths: of the texts of each column in tokens, which are cut there or filled up with `end_id`. Without any,
+            documents have one text of any length, behind which stands one `end_id`.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    text_column: str = "text"
+    columns: Mapping[str, str] = field(default_factory=lambda: {"text_column": "text"})
     detokenizer: str | None = None
     end_id: int | None = None
     skip_missing_texts: bool = False
+    lengths: tuple[int, ...] = ()
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
-        require_text_column(self.text_column, list(batch))
-        texts = batch[self.text_column]
+        require_columns(self.columns, batch)
+        texts = [self.texts(setting, column, batch[column]) for setting, column in self.columns.items()]
+        parts = [self.encode(some) for some in texts]
+        return {
+            "input_ids": [
+                self.document(*of_row) if all(map(str.strip, texts_of_row)) else []
+                for texts_of_row, of_row in zip(zip(*texts, strict=True), zip(*parts, strict=True), strict=True)
+            ]
+        }
+
+    def document(self, *parts: list[int]) -> list[int]:
+        """The tokens of a document, of those of the text of each column."""
+        end = [] if self.end_id is None else [self.end_id]
+        if not self.lengths:
+            return parts[0] + end
+        filled = [(ids + end * length)[:length] for ids, length in zip(parts, self.lengths, strict=True)]
+        return list(chain(*filled))
+
+    def texts(self, setting: str, column: str, values: list[Any]) -> list[str]:
+        """The texts of a column, missing ones as blank ones where they are to be skipped."""
         if self.skip_missing_texts:
-            texts = ["" if text is None else text for text in texts]
-        for value in texts:
-            require_text(self.text_column, value, "a row")
-        if self.detokenizer is not None:
-            texts = [DETOKENIZERS[self.detokenizer](text) for text in texts]
-        # verbose=False: a document may well be longer than the model; it is cut into chunks afterwards.
-        encoded = self.tokenizer(
+            values = ["" if value is None else value for value in values]
+        for value in values:
+            require_text(setting, column, value, "a row")
+        return values if self.detokenizer is None else [DETOKENIZERS[self.detokenizer](value) for value in values]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of texts."""
+        # verbose=False: a document may well be longer than the model; it is cut afterwards.
+        return self.tokenizer(
             texts,
             add_special_tokens=False,
             padding=False,
@@ -75,8 +99,6 @@ class DocumentEncoder:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        end = [] if self.end_id is None else [self.end_id]
-        return {"input_ids": [ids + end if text.strip() else [] for text, ids in zip(texts, encoded, strict=True)]}
 
 
 def tokenize_documents(
@@ -89,9 +111,10 @@ def tokenize_documents(
     (None: of the cache of `datasets`), which a second call with the same documents and tokenizer maps again.
 
     Raises:
-        ValueError: the text column is missing or holds something else than text.
+        ValueError: a column is missing or holds something else than text.
     """
-    require_text_column(encoder.text_column, documents.column_names)
+    require_columns(encoder.columns, documents.column_names)
+    columns = list(encoder.columns.values())
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ldlm_hf_tokens"
     folder.mkdir(parents=True, exist_ok=True)
     # The key is ours: a hash of the tokenizer object would miss, since it keeps the truncation of its last call.
@@ -100,17 +123,18 @@ def tokenize_documents(
             CACHE_VERSION,
             documents._fingerprint,
             tokenizer_fingerprint(encoder.tokenizer),
-            encoder.text_column,
+            *columns,
             encoder.detokenizer,
             encoder.end_id,
             encoder.skip_missing_texts,
+            *encoder.lengths,
         )
     )
-    return documents.select_columns(encoder.text_column).map(
+    return documents.select_columns(columns).map(
         encoder,
         batched=True,
         num_proc=num_proc,
-        remove_columns=[encoder.text_column],
+        remove_columns=columns,
         features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
         cache_file_name=str(folder / f"{fingerprint}.arrow"),
         new_fingerprint=fingerprint,

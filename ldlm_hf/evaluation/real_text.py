@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from transformers import PreTrainedTokenizerBase
 
 from ..data import DataSettings, TextCorpora, TokenChunks, load_held_out
@@ -125,11 +125,17 @@ def load_data_settings(config: str | None, overrides: Sequence[str]) -> DataSett
     return load_settings(DataSection, config, overrides, ignore_other_sections=True).data
 
 
-def held_out_sequences(dataset: Dataset[dict[str, torch.Tensor]], count: int) -> torch.Tensor:
-    """`count` sequences (or all, if there are fewer), spread evenly over a data set: (count, L)."""
+def held_out_rows(dataset: Dataset[dict[str, torch.Tensor]], count: int) -> dict[str, torch.Tensor]:
+    """`count` items (or all, if there are fewer), spread evenly over a data set: `input_ids`, and of pairs `given`, of
+    shape (count, L)."""
     length = len(dataset)  # type: ignore[arg-type]
     indices = torch.linspace(0, length - 1, min(count, length)).round().long().unique()
-    return torch.stack([dataset[int(index)]["input_ids"] for index in indices])
+    return default_collate([dataset[int(index)] for index in indices])
+
+
+def held_out_sequences(dataset: Dataset[dict[str, torch.Tensor]], count: int) -> torch.Tensor:
+    """The token ids of [`held_out_rows`]."""
+    return held_out_rows(dataset, count)["input_ids"]
 
 
 def training_sequences(dataset: Dataset, count: int) -> torch.Tensor:

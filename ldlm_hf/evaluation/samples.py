@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+from ..pipelines.prompts import GivenTokens
 from .part_cache import Rows, digest, module_digest, public_config
 from .samplers import Sampler
 
@@ -53,7 +54,7 @@ class Subject:
             if component is not None and part != "tokenizer"
         }
         vocabulary = digest(pipeline.tokenizer.get_vocab())
-        saved = {setting: pipeline.config[setting] for setting in getattr(pipeline, "saved_settings", ())}
+        saved = {setting: pipeline.config[setting] for setting in getattr(pipeline, "guidance_settings", ())}
         arguments = {setting: value for setting, value in saved.items() if value is not None} | dict(sampler.arguments)
         return cls(
             name=name,
@@ -232,11 +233,24 @@ def pairs_of(sequences: torch.Tensor, count: int) -> torch.Tensor:
     return sequences[torch.from_numpy(order)].unflatten(0, (count, 2))
 
 
+def sources_of(sequences: torch.Tensor, given: torch.Tensor) -> GivenTokens:
+    """What is given of pairs (n, L)."""
+    return GivenTokens(sequences, given, [sequences.shape[1]] * len(sequences))
+
+
 def sample(
-    pipeline: DiffusionPipeline, count: int, num_inference_steps: int, seed: int, batch_size: int
+    pipeline: DiffusionPipeline,
+    count: int,
+    num_inference_steps: int,
+    seed: int,
+    batch_size: int,
+    sources: GivenTokens | None = None,
 ) -> tuple[torch.Tensor, list[str]]:
-    """`count` samples of a pipeline, those that `evaluate.py` makes of this seed: token ids (count, L) and texts."""
-    batches = torch.arange(count).split(batch_size)
-    outputs = (sample_rows(pipeline, num_inference_steps, seed, batch.tolist()) for batch in batches)
+    """`count` samples of a pipeline, those that `evaluate.py` makes of this seed: token ids (count, L) and texts. With
+    `sources`, sample i is written behind the i-th of them, from the first again after the last."""
+    outputs = []
+    for batch in torch.arange(count).split(batch_size):
+        given = {} if sources is None else {"given_tokens": sources[batch % len(sources.lengths)]}
+        outputs.append(sample_rows(pipeline, num_inference_steps, seed, batch.tolist(), **given))
     sequences = torch.cat([output.sequences.cpu() for output in outputs])
     return sequences, pipeline.tokenizer.batch_decode(sequences, skip_special_tokens=True)

@@ -83,6 +83,12 @@ class SetScorer:
         return score_set(sequences.tolist(), texts, self.judge, self.batch_size, self.references)
 
 
+def real_part(held_out: torch.Tensor, count: int) -> torch.Tensor:
+    """The rows that are real text, n = `count` at most, of those held out: every other one, or with fewer than 2n of
+    them the first ones."""
+    return held_out[:: 2 if len(held_out) >= 2 * count else 1][:count]
+
+
 def beside_real_text(
     held_out: torch.Tensor, count: int, tokenizer: PreTrainedTokenizerBase, judge: Judge | None, batch_size: int
 ) -> tuple[torch.Tensor, SetScorer]:
@@ -91,13 +97,12 @@ def beside_real_text(
     Of the held-out sequences, every other one is real text; those between are the references of MAUVE. With fewer than
     2n of them, or with a blank reference, MAUVE is not measured.
     """
-    stride = 2 if len(held_out) >= 2 * count else 1
     references = None
-    if judge is not None and count >= MIN_MAUVE_TEXTS and stride == 2:
+    if judge is not None and count >= MIN_MAUVE_TEXTS and len(held_out) >= 2 * count:
         texts = tokenizer.batch_decode(held_out[1::2][:count], skip_special_tokens=True)
         if all(map(str.strip, texts)):
             references = References(texts, text_features(texts, judge, batch_size))
-    return held_out[::stride][:count], SetScorer(judge, batch_size, tokenizer, references)
+    return real_part(held_out, count), SetScorer(judge, batch_size, tokenizer, references)
 
 
 def score_without_judge(sequences: torch.Tensor, texts: list[str]) -> dict[str, float]:

@@ -177,6 +177,11 @@ class Run:
         return ConditioningSettings(**self.settings.get("conditioning", {})).gives_texts
 
     @property
+    def source_length(self) -> int | None:
+        """Tokens of the sources that it writes targets for; None of other models."""
+        return self.settings.get("data", {}).get("source_length")
+
+    @property
     def distillation(self) -> str | None:
         """The method that the denoiser was distilled by; None if it was not."""
         return self.settings.get("method")

@@ -166,7 +166,7 @@ class RepositoryPipeline(DiffusionPipeline):
 
     Attributes:
         scheduler_classes: names of the classes that are loaded as a component annotated `SchedulerMixin`.
-        saved_settings: numbers that the constructor takes, and that are saved beside the components.
+        saved_settings: numbers and truth values that the constructor takes, and that are saved beside the components.
     """
 
     scheduler_classes: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import diffusers
 import torch
@@ -43,6 +43,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .checks import has_type
 
 
 COMPONENT_LIBRARY = "ldlm_hf"
@@ -123,8 +125,10 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
         if name not in parameters:
             raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
         if name in getattr(pipeline_class, "saved_settings", ()):
-            if not (entry is None or type(entry) in (int, float)):
-                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be a number.")
+            hint = get_type_hints(pipeline_class.__init__)[name]  # type: ignore[misc]
+            if not has_type(entry, hint):
+                kind = "true or false" if hint is bool else "a number"
+                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be {kind}.")
             continue
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
             raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")

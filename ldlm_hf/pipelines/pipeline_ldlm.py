@@ -81,6 +81,12 @@ class LDLMPipeline(LatentDenoisingPipeline):
             What a call without one takes, saved with the pipeline: guidance that suits its denoiser. One without a
             self-condition, such as a distilled student in its place, is not guided.
         guidance_rescale (`float`, *optional*): the same of that argument.
+        ends_texts (`bool`, defaults to `False`):
+            Whether the model was trained on one document a row, so that a text ends at the first end-of-text token
+            that is written; saved with the pipeline, as the next one. Texts are cut there, token ids are not.
+        source_length (`int`, *optional*):
+            Tokens of a source, for a model that was trained to write a target behind it (a translation, a summary): a
+            prompt is the source, filled up with end-of-text tokens, and texts are the targets alone.
 
     Raises:
         ValueError: components whose sizes do not fit each other, or guidance out of its range.
@@ -97,7 +103,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
         "latent_encoder",
     ]
     scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
-    saved_settings = ("self_condition_scale", "guidance_rescale")
+    guidance_settings = ("self_condition_scale", "guidance_rescale")
+    saved_settings = (*guidance_settings, "ends_texts", "source_length")
 
     def __init__(
         self,
@@ -110,6 +117,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
         latent_encoder: LDLMLatentEncoder | None = None,
         self_condition_scale: float | None = None,
         guidance_rescale: float | None = None,
+        ends_texts: bool = False,
+        source_length: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -123,6 +132,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         )
         self.check_components()
         self._register_guidance(self_condition_scale, guidance_rescale)
+        self._register_texts(ends_texts, source_length)
         self._calls = Calls()
         self._prompt_tokenizer: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
@@ -136,8 +146,15 @@ class LDLMPipeline(LatentDenoisingPipeline):
         """Token ids of the prompts and suffixes of each text; empty ones where there are none.
 
         Raises:
-            ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
+            ValueError: arguments that do not go together, texts that the tokenizer has no tokens for, or for a
+                pipeline with a `source_length` anything but sources that fit.
         """
+        source_length = self.config.source_length
+        if source_length is not None and (prompt is None or suffix is not None):
+            raise ValueError(
+                f"This pipeline writes a target for a source of up to {source_length} tokens: give the source as "
+                "`prompt`, and no `suffix`."
+            )
         if prompt is None and suffix is None:
             if int(num_texts_per_prompt) != 1:
                 raise ValueError(
@@ -164,7 +181,28 @@ class LDLMPipeline(LatentDenoisingPipeline):
         times, tokenizer = range(int(num_texts_per_prompt)), self.prompt_tokenizer
         prompt_ids = [tokenize(tokenizer, one, "prompt") for one in prompts]
         suffix_ids = [tokenize(tokenizer, one, "suffix") for one in suffixes]
+        if source_length is not None:
+            prompt_ids = [self.fill_source(row, source_length) for row in prompt_ids]
         return [row for row in prompt_ids for _ in times], [row for row in suffix_ids for _ in times]
+
+    def fill_source(self, row: list[int], source_length: int) -> list[int]:
+        """A source's tokens, filled up with end-of-text tokens; ValueError for more than there is room for."""
+        if len(row) > source_length:
+            raise ValueError(
+                f"`prompt` has {len(row)} tokens, but a source of this pipeline has room for {source_length} "
+                "(source_length). Shorten it."
+            )
+        return row + [self.fill_token_id or 0] * (source_length - len(row))
+
+    def check_writes_freely(self, caller: str) -> None:
+        """Raises ValueError for a pipeline that writes targets of one length for sources."""
+        source_length = self.config.source_length
+        if source_length is not None:
+            raise ValueError(
+                f"{caller} is for pipelines that go on with texts. This one writes a target of up to "
+                f"{self.sequence_length - source_length} tokens for a source of up to {source_length}: call it with "
+                "the source as `prompt`."
+            )
 
     @property
     def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -241,7 +279,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
-                What texts begin with, for a transformer that was trained with texts given in part (`role_embeds`).
+                What texts begin with, for a transformer that was trained with texts given in part (`role_embeds`); or
+                the sources, where the pipeline has a `source_length`: a shorter source is filled up with end-of-text
+                tokens, which are given as well, and `sequences` have source, filling and target, `texts` the target.
             batch_size (`int`, defaults to 1): number of texts, without a prompt.
             num_inference_steps (`int`, defaults to 128): number of denoising steps, each one evaluation of the
                 transformer, and one more for each of self-condition and prompt that guide it.
@@ -330,6 +370,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
             batch_size = len(prompts)
             longest = max(map(len, prompts))
             is_long = max_new_tokens is not None and longest + max_new_tokens > self.sequence_length
+            if is_long:
+                self.check_writes_freely(f"`max_new_tokens`={max_new_tokens}")
             if is_long and any(suffixes):
                 raise ValueError(
                     f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
@@ -357,7 +399,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             if output_type != "latent":
                 output.sequences = self.finished_sequences(rows, clean_latents)
         if output_type == "text" and output.sequences is not None:
-            output.texts = self._to_texts(output.sequences)
+            output.texts = self._texts_of(rows, output.sequences)
         self.maybe_free_model_hooks()
 
         if not return_dict:
@@ -392,17 +434,19 @@ class LDLMPipeline(LatentDenoisingPipeline):
             ValueError: as of [`~LDLMPipeline.__call__`], before anything is written.
         """
         self.require_components("generation", "transformer", "scheduler", "token_decoder", "tokenizer")
+        self.check_writes_freely("`stream`")
         self.check_counts(
             batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
         )
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
         arguments = Sampling(**sampling)
         self.check_inputs(len(prompts), arguments)
-        written, shown = prompts, self._to_texts(prompts)
+        given = [len(one) for one in prompts]
+        written, shown = prompts, self._to_texts(prompts, given)
         for block in self._write_blocks(prompts, int(max_new_tokens), arguments, context_tokens):
             written = [row + new for row, new in zip(written, block, strict=True)]
             is_last = all(len(row) == len(one) + max_new_tokens for row, one in zip(written, prompts, strict=True))
-            texts = [text if is_last else whole_characters(text) for text in self._to_texts(written)]
+            texts = [text if is_last else whole_characters(text) for text in self._to_texts(written, given)]
             new_texts = [text[len(before) :] for text, before in zip(texts, shown, strict=True)]
             shown = texts
             yield LDLMPipelineOutput(sequences=self.pad_rows(block), texts=new_texts)
@@ -429,6 +473,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             ValueError: a text without a gap, or too long; as of [`~LDLMPipeline.__call__`].
         """
         self.require_components("infill", "transformer", "tokenizer")
+        self.check_writes_freely("`infill`")
         self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
         if not isinstance(gap, str) or not gap:
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
@@ -465,6 +510,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.require_components(
             "edit", "transformer", "scheduler", "token_decoder", "tokenizer", "token_encoder", "latent_encoder"
         )
+        self.check_writes_freely("`edit`")
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         arguments = Sampling(**sampling)
@@ -593,7 +639,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         sequences = self.finished_sequences(rows, clean_latents)
         output = LDLMPipelineOutput(
             sequences=sequences,
-            texts=self._to_texts(sequences),
+            texts=self._texts_of(rows, sequences),
             latents=clean_latents.float(),
             rewards=rewards_of(rows, clean_latents).detach(),
         )
@@ -607,7 +653,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if name == "latent_reward":
             return check_rewards(name, reward(clean_latents.float()), len(clean_latents))
         sequences = self.finished_sequences(rows, clean_latents)
-        found = reward(sequences) if name == "token_reward" else reward(self._to_texts(sequences))
+        found = reward(sequences) if name == "token_reward" else reward(self._texts_of(rows, sequences))
         return check_rewards(name, found, len(clean_latents))
 
     def _write_blocks(
@@ -632,7 +678,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             clean_latents = self._write(rows, len(prompts), sampling, call)
             sequences = self.finished_sequences(rows, clean_latents).tolist()
             block = [row[len(before) :][:count] for row, before, count in zip(sequences, contexts, left, strict=True)]
-            left = [count - len(new) for count, new in zip(left, block, strict=True)]
+            left = [0 if self.is_over(new) else count - len(new) for count, new in zip(left, block, strict=True)]
             contexts = [row[-context:] for row in sequences]
             yield block
 
@@ -652,6 +698,10 @@ class LDLMPipeline(LatentDenoisingPipeline):
             sampling = replace(sampling, guidance_scale=1.0)
         latents = self.prepare_latents(batch_size, self._execution_device, sampling.generator, noise)
         return self.denoise(latents, sampling, call, given, steering=steering)
+
+    def _texts_of(self, rows: GivenTokens | None, sequences: torch.Tensor) -> list[str]:
+        """The texts of token ids (B, T), around what was given of them."""
+        return self._to_texts(sequences, None if rows is None else rows.ends_of_given)
 
     def finished_sequences(self, rows: GivenTokens | None, clean_latents: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) of clean latents, decoded without decoder noise."""

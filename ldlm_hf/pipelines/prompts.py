@@ -42,6 +42,16 @@ class GivenTokens:
             [length for length in self.lengths for _ in range(times)],
         )
 
+    def __getitem__(self, rows: torch.Tensor) -> GivenTokens:
+        """Some rows, by their indices (n,)."""
+        return GivenTokens(self.sequences[rows], self.given[rows], [self.lengths[row] for row in rows.tolist()])
+
+    @property
+    def ends_of_given(self) -> list[int]:
+        """The place behind the last given token of each row; 0 where none is given."""
+        places = torch.arange(1, self.given.shape[1] + 1, device=self.given.device)
+        return (self.given * places).amax(1).tolist()
+
 
 def as_texts(name: str, texts: Any) -> list[str]:
     """The texts of an argument; ValueError unless it is a text or a list of at least one."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 
 import torch
 
-from ..loading.checks import whole_number
+from ..loading.checks import check_settings, whole_number
 from ..loading.repository import RepositoryPipeline
 from .prompts import as_texts
 
@@ -122,9 +123,35 @@ class TextLatentPipeline(RepositoryPipeline):
             hidden_states = self.latent_decoder(latents, return_dict=True).hidden_states  # (B, L, D)
         return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
 
-    def _to_texts(self, sequences: torch.Tensor | list[list[int]]) -> list[str]:
-        """Token ids (B, L) → texts, without special tokens."""
+    def _to_texts(
+        self, sequences: torch.Tensor | list[list[int]], ends_of_given: list[int] | None = None
+    ) -> list[str]:
+        """Token ids (B, L) → texts, without special tokens; of pairs the targets alone. A text ends at its first
+        end-of-text token from the place in `ends_of_given` on (0 by default), where the pipeline's texts end at one.
+        """
+        source_length = self.config.source_length or 0
+        if self.config.ends_texts or source_length:
+            rows = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
+            starts = [max(end, source_length) for end in ends_of_given or [0] * len(rows)]
+            sequences = [self._up_to_end(row, start)[source_length:] for row, start in zip(rows, starts, strict=True)]
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+    def _up_to_end(self, row: list[int], start: int) -> list[int]:
+        """The tokens of a text before the first end-of-text token from `start` on, where texts end at one."""
+        end = self.fill_token_id
+        return row[: row.index(end, start)] if end is not None and self.is_over(row[start:]) else row
+
+    def is_over(self, written: list[int]) -> bool:
+        """Whether a text ends within tokens that were written of it."""
+        return self.config.ends_texts and self.fill_token_id in written
+
+    def _register_texts(self, ends_texts: bool, source_length: int | None) -> None:
+        """Makes what kind of texts the model was trained on a part of the pipeline's configuration."""
+        has_length = self.latent_decoder is not None or self.transformer is not None
+        length = self.sequence_length if has_length else math.inf
+        values = {"ends_texts": ends_texts, "source_length": source_length}
+        check_settings(type(self).__init__, values, source_length=f"[1, {length})")
+        self.register_to_config(**values)
 
     @torch.no_grad()
     def encode(self, texts: str | list[str]) -> torch.Tensor:
@@ -192,7 +219,8 @@ class TextLatentPipeline(RepositoryPipeline):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[str]:
-        """Maps clean latents (B, N, d_z) to texts; the inverse of [`~LDLMPipeline.encode`] as far as it was learned.
+        """Maps clean latents (B, N, d_z) to texts; the inverse of [`~LDLMPipeline.encode`] as far as it was learned,
+        and of pairs to the targets alone.
 
         Raises:
             ValueError: latents whose shape is not the model's, or a pipeline without token decoder or tokenizer.

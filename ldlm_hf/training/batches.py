@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from ..data import StreamedTokenChunks
 from ..data.chunks import ShiftedChunks, TokenChunks
@@ -150,8 +150,7 @@ class ReaderBatches(IterableDataset[tuple[dict[str, torch.Tensor], dict[str, Any
         index = (self.first + (0 if worker is None else worker.id)) % len(self.states)
         reader = self.stream.reader(index, len(self.states), self.states[index])
         while True:
-            rows = [next(reader)["input_ids"] for _ in range(self.batch_size)]
-            yield {"input_ids": torch.stack(rows)}, reader.state_dict()  # (B, L)
+            yield default_collate([next(reader) for _ in range(self.batch_size)]), reader.state_dict()
 
 
 class StreamSource:
@@ -196,7 +195,8 @@ class StreamSource:
 
 
 class TrainingBatches(Iterator[dict[str, torch.Tensor]]):
-    """Endless batches `{"input_ids": (B, L)}` of one rank; its state is the position after the last one consumed.
+    """Endless batches of one rank, of what an item holds: `{"input_ids": (B, L)}`, and of pairs `"given"` (B, L); its
+    state is the position after the last one consumed.
 
     What workers have prepared and nobody has consumed is prepared again after a restore. Chunks at random access may
     be resumed with other numbers of ranks, workers and sequences a pass; the state is the same on all ranks. The state

@@ -140,7 +140,7 @@ def build_models(settings: RunSettings, token_encoder: LDLMTokenEncoder) -> dict
 
 def role_arguments(settings: RunSettings) -> dict[str, bool]:
     """What makes a denoiser one that is told what is given, where a run gives anything."""
-    return {"role_embeds": True} if settings.conditioning.gives_texts else {}
+    return {"role_embeds": True} if settings.gives_texts else {}
 
 
 def build_token_decoder(arguments: dict[str, Any], head_from: str | None = None) -> LDLMTokenDecoder:

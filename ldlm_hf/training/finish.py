@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from ..evaluation.machine import hardware, versions
 from ..evaluation.provenance import source, without_path
 from ..evaluation.quality_ladder import quality_ladder
-from ..evaluation.real_text import held_out_sequences
+from ..evaluation.real_text import held_out_rows
 from ..evaluation.samplers import Sampler
-from ..evaluation.samples import missing_encoders, sample
-from ..evaluation.scores import beside_real_text, judge_conditions
+from ..evaluation.samples import missing_encoders, sample, sources_of
+from ..evaluation.scores import beside_real_text, judge_conditions, real_part
 from ..hub import training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
 from ..hub.model_card import write_card
 from ..hub.run_files import RunResults, read_run
@@ -74,13 +74,18 @@ def score_run(
         pipeline.save_pretrained(output_dir / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     if evaluation.num_samples:
-        held_out = held_out_sequences(validation, 2 * evaluation.num_samples)
+        rows = held_out_rows(validation, 2 * evaluation.num_samples)
+        held_out = rows["input_ids"]
+        sources = None
+        if "given" in rows:
+            sources = sources_of(*(real_part(some, evaluation.num_samples) for some in (held_out, rows["given"])))
         sequences, texts = sample(
             pipeline,
             evaluation.num_samples,
             evaluation.num_inference_steps,
             seed=settings.loop.seed,
             batch_size=evaluation.batch_size,
+            sources=sources,
         )
         title = f"Samples after {settings.loop.max_steps} steps"
         (output_dir / "samples.md").write_text(samples_text(texts, title), encoding="utf-8")
@@ -94,7 +99,10 @@ def score_run(
             mauve=scored.mauve,
             sample_scores=scored.scores,
             real_scores=scorer.score(real).scores,
-            ladder=[] if missing_encoders(pipeline) else quality_ladder(pipeline, real, scorer, evaluation.batch_size),
+            # whose denoiser is told nothing
+            ladder=[]
+            if sources is not None or missing_encoders(pipeline)
+            else quality_ladder(pipeline, real, scorer, evaluation.batch_size),
         )
     run_results.save(output_dir / "results.json")
     # from the files, as the command that writes a card again does

@@ -50,7 +50,7 @@ class TrainingLoop:
 
     Args:
         recipe: what is trained.
-        dataset: training sequences; items hold `input_ids` (L,).
+        dataset: training sequences; items hold `input_ids` (L,), and those of pairs `given` (L,).
         accelerator: devices and precision.
         settings: the settings of the run, saved beside it.
         estimate: what the run costs, as [`flops.estimate_run`] counts it; None logs no share of the devices' peak.
@@ -175,13 +175,15 @@ class TrainingLoop:
         values: dict[str, torch.Tensor] = {}
         observations: list[tuple[torch.Tensor, ...]] = []
         for index in range(self.accumulation_steps):
-            input_ids = next(self.batches)["input_ids"].to(self.accelerator.device, non_blocking=True)
+            on_host = next(self.batches)
+            batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in on_host.items()}
+            input_ids = batch.pop("input_ids")
             self.tokens_per_step = loop.batch_size * input_ids.shape[1]
             rows = global_rows(index, rank, self.device_batch_size, num_processes)
             randomness = RowRandomness(loop.seed, step, rows, loop.batch_size)
             is_last = index == self.accumulation_steps - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.state.module):
-                losses = self.recipe.losses(self.state.module, input_ids, step, randomness)
+                losses = self.recipe.losses(self.state.module, input_ids, step, randomness, **batch)
                 self.accelerator.backward(losses.total / self.accumulation_steps)
             observations.append(losses.observations)
             for name, value in {"loss": losses.total, **losses.values}.items():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.real_text import held_out_sequences
+from ..evaluation.real_text import held_out_rows
 from .randomness import RowRandomness
 from .settings import TrainingSettings
 
@@ -51,8 +51,16 @@ class Recipe(ABC):
     module: nn.Module
 
     @abstractmethod
-    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
-        """Losses of one batch of token ids (B, L); `module` is `self.module` as accelerate has prepared it.
+    def losses(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        step: int,
+        randomness: RowRandomness,
+        given: torch.Tensor | None = None,
+    ) -> StepLosses:
+        """Losses of one batch of token ids (B, L); `module` is `self.module` as accelerate has prepared it, and
+        `given`, bool (B, L), of text in pairs alone, says which tokens are a source's.
 
         All that is random comes from `randomness`, and nothing here may wait for the device.
         """
@@ -104,12 +112,14 @@ class PipelineRecipe(Recipe):
         tokenizer: of the text; set by `load`, as `module` and the next one.
         sequence_length: tokens L of the text's chunks.
         held_out: held-out sequences that are evaluated on, (n, L); set by `build`.
+        held_out_given: which of their tokens are a source's, bool (n, L); None of text that is not in pairs.
     """
 
     settings_class: ClassVar[type]
     tokenizer: PreTrainedTokenizerBase
     sequence_length: int
     held_out: torch.Tensor
+    held_out_given: torch.Tensor | None = None
 
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator):
         self.settings = settings
@@ -126,7 +136,8 @@ class PipelineRecipe(Recipe):
 
     def build(self, train: Dataset[dict[str, torch.Tensor]], held_out: Dataset[dict[str, torch.Tensor]]) -> None:
         """Completes the module, with what is measured on the training text, and chooses the held-out sequences."""
-        self.held_out = held_out_sequences(held_out, self.settings.evaluation.num_sequences)
+        rows = held_out_rows(held_out, self.settings.evaluation.num_sequences)
+        self.held_out, self.held_out_given = rows["input_ids"], rows.get("given")
 
     def expected_scheduler(self) -> SchedulerMixin | None:
         """A scheduler with the settings of the finished pipeline's; None where there will be none."""

@@ -293,17 +293,41 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_decay(self.optimizer, self.loop)
         check_guidance(self.evaluation, self.model.transformer.get("self_conditioning", True))
+        check_shifts(self.data, self.loop)
         num_latents, length = self.model.num_latents, self.model.sequence_length
-        if self.conditioning.gives_texts and num_latents not in (None, length):
+        self.data.text_lengths(length)
+        if self.data.has_pairs and self.conditioning.gives_texts:
+            raise ValueError(
+                f"data.source_column={self.data.source_column!r} with conditioning.prefix_share="
+                f"{self.conditioning.prefix_share} and conditioning.gaps_share={self.conditioning.gaps_share}: of a "
+                "pair the source is given, and nothing else; set both shares to 0."
+            )
+        if self.gives_texts and num_latents not in (None, length):
             raise ValueError(
                 f"model.num_latents={num_latents} with model.sequence_length={length}: no latent belongs to a token, "
-                "so no part of a text can be given; set conditioning's shares to 0, or model.num_latents to null."
+                "so no part of a text can be given; set conditioning's shares to 0 and data.source_column to null, or "
+                "model.num_latents to null."
             )
         if self.stage == ("autoencoder" if self.components else "diffusion"):
             raise ValueError(
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "
                 "frozen components that components=RUN/pipeline names, and the stage 'autoencoder' on none."
             )
+
+    @property
+    def gives_texts(self) -> bool:
+        """Whether any part of any text is given: its source, or what `conditioning` draws."""
+        return self.data.has_pairs or self.conditioning.gives_texts
+
+
+def check_shifts(data: DataSettings, loop: LoopSettings) -> None:
+    """Raises ValueError where documents that are a chunk each are to be cut elsewhere."""
+    if loop.shift_chunks and data.is_separate:
+        which = f"data.source_column={data.source_column!r}" if data.has_pairs else "data.documents='separate'"
+        raise ValueError(
+            f"loop.shift_chunks=true with {which}: chunks of one document each begin where it begins. Set "
+            "loop.shift_chunks=false."
+        )
 
 
 def check_guidance(evaluation: EvaluationSettings, has_self_condition: bool) -> None:

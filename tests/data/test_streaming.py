@@ -196,7 +196,7 @@ class CountingEncoder(DocumentEncoder):
     counts: list[int] = field(default_factory=list)
 
     def __call__(self, batch):
-        self.counts.append(len(batch[self.text_column]))
+        self.counts.append(len(batch["text"]))
         return super().__call__(batch)
 
 

@@ -259,7 +259,7 @@ def test_a_map_column_of_arrow_types_that_datasets_does_not_know(
 def test_tables_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "w1"}\n' * 5000 + "{broken")
-    tables = read_tables(path, "text")
+    tables = read_tables(path, {"text_column": "text"})
     assert [len(next(tables)) for _ in range(5)] == [1000] * 5
     with pytest.raises(ValueError, match="corpus.jsonl, line 5001"):
         next(tables)

@@ -359,6 +359,15 @@ def index_cases() -> Iterator[Case]:
     for setting in ("2.0", [2.0], ["ldlm_hf", "LDLMTokenDecoder"], {"a": 1}, True):
         change = edit("model_index.json", self_condition_scale=setting)
         yield Case(f"model_index.json: self_condition_scale={setting}", change, "must be a number", ways=PIPELINES)
+    for setting in (1, "yes", None, ["ldlm_hf", "LDLMTokenDecoder"]):
+        change = edit("model_index.json", ends_texts=setting)
+        yield Case(f"model_index.json: ends_texts={setting}", change, "must be true or false", ways=PIPELINES)
+    for setting in ("4", True, 2.5):
+        change = edit("model_index.json", source_length=setting)
+        yield Case(f"model_index.json: source_length={setting}", change, "must be a number", ways=PIPELINES)
+    for setting in (0, 10**9):
+        change = edit("model_index.json", source_length=setting)
+        yield Case(f"model_index.json: source_length={setting}", change, "must lie in", ways=PIPELINES)
     change = edit("model_index.json", guidance_rescale=2)
     yield Case("model_index.json: a share above 1", change, r"must be a number in \[0, 1\]", ways=PIPELINES)
     change = edit("model_index.json", self_condition_scale=-1)

@@ -213,7 +213,9 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         load_settings(RunSettings, str(tmp_path / "none.yaml"), [])
 
 
-@pytest.mark.parametrize("name", ["demo", "openwebtext_1024", "openwebtext_128", "lm1b_128"])
+@pytest.mark.parametrize(
+    "name", ["demo", "openwebtext_1024", "openwebtext_128", "lm1b_128", "rocstories", "xsum", "wmt14_de_en", "qqp"]
+)
 def test_shipped_configurations_load(name: str, repository: Path) -> None:
     assert load_settings(RunSettings, str(repository / f"training/configs/{name}.yaml"), []).data.source
 

@@ -26,7 +26,7 @@ from ..components import AUTOENCODER, build_pipeline, load_part, load_pipeline_s
 from ..held_out import preview
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
-from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay, check_guidance
+from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay, check_guidance, check_shifts
 
 
 METHODS = ("flow_map", "progressive")
@@ -88,6 +88,7 @@ class DistillationSettings:
             guidance_rescale="[0, 1]",
         )
         check_decay(self.optimizer, self.loop)
+        check_shifts(self.data, self.loop)
         check_guidance(self.evaluation, has_self_condition=False)
 
 
@@ -134,11 +135,11 @@ class DistillationRecipe(PipelineRecipe):
 
     def __init__(self, settings: DistillationSettings, accelerator: Accelerator):
         super().__init__(settings, accelerator)
-        self.decoders: dict[str, Any] = {}
+        self.of_teacher: dict[str, Any] = {}
         self.teacher_latents: torch.Tensor | None = None
 
     def load(self) -> None:
-        self.module, self.decoders = load_objective(self.settings)
+        self.module, self.of_teacher = load_objective(self.settings)
         self.sequence_length = self.module.latent_encoder.config.sequence_length
         self.tokenizer = AutoTokenizer.from_pretrained(self.settings.components, subfolder="tokenizer")
 
@@ -157,7 +158,14 @@ class DistillationRecipe(PipelineRecipe):
         ]
         return times, targets
 
-    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+    def losses(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        step: int,
+        randomness: RowRandomness,
+        given: torch.Tensor | None = None,
+    ) -> StepLosses:
         device = input_ids.device
         share = self.settings.diagonal_share
         on_diagonal = systematic_sample(randomness.batch_size, share, randomness.shared_uniform())
@@ -167,7 +175,7 @@ class DistillationRecipe(PipelineRecipe):
 
     def pipeline(self, snapshot: DistillationObjective) -> LDLMPipeline:
         """The student's pipeline."""
-        return build_pipeline(snapshot, tokenizer=self.tokenizer, **self.decoders).to(self.device)
+        return build_pipeline(snapshot, tokenizer=self.tokenizer, **self.of_teacher).to(self.device)
 
     @torch.no_grad()
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
@@ -222,15 +230,24 @@ def follow_teacher(objective: DistillationObjective, noise: torch.Tensor) -> tor
 
 
 def load_objective(settings: DistillationSettings) -> tuple[DistillationObjective, dict[str, Any]]:
-    """The objective of a new student, and the frozen decoders of its pipeline."""
+    """The objective of a new student, and what else its pipeline has of the teacher's: the frozen decoders, and what
+    kind of texts it was trained on."""
     if not settings.components:
         raise ValueError("components='' names no teacher; set components=RUN/pipeline or a Hub id.")
     parts = {name: load_part(settings.components, name) for name in (*AUTOENCODER, "transformer")}
     scheduler_class = TangentFlowMapScheduler if settings.method == "flow_map" else TangentDDIMScheduler
     config = load_part(settings.components, "scheduler").config
     scheduler = scheduler_class.from_config(config, time_grid=settings.time_grid, t_min=settings.t_min)
-    asked = {name: getattr(settings, name) for name in LDLMPipeline.saved_settings}
-    guidance = load_pipeline_settings(settings.components) | without_nones(asked)
+    asked = {name: getattr(settings, name) for name in LDLMPipeline.guidance_settings}
+    own = load_pipeline_settings(settings.components)
+    if settings.data.has_pairs or "source_length" in own:
+        raise ValueError(
+            f"components={settings.components!r} with source_length={own.get('source_length')} and data.source_column="
+            f"{settings.data.source_column!r}: a student takes no prompts, so no sources. Distil a pipeline that was "
+            "trained on whole texts, on whole texts."
+        )
+    guidance = {name: own[name] for name in asked if name in own} | without_nones(asked)
+    of_texts = {name: value for name, value in own.items() if name not in asked}
     objective = DistillationObjective(
         parts["token_encoder"],
         parts["latent_encoder"],
@@ -239,4 +256,4 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
         scheduler,
         **guidance,
     )
-    return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")}
+    return objective, {name: parts[name] for name in ("latent_decoder", "token_decoder")} | of_texts

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ...evaluation.real_text import training_sequences
+from ...evaluation.samples import sources_of
 from ...models.conditions import Conditions
 from ...models.statistics import mean_and_std
 from ...models.token_encoder import LDLMTokenEncoder
@@ -29,7 +30,13 @@ from ..components import (
     build_tokenizer,
     save_components,
 )
-from ..held_out import conditional_diffusion_losses, diffusion_loss_at, preview, reconstruction
+from ..held_out import (
+    conditional_diffusion_losses,
+    diffusion_loss_at,
+    held_out_conditions,
+    preview,
+    reconstruction,
+)
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
 from ..settings import RunSettings
@@ -76,7 +83,7 @@ class JointRecipe(PipelineRecipe):
 
     def build(self, train: Dataset[dict[str, torch.Tensor]], held_out: Dataset[dict[str, torch.Tensor]]) -> None:
         super().build(train, held_out)
-        if self.settings.conditioning.gives_texts:
+        if self.settings.gives_texts:
             self.module.token_encoder.to(self.device).check_masks()
         is_done = self.module.token_encoder.is_fitted and self.module.latent_encoder.config.standardize_latents
         if self.settings.stage == "diffusion" and is_done:
@@ -110,7 +117,14 @@ class JointRecipe(PipelineRecipe):
             snapshot.scheduler = self.with_timestep_cdf(snapshot.scheduler)
         if snapshot.transformer is None or snapshot.token_decoder is None:
             return None
-        return build_pipeline(snapshot, tokenizer=self.tokenizer)
+        return self.build_pipeline(snapshot)
+
+    def build_pipeline(self, snapshot: JointObjective) -> LDLMPipeline:
+        """The pipeline of a trained module, which says what kind of texts it was trained on."""
+        data = self.settings.data
+        return build_pipeline(
+            snapshot, tokenizer=self.tokenizer, ends_texts=data.is_separate, source_length=data.source_length
+        )
 
     def save(self, snapshot: nn.Module, folder: Path) -> None:
         assert isinstance(snapshot, JointObjective)
@@ -136,7 +150,14 @@ class JointRecipe(PipelineRecipe):
         warmup = self.settings.warmup
         return warmup_gate(step, warmup.steps, warmup.midpoint, warmup.steepness)
 
-    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+    def losses(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        step: int,
+        randomness: RowRandomness,
+        given: torch.Tensor | None = None,
+    ) -> StepLosses:
         device, settings = input_ids.device, self.settings.objective
         levels = settings.noise_levels
         # a text's K times lie one in each of K parts of equal probability
@@ -155,7 +176,7 @@ class JointRecipe(PipelineRecipe):
         if self.module.averaged_transformer is not None:
             later = (warped - 1 / self.settings.consistency.num_steps).clamp(min=0)
             next_timesteps = self.timestep_sampler.quantile(later).float().to(device, non_blocking=True)
-        conditions = self.conditions(input_ids.shape[1], randomness, device)
+        conditions = self.conditions(input_ids.shape[1], randomness, device, given)
         losses = module(
             input_ids,
             timesteps,
@@ -168,7 +189,7 @@ class JointRecipe(PipelineRecipe):
             conditions,
         )
         per_example = losses.diffusion_per_example
-        if conditions is not None:
+        if conditions is not None and given is None:
             # what a prompt makes easy says nothing of the paper's loss at these times; NaN is left out
             per_example = per_example.masked_fill(conditions.given.any(1)[:, None], math.nan)
         return StepLosses(
@@ -186,9 +207,18 @@ class JointRecipe(PipelineRecipe):
             observations=() if self.module.transformer is None else (timesteps.flatten(), per_example.flatten()),
         )
 
-    def conditions(self, sequence_length: int, randomness: RowRandomness, device: torch.device) -> Conditions | None:
-        """What is given of a step's rows; None in a run that gives nothing of any text."""
+    def conditions(
+        self,
+        sequence_length: int,
+        randomness: RowRandomness,
+        device: torch.device,
+        given: torch.Tensor | None = None,
+    ) -> Conditions | None:
+        """What is given of a step's rows: the sources of pairs, or what is drawn; None in a run that gives nothing of
+        any text."""
         settings = self.settings.conditioning
+        if given is not None:
+            return Conditions(given, (randomness.places() < settings.dropout).to(device))
         if not settings.gives_texts:
             return None
         drawn = settings.draw(randomness.places().tolist(), randomness.numpy_generators(), sequence_length)
@@ -219,13 +249,18 @@ class JointRecipe(PipelineRecipe):
         grid = torch.linspace(0, 1, evaluation.grid_size + 1, dtype=torch.float64)[1:]
 
         def losses_at(times: torch.Tensor) -> list[float]:
-            return diffusion_loss_at(snapshot, self.held_out, times, evaluation.batch_size, self.device)
+            return diffusion_loss_at(
+                snapshot, self.held_out, times, evaluation.batch_size, self.device, self.held_out_given
+            )
 
         losses = losses_at(grid)
         values = {"diffusion_loss": sum(losses) / len(losses)}
-        if self.settings.conditioning.gives_texts:
+        if self.settings.gives_texts:
+            given = self.held_out_given
+            if given is None:
+                given = held_out_conditions(len(self.held_out), self.sequence_length, self.settings.conditioning)
             values |= conditional_diffusion_losses(
-                snapshot, self.held_out, self.settings.conditioning, grid, evaluation.batch_size, self.device
+                snapshot, self.held_out, given, grid, evaluation.batch_size, self.device
             )
         values |= {f"diffusion_loss/t={t:.2f}": loss for t, loss in zip(grid.tolist(), losses, strict=False)}
         if self.timestep_sampler.is_active:
@@ -246,7 +281,7 @@ class JointRecipe(PipelineRecipe):
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         assert isinstance(snapshot, JointObjective)
         evaluation = self.settings.evaluation
-        results = reconstruction(snapshot, self.held_out, evaluation.batch_size, self.device)
+        results = reconstruction(snapshot, self.held_out, evaluation.batch_size, self.device, self.held_out_given)
         if snapshot.transformer is None:
             return Evaluation(results)
         grid, values = self.diffusion_loss_over_time(snapshot)
@@ -257,9 +292,11 @@ class JointRecipe(PipelineRecipe):
         if step < self.settings.loop.max_steps and evaluation.num_preview_samples:
             scheduler = self.expected_scheduler()
             assert scheduler is not None
-            pipeline = build_pipeline(snapshot, tokenizer=self.tokenizer)
+            pipeline = self.build_pipeline(snapshot)
             pipeline.register_modules(scheduler=self.with_timestep_cdf(scheduler))
-            texts, scores = preview(pipeline, evaluation)
+            given = self.held_out_given
+            sources = None if given is None else sources_of(self.held_out, given)
+            texts, scores = preview(pipeline, evaluation, sources)
             results |= scores
         return Evaluation(results, texts, grid)
 

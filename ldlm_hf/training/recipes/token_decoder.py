@@ -27,7 +27,7 @@ from ...schedulers.scheduling_tangent import TangentScheduler
 from ..components import build_pipeline, build_token_decoder, load_part, load_pipeline_settings
 from ..randomness import RowRandomness
 from ..recipe import Evaluation, PipelineRecipe, StepLosses
-from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
+from ..settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay, check_shifts
 
 
 READS = ("hidden_states", "latents")
@@ -67,6 +67,7 @@ class TokenDecoderSettings:
     def __post_init__(self) -> None:
         check_settings(type(self).__init__, vars(self), reads=READS, decoder_noise="[0, inf)", denoised_from="[0, 1]")
         check_decay(self.optimizer, self.loop)
+        check_shifts(self.data, self.loop)
 
 
 class TokenDecoderLosses(NamedTuple):
@@ -157,6 +158,12 @@ class TokenDecoderRecipe(PipelineRecipe):
         self.module = TokenDecoderObjective(**components, **denoiser, decoder_noise=self.settings.decoder_noise)
         self.tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
         self.pipeline_settings = load_pipeline_settings(source)
+        source_length = self.pipeline_settings.get("source_length")
+        if source_length != self.settings.data.source_length:
+            raise ValueError(
+                f"data.source_length={self.settings.data.source_length}, but components={source!r} have "
+                f"source_length={source_length}, which their pipeline keeps: train on text of the same kind."
+            )
 
     def expected_scheduler(self) -> SchedulerMixin:
         return self.scheduler
@@ -165,7 +172,14 @@ class TokenDecoderRecipe(PipelineRecipe):
         others = {"transformer": self.transformer, "tokenizer": self.tokenizer, "scheduler": self.scheduler}
         return build_pipeline(snapshot, **others, **self.pipeline_settings).to(self.device)
 
-    def losses(self, module: nn.Module, input_ids: torch.Tensor, step: int, randomness: RowRandomness) -> StepLosses:
+    def losses(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        step: int,
+        randomness: RowRandomness,
+        given: torch.Tensor | None = None,
+    ) -> StepLosses:
         device, timesteps = input_ids.device, None
         if self.settings.denoised_from:
             timesteps = (self.settings.denoised_from * randomness.uniform()).float().to(device, non_blocking=True)
