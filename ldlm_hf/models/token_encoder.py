@@ -335,11 +335,8 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
                 )
         self.config.update(changes)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in [`SafeLoadingMixin`], without the language model after `leave_out_backbone`."""
-        if not self.config.backbone_stored:
-            kwargs["state_dict"] = {"mean": self.mean, "std": self.std}
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def saved_weights(self) -> dict[str, torch.Tensor] | None:
+        return None if self.config.backbone_stored else {"mean": self.mean, "std": self.std}
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
