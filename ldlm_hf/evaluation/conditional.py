@@ -30,7 +30,7 @@ from ..metrics.rouge_l import rouge_l
 from ..pipelines.prompts import GivenTokens
 from .options import EvaluationOptions
 from .part_cache import FinishedParts, digest
-from .samples import SampleSet, Subject, conditioning, sample_generator
+from .samples import SampleSet, Subject, conditioning, fill_behind_ends, sample_generator
 
 
 # 1. The task
@@ -46,8 +46,16 @@ class Task:
     length: int
 
     @classmethod
-    def of(cls, options: EvaluationOptions, sequence_length: int) -> Task:
-        """The task of an evaluation; ValueError where prompt or gap do not fit the model's texts."""
+    def of(cls, options: EvaluationOptions, sequence_length: int, source_length: int | None = None) -> Task:
+        """The task of an evaluation; ValueError where prompt or gap do not fit the model's texts. What is continued of
+        pairs are their sources."""
+        if source_length is not None:
+            if options.task != "continuation" or options.prompt_tokens is not None:
+                raise ValueError(
+                    f"--task {options.task} with --prompt_tokens {options.prompt_tokens}: of pairs, whose sources are "
+                    f"{source_length} tokens here, targets are written; give --task continuation alone."
+                )
+            return cls("continuation", source_length, sequence_length, sequence_length)
         if options.task == "continuation":
             start = sequence_length // 2 if options.prompt_tokens is None else options.prompt_tokens
             if start >= sequence_length:
@@ -113,6 +121,8 @@ def write_into(
         output.sequences = torch.cat(
             [output.sequences[:, : task.stop], real[:, task.stop :].to(output.sequences)], dim=1
         )
+    if task.stop == task.length:
+        output.sequences = fill_behind_ends(pipeline, output.sequences, task.start)
     return output
 
 

@@ -93,7 +93,12 @@ def evaluate_conditionally(
             raise ValueError(f"--bert_score {options.bert_score!r} is no MODEL:LAYER, such as roberta-large:17.")
         matcher = load_matcher(name, int(layer), accelerator.device)
     subjects, tokenizer = load_subjects(options)
-    task = Task.of(options, subjects[0].sequence_length)
+    if data.source_length != subjects[0].source_length:
+        raise ValueError(
+            f"data.source_length={data.source_length}, but the pipeline {subjects[0].name!r} has source_length="
+            f"{subjects[0].source_length}: evaluate it on text of the kind that it was trained on."
+        )
+    task = Task.of(options, subjects[0].sequence_length, subjects[0].source_length)
     with accelerator.main_process_first():
         real = load_real_text(data, tokenizer, task.length, options.num_samples, with_references=options.with_mauve)
     parts = FinishedParts(

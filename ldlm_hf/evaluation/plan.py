@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from .options import EvaluationOptions
 from .part_cache import FinishedParts, digest
 from .real_text import RealText
 from .samplers import OWN, Sampler
-from .samples import Lines, SampleSet, Subject, load_pipeline, pairs_of, sample_rows
+from .samples import Lines, SampleSet, Subject, load_pipeline, pairs_of
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,16 @@ def load_subjects(options: EvaluationOptions) -> tuple[list[Subject], PreTrained
                 f"--interpolation encodes real texts, but the pipeline {subject.name!r} lacks "
                 f"{' and '.join(subject.missing_encoders)}: save it with its encoders, or leave --interpolation out."
             )
-        if (subject.vocabulary, subject.sequence_length) != (first.vocabulary, first.sequence_length):
+        if options.task == "unconditional" and subject.source_length is not None:
+            raise ValueError(
+                f"The pipeline {subject.name!r} writes targets for sources (source_length={subject.source_length}), "
+                "and nothing without: evaluate it with --task continuation."
+            )
+        if subject.text_layout != first.text_layout:
             raise ValueError(
                 f"The pipelines {first.name!r} ({first.sequence_length} tokens) and {subject.name!r} "
-                f"({subject.sequence_length} tokens) differ in tokenizer or sequence length, so no real text is that "
-                "of both: evaluate them one by one, each into a folder of its own."
+                f"({subject.sequence_length} tokens) differ in tokenizer, sequence or source length, so no real text "
+                "is that of both: evaluate them one by one, each into a folder of its own."
             )
     return subjects, tokenizer
 
@@ -116,8 +121,10 @@ def make_missing(plan: Plan, options: EvaluationOptions, accelerator: Accelerato
         mine = pieces[accelerator.process_index :: accelerator.num_processes]
         if mine:
             pipeline = subject.load().to(accelerator.device)
-            # what a device does only once shall not count as sampling time
-            sample_rows(pipeline, min(options.steps), 0, [0])
+            sets = [made for _, made, _ in mine if isinstance(made, SampleSet)]
+            if sets:
+                # what a device does only once shall not count as sampling time
+                min(sets, key=attrgetter("row_cost")).sample(pipeline, [0])
             total = sum(cost for cost, _, _ in mine)
             with tqdm(
                 total=total, desc=f"Sampling {subject.name}", disable=not accelerator.is_main_process

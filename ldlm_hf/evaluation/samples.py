@@ -28,8 +28,8 @@ class Subject:
 
     `digest` is of its components and of the arguments that its call takes, `vocabulary` of its tokenizer's;
     `sequence_length` is in tokens, `takes_steps` says whether its number of steps can be chosen, `conditioning` is the
-    argument of its call that says which tokens are given (None: it takes none), and `missing_encoders` are the
-    components that `encode` needs and that it lacks.
+    argument of its call that says which tokens are given (None: it takes none), `source_length` counts the tokens of a
+    source, and `missing_encoders` are the components that `encode` needs and that it lacks.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Subject:
     sequence_length: int
     takes_steps: bool
     conditioning: str | None
+    source_length: int | None
     digest: str
     vocabulary: str
     missing_encoders: tuple[str, ...]
@@ -64,10 +65,16 @@ class Subject:
             sequence_length=pipeline.sequence_length,
             takes_steps=takes_steps(pipeline),
             conditioning=conditioning(pipeline),
+            source_length=pipeline.config.get("source_length"),
             digest=digest([parts, vocabulary, tuple(arguments.items())]),
             vocabulary=vocabulary,
             missing_encoders=missing_encoders(pipeline),
         )
+
+    @property
+    def text_layout(self) -> tuple[str, int, int | None]:
+        """What pipelines have in common that write into the same texts."""
+        return self.vocabulary, self.sequence_length, self.source_length
 
     def steps(self, asked: Sequence[int]) -> Sequence[int]:
         """The numbers of steps that it is sampled with: where it has no choice, one for each token."""
@@ -186,12 +193,24 @@ def sample_rows(
     """The pipeline's output for n samples of a seed, each of which is the same in any batch."""
     if takes_steps(pipeline):
         arguments["num_inference_steps"] = steps
-    return pipeline(
+    output = pipeline(
         batch_size=len(indices),
         generator=[sample_generator(seed, index, pipeline.device) for index in indices],
         output_type="seq",
         **arguments,
     )
+    output.sequences = fill_behind_ends(pipeline, output.sequences)
+    return output
+
+
+def fill_behind_ends(pipeline: DiffusionPipeline, sequences: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Token ids (B, L) as a pipeline's texts have them: behind the first end-of-text token from `start` on are no
+    others, where its texts end at one."""
+    if not pipeline.config.get("ends_texts"):
+        return sequences
+    end = pipeline.fill_token_id
+    is_over = torch.cat([torch.zeros_like(sequences[:, :start]), sequences[:, start:] == end], dim=1).cumsum(1) > 0
+    return sequences.masked_fill(is_over, end)
 
 
 def sample_generator(seed: int, index: int, device: torch.device) -> torch.Generator:

@@ -26,7 +26,15 @@ from ..schedulers.tangent import alpha_sigma
 from .calls import Calls, CallState
 from .latent_denoising import LatentDenoisingPipeline
 from .pipeline_output import LDLMPipelineOutput
-from .prompts import GivenTokens, as_texts, continued_rows, rows_with_gaps, tokenize, whole_characters
+from .prompts import (
+    GivenTokens,
+    as_texts,
+    continued_rows,
+    rows_with_gaps,
+    tokenize,
+    tokenize_suffix,
+    whole_characters,
+)
 from .sampling import Sampling, StepCallback, check_number
 from .steering import LatentGradient, Particles, Rewards, Steering, check_draws_noise, check_rewards, one_reward
 
@@ -179,8 +187,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
                 "suffix for all of them or one for each."
             )
         times, tokenizer = range(int(num_texts_per_prompt)), self.prompt_tokenizer
-        prompt_ids = [tokenize(tokenizer, one, "prompt") for one in prompts]
-        suffix_ids = [tokenize(tokenizer, one, "suffix") for one in suffixes]
+        # a space before a word is often a part of its token, and what is written has its own
+        prompt_ids = [tokenize(tokenizer, one.rstrip(" "), "prompt") for one in prompts]
+        suffix_ids = [tokenize_suffix(tokenizer, one) for one in suffixes]
         if source_length is not None:
             prompt_ids = [self.fill_source(row, source_length) for row in prompt_ids]
         return [row for row in prompt_ids for _ in times], [row for row in suffix_ids for _ in times]
@@ -514,9 +523,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         arguments = Sampling(**sampling)
-        texts, versions = as_texts("texts", texts), int(num_texts_per_prompt)
-        latents = self.encode(texts).repeat_interleave(versions, dim=0)
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        versions = int(num_texts_per_prompt)
+        rows = [tokenize(self.prompt_tokenizer, text, "texts") for text in as_texts("texts", texts)]
+        latents = self.encode_sequences(self.fill_rows(rows)).repeat_interleave(versions, dim=0)
         lengths = [len(row) for row in rows for _ in range(versions)]
         self.check_inputs(len(latents), arguments)
         solver = self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, latents.device)

@@ -81,6 +81,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[i
     return ids
 
 
+def tokenize_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text behind another one: of a word with the space before it, where that is a part of its token.
+
+    Raises:
+        ValueError: as of [`tokenize`].
+    """
+    ids = tokenize(tokenizer, text, "suffix")
+    if not text[:1].isalnum():
+        return ids
+    spaced = tokenize(tokenizer, f" {text}", "suffix")
+    # other tokenizers put a space before every text by themselves
+    return spaced if tokenize(tokenizer, f"{text} {text}", "suffix")[-len(spaced) :] == spaced else ids
+
+
 def whole_characters(text: str) -> str:
     """A decoded text without the character at its end of which some bytes are still to come."""
     return text.rstrip("\ufffd")

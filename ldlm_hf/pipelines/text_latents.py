@@ -168,8 +168,8 @@ class TextLatentPipeline(RepositoryPipeline):
                 length.
         """
         self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
-        texts = as_texts("texts", texts)
-        return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
+        rows = self.tokenizer(as_texts("texts", texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.encode_sequences(self.fill_rows(rows))
 
     @torch.no_grad()
     def encode_sequences(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -199,10 +199,9 @@ class TextLatentPipeline(RepositoryPipeline):
         """Which of the optional components that [`~LDLMPipeline.encode`] needs are not there."""
         return [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
 
-    def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:
-        """Token ids (B, L), each text filled up with the end-of-text token."""
-        fill = self.fill_token_id
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    def fill_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """Token ids (B, L) of texts, each filled up with end-of-text tokens; ValueError for one that is too long."""
+        fill, sequence_length = self.fill_token_id, self.latent_encoder.config.sequence_length
         for i, row in enumerate(rows):
             if len(row) > sequence_length:
                 raise ValueError(

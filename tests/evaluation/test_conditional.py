@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,51 @@ def test_a_pipeline_that_takes_no_prompts_is_steered(
     ]
     # what is scored stands around the real prompts in any case
     assert first["mean"]["given_kept"] < 0.5 and first["mean"]["perplexity"] != second["mean"]["perplexity"]
+
+
+@pytest.fixture
+def pairs(tiny_tokenizer: Any, tmp_path: Path) -> list[str]:
+    """Settings of a corpus of questions of three words and answers of up to four."""
+    generator = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{generator.randint(2, 39)}" for _ in range(count))
+
+    rows = [{"question": words(3), "answer": words(generator.randint(1, 4))} for _ in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    columns = ["data.source_column=question", "data.target_column=answer"]
+    return [*columns, "data.source_length=3", "data.target_length=5", f"data.source={tmp_path / 'pairs.jsonl'}"]
+
+
+def test_targets_of_pairs_are_written_and_end(
+    evaluate: Callable[..., Any], conditional: Path, pairs: list[str], tmp_path: Path
+) -> None:
+    components = LDLMPipeline.from_pretrained(conditional).components
+    pipeline = LDLMPipeline(**components, ends_texts=True, source_length=3)
+    pipeline.set_progress_bar_config(disable=True)
+    # it ends texts often enough
+    pipeline.token_decoder.head.weight.data[1] *= 3
+    folder = tmp_path / "translator" / "pipeline"
+    pipeline.save_pretrained(folder)
+    command = ["--task", "continuation", "--seeds", "1", "--no_mauve", *pairs, "data.holdout_documents=30"]
+    results = evaluate(*command, pipelines=(folder,))
+    assert results["settings"]["written"] == [3, LENGTH]
+    files = sorted((tmp_path / "out" / "parts").glob("conditional-*/*.pt"))
+    sequences = torch.cat([torch.load(file, weights_only=True)["sequences"] for file in files]).long()
+    ends = sequences[:, 3:] == pipeline.fill_token_id
+    assert ends.any(1).float().mean() > 0 and not (ends[:, :-1] & ~ends[:, 1:]).any()
+    # as its users see them
+    sources = pipeline.tokenizer.batch_decode(sequences[:, :3])
+    texts = [
+        pipeline(text, num_inference_steps=3, generator=sample_generator(0, index, pipeline.device)).texts[0]
+        for index, text in enumerate(sources)
+    ]
+    assert pipeline.tokenizer.batch_decode(sequences[:, 3:], skip_special_tokens=True) == texts
+
+    with pytest.raises(ValueError, match="data.source_length=None, but the pipeline 'translator' has source_length=3"):
+        evaluate("--task", "continuation", pipelines=(folder,), folder="other")
+    with pytest.raises(ValueError, match="of pairs, whose sources are 3 tokens here"):
+        evaluate(*command, "--prompt_tokens", "2", pipelines=(folder,), folder="other")
 
 
 def test_the_picture_has_a_line_a_way(evaluate: Callable[..., Any]) -> None:

@@ -541,7 +541,7 @@ def test_pipelines_that_do_not_go_together(
         tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)), unk_token="<unk>", eos_token="<eos>"
     )
     make_pipeline(tokenizer=other).save_pretrained(tmp_path / "other" / "pipeline")
-    with pytest.raises(ValueError, match="differ in tokenizer or sequence length.*one by one"):
+    with pytest.raises(ValueError, match="differ in tokenizer, sequence or source length.*one by one"):
         run("out", "--pipeline", str(pipeline_folder), str(tmp_path / "other" / "pipeline"))
     assert not (tmp_path / "out").exists()
 

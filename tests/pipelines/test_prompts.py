@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ldlm_hf import GivenTokens, LDLMPipeline, TangentDDIMScheduler
 from ldlm_hf.models.conditions import Conditions
 from ldlm_hf.models.guidance import guide
-from ldlm_hf.pipelines.prompts import whole_characters
+from ldlm_hf.pipelines.prompts import tokenize_suffix, whole_characters
 from ldlm_hf.pipelines.sampling import Sampling
 from ldlm_hf.schedulers.tangent import alpha_sigma
 
@@ -293,6 +295,40 @@ def test_a_character_of_two_blocks_comes_with_the_second() -> None:
     blocks = [b"abc\xd7", b"abc\xd7\x90"]
     first, second = (whole_characters(block.decode(errors="replace")) for block in blocks)
     assert [first, second[len(first) :]] == ["abc", "\u05d0"]
+
+
+def test_edit_loses_no_characters_silently(pipe: LDLMPipeline) -> None:
+    with pytest.raises(ValueError, match="`texts` has characters or words that the tokenizer does not know.*'hello'"):
+        pipe.edit(["w2", "hello"], num_inference_steps=2)
+
+
+def byte_level(add_prefix_space: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words have the space before them in their tokens, as GPT-2's, or one before every text."""
+    words = ["a", "b", "\u0120a", "\u0120b", "\u0120", ",", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("b a", ["\u0120b", "\u0120a"]), (" b", ["\u0120b"]), (", b", [",", "\u0120b"]), ("", [])]
+)
+def test_a_suffix_has_the_space_before_its_word(text: str, tokens: list[str]) -> None:
+    tokenizer = byte_level(add_prefix_space=False)
+    assert tokenizer.convert_ids_to_tokens(tokenize_suffix(tokenizer, text)) == tokens
+
+
+def test_a_suffix_has_no_second_space() -> None:
+    tokenizer = byte_level(add_prefix_space=True)
+    assert tokenizer.convert_ids_to_tokens(tokenize_suffix(tokenizer, "b a")) == ["\u0120b", "\u0120a"]
+
+
+def test_a_space_behind_a_prompt_is_left_to_what_is_written(pipe: LDLMPipeline) -> None:
+    expected, _ = pipe.tokenize_prompts("w2 w3", None, 1, 1)
+    pipe.register_modules(tokenizer=byte_level(add_prefix_space=False))
+    found, _ = pipe.tokenize_prompts("a b  ", None, 1, 1)
+    assert pipe.tokenizer.convert_ids_to_tokens(found[0]) == ["a", "\u0120b"] and len(expected[0]) == 2
 
 
 @pytest.mark.parametrize("strength", [-0.1, 0, 1.1, float("nan"), "all"])
