@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_texts", type=int, default=1, help="how many texts (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, help="tokens that are written; by default one text's")
     parser.add_argument("--num_inference_steps", type=int, default=64, help="denoising steps (%(default)s)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="weight of the prompt (%(default)s)")
+    parser.add_argument("--guidance_scale", type=float, help="weight of the prompt; the pipeline's own by default")
     parser.add_argument("--seed", type=int, help="of the noise; by default another one each time")
     parser.add_argument(
         "--device",

@@ -89,7 +89,7 @@ def continuation_tab(pipeline: LDLMPipeline) -> None:
             1, MAX_LENGTHS * length, value=length // 2, step=1, label="New tokens", elem_id="new-tokens"
         )
         steps = gr.Slider(1, 1024, value=64, step=1, label="Steps")
-        guidance = gr.Slider(0, 8, value=1, step=0.5, label="Guidance weight")
+        guidance = gr.Slider(0, 8, value=pipeline.config.guidance_scale or 1, step=0.5, label="Guidance weight")
         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
     with gr.Row():
         start_button = gr.Button("Continue", variant="primary", elem_id="continue")

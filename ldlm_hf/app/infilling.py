@@ -56,7 +56,7 @@ def infilling_tab(pipeline: LDLMPipeline) -> None:
     with gr.Row():
         tokens = gr.Slider(1, length, value=min(4, length), step=1, label="Tokens a gap")
         steps = gr.Slider(1, 1024, value=64, step=1, label="Steps")
-        guidance = gr.Slider(0, 8, value=1, step=0.5, label="Guidance weight")
+        guidance = gr.Slider(0, 8, value=pipeline.config.guidance_scale or 1, step=0.5, label="Guidance weight")
         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed")
     button = gr.Button("Fill gaps", variant="primary", elem_id="infill")
     box = text_box("filled", label="Filled text")

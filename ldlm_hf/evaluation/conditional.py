@@ -30,7 +30,8 @@ from ..metrics.rouge_l import rouge_l
 from ..pipelines.prompts import GivenTokens
 from .options import EvaluationOptions
 from .part_cache import FinishedParts, digest
-from .samples import SampleSet, Subject, conditioning, fill_behind_ends, sample_generator
+from .samples import SampleSet, Subject, conditioning, fill_behind_ends, sample_generator, takes_steps
+from .scores import SetScorer
 
 
 # 1. The task
@@ -57,15 +58,29 @@ class Task:
                 )
             return cls("continuation", source_length, sequence_length, sequence_length)
         if options.task == "continuation":
-            start = sequence_length // 2 if options.prompt_tokens is None else options.prompt_tokens
+            start = cls.continuation(sequence_length).start if options.prompt_tokens is None else options.prompt_tokens
             if start >= sequence_length:
                 raise ValueError(
                     f"--prompt_tokens {start} leaves nothing to write of the models' {sequence_length} tokens."
                 )
             return cls("continuation", start, sequence_length, sequence_length)
-        size = sequence_length // 4 if options.gap_tokens is None else options.gap_tokens
-        if not 0 < size <= sequence_length - 2:
-            raise ValueError(f"--gap_tokens {size}: a gap has tokens on both sides, and texts have {sequence_length}.")
+        task = cls.infilling(sequence_length, options.gap_tokens)
+        if not 0 < task.start < task.stop < sequence_length:
+            raise ValueError(
+                f"--gap_tokens {task.stop - task.start}: a gap has tokens on both sides, and texts have "
+                f"{sequence_length}."
+            )
+        return task
+
+    @classmethod
+    def continuation(cls, sequence_length: int) -> Task:
+        """The second half is written."""
+        return cls("continuation", sequence_length // 2, sequence_length, sequence_length)
+
+    @classmethod
+    def infilling(cls, sequence_length: int, gap_tokens: int | None = None) -> Task:
+        """So many tokens in the middle are written, by default a quarter of all."""
+        size = sequence_length // 4 if gap_tokens is None else gap_tokens
         start = (sequence_length - size) // 2
         return cls("infilling", start, start + size, sequence_length)
 
@@ -187,6 +202,8 @@ def make_sets(
                 "conditioning.prefix_share=0.25 conditioning.gaps_share=0.25 (docs/conditioning.md), or have it "
                 "steered with --steering_scales."
             )
+        if "guidance_scale" in dict(subject.sampler.arguments):
+            raise ValueError(f"sampler {subject.sampler.text!r}: guidance_scale goes with --guidance_scales.")
         ways = [("all", scale) for scale in options.guidance_scales]
         if subject.conditioning == "prompt_ids":
             ways = [("prefix", 1.0)]
@@ -237,8 +254,7 @@ class ConditionalScorer:
             sequences.tolist(), self.texts(sequences), self.judge, self.batch_size, references=self.references
         )
         return {
-            "perplexity": self.perplexity(sequences),
-            "perplexity_elsewhere": self.perplexity(self.task.put_in(self.real.roll(-1, 0), sequences)),
+            **self.perplexities(sequences),
             "mauve": whole.mauve.get("mauve"),
             "rouge_l": rouge_l(texts, real_texts)["rouge_l"],
             "bert_score": None if self.matcher is None else bert_score(texts, real_texts, self.matcher)["bert_score"],
@@ -248,6 +264,11 @@ class ConditionalScorer:
             "entropy": whole.entropy["entropy"],
             "given_kept": given_kept,
         }
+
+    def perplexities(self, sequences: torch.Tensor) -> dict[str, float | None]:
+        """Those of what is written in sequences (n, L), where it was written and in the places of the next ones."""
+        elsewhere = self.task.put_in(self.real.roll(-1, 0), sequences)
+        return {"perplexity": self.perplexity(sequences), "perplexity_elsewhere": self.perplexity(elsewhere)}
 
     def perplexity(self, sequences: torch.Tensor) -> float | None:
         """Perplexity of what stands from the written place on, given what stands before it."""
@@ -266,3 +287,35 @@ class ConditionalScorer:
     def texts(self, sequences: torch.Tensor) -> list[str]:
         """Token ids (n, T) → texts."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+
+# 4. At the end of a run
+
+
+def write_and_score(
+    pipeline: DiffusionPipeline,
+    real: torch.Tensor,
+    task: Task,
+    num_inference_steps: int,
+    seed: int,
+    batch_size: int,
+    scorer: SetScorer,
+) -> dict[str, Any]:
+    """What a pipeline writes into real sequences (n, L), with its own guidance, for cards: the task, perplexities of
+    what it wrote and of what was really written, and texts, each in the pieces before, within and behind the place."""
+    arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps} if takes_steps(pipeline) else {}
+    written = []
+    for indices in torch.arange(len(real)).split(batch_size):
+        generators = [sample_generator(seed, index, pipeline.device) for index in indices.tolist()]
+        written.append(write_into(pipeline, real[indices], task, generators, **arguments).sequences.cpu())
+    sequences = torch.cat(written)
+    own = ConditionalScorer(task, real, scorer.tokenizer, scorer.judge, scorer.batch_size, None, None)
+    pieces = (slice(task.start), task.written, slice(task.stop, None))
+    return {
+        "task": task.name,
+        "written": [task.start, task.stop],
+        "num_texts": len(real),
+        "perplexities": own.perplexities(sequences),
+        "real_perplexities": own.perplexities(real),
+        "samples": list(zip(*(own.texts(sequences[:, piece]) for piece in pieces), strict=True)),
+    }

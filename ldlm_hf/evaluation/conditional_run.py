@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..data import DataSettings
-from ..hub.model_card import fenced
+from ..hub.model_card import fenced, marked
 from ..metrics.bert_score import load_matcher
 from ..metrics.judge import load_judge
 from .conditional import ConditionalScorer, ConditionalSet, Task, make_sets
@@ -234,15 +234,15 @@ def sample_sections(evaluation: ConditionalEvaluation) -> Iterator[str]:
     """The first texts of each set of seed 0, what was written between « and »."""
     scorer = evaluation.scorer
 
-    def marked(sequences: Any) -> str:
+    def shown(sequences: Any) -> str:
         task = scorer.task
         pieces = [sequences[:, : task.start], sequences[:, task.written], sequences[:, task.stop :]]
         rows = zip(*map(scorer.texts, pieces), strict=True)
-        return fenced("\n\n".join(f"{before} «{written}» {after}".strip() for before, written, after in rows))
+        return fenced(marked(list(rows)))
 
     yield "# Samples\n\nThe first texts of each set, in order; none was picked. « and » enclose what was written."
-    yield "## Real text\n\n" + marked(scorer.real[:NUM_SHOWN])
+    yield "## Real text\n\n" + shown(scorer.real[:NUM_SHOWN])
     for one in evaluation.sets:
         if one.seed == 0:
             title = f"{one.subject.name}, {one.steps} steps, told {one.told}, v = {one.guidance_scale:g}"
-            yield f"## {title}\n\n" + marked(one.rows.load(one.count)["sequences"].long()[:NUM_SHOWN])
+            yield f"## {title}\n\n" + shown(one.rows.load(one.count)["sequences"].long()[:NUM_SHOWN])

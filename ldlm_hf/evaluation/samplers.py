@@ -25,7 +25,7 @@ OWN = "own"
 SCHEDULER_CLASSES: dict[str, type[Any]] = {
     name: getattr(diffusers, name) for name in (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
 }
-CALL_ARGUMENTS = ("self_condition_scale", "self_condition_decay", "guidance_rescale")
+CALL_ARGUMENTS = ("self_condition_scale", "self_condition_decay", "guidance_rescale", "guidance_scale")
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def write_card(run: Run, folder: str | Path) -> ModelCard:
         duration=duration,
         sample_scores=sample_scores,
         fenced=fenced,
+        marked=marked,
+        num_samples=NUM_SAMPLES,
     )
     card.save(folder / "README.md")
     return card
@@ -185,6 +187,11 @@ def fenced(text: str) -> str:
     fence = "`" * max(3, longest + 1)
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, LINE_WIDTH) or [""]]
     return "\n".join([f"{fence}text", *lines, fence])
+
+
+def marked(samples: Sequence[Sequence[str]]) -> str:
+    """Texts in the pieces before, within and behind the place that was written, which « and » enclose."""
+    return "\n\n".join(f"{before} «{written}» {after}".strip() for before, written, after in samples)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

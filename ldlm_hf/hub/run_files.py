@@ -89,6 +89,8 @@ class RunResults:
         mauve: what the score depends on beside the judge: `num_texts`, `num_buckets`, `max_length` and `seed`.
         sample_scores, real_scores: of the samples, and of held-out real texts.
         ladder: what lies between the two (`evaluation/quality_ladder.py`); empty where it was not measured.
+        given_in_part: what was written into held-out texts (`evaluation/conditional.py`): `task`, `written` (first and
+            last place), `num_texts`, `perplexities`, `real_perplexities` and `samples`; empty where none was given.
     """
 
     changed_settings: dict[str, Any]
@@ -111,6 +113,7 @@ class RunResults:
     sample_scores: TextScores | None = None
     real_scores: TextScores | None = None
     ladder: list[dict[str, Any]] = field(default_factory=list)
+    given_in_part: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
     def save(self, file: Path) -> None:

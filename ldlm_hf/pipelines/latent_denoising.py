@@ -57,7 +57,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         """Raises ValueError, naming argument, value and remedy, for everything that generation cannot work with."""
         self.check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
         self.check_guidance(sampling.self_condition_scale, sampling.self_condition_decay, sampling.guidance_rescale)
-        check_number("guidance_scale", sampling.guidance_scale)
+        check_number("guidance_scale", sampling.guidance_scale or 0.0)
         interval = sampling.guidance_interval
         is_list = isinstance(interval, (list, tuple)) and len(interval) == 2
         is_pair = is_list and all(isinstance(time, numbers.Real) for time in interval)
@@ -90,7 +90,12 @@ class LatentDenoisingPipeline(TextLatentPipeline):
                 f"{unknown}."
             )
 
-    def set_guidance(self, self_condition_scale: float | None = None, guidance_rescale: float | None = None) -> None:
+    def set_guidance(
+        self,
+        self_condition_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_scale: float | None = None,
+    ) -> None:
         """Makes guidance that of calls without any, which is saved with the pipeline.
 
         Raises:
@@ -98,12 +103,19 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         """
         if self.transformer is not None:
             self.check_guidance(self_condition_scale, rescale=guidance_rescale)
-        self._register_guidance(self_condition_scale, guidance_rescale)
+        self._register_guidance(self_condition_scale, guidance_rescale, guidance_scale)
 
-    def _register_guidance(self, self_condition_scale: float | None, guidance_rescale: float | None) -> None:
+    def _register_guidance(
+        self, self_condition_scale: float | None, guidance_rescale: float | None, guidance_scale: float | None
+    ) -> None:
         check_number("self_condition_scale", self_condition_scale or 0.0)
         check_number("guidance_rescale", guidance_rescale or 0.0, highest=1)
-        values = {"self_condition_scale": self_condition_scale, "guidance_rescale": guidance_rescale}
+        check_number("guidance_scale", guidance_scale or 0.0)
+        values = {
+            "self_condition_scale": self_condition_scale,
+            "guidance_rescale": guidance_rescale,
+            "guidance_scale": guidance_scale,
+        }
         self.register_to_config(**{name: None if value is None else float(value) for name, value in values.items()})
 
     def check_guidance(self, scale: float | None, decay: float = 0.0, rescale: float | None = None) -> None:
@@ -197,7 +209,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
             solver.times, sampling.self_condition_scale, sampling.self_condition_decay
         )
         scales = [1.0] * len(solver.times)
-        if sampling.guidance_scale != 1:
+        if sampling.guidance_scale not in (None, 1):
             first, last = sampling.guidance_interval
             scales = [sampling.guidance_scale if first <= t <= last else 1.0 for t in solver.times.cpu().tolist()]
         guidance = None

@@ -88,7 +88,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self_condition_scale (`float`, *optional*):
             What a call without one takes, saved with the pipeline: guidance that suits its denoiser. One without a
             self-condition, such as a distilled student in its place, is not guided.
-        guidance_rescale (`float`, *optional*): the same of that argument.
+        guidance_rescale, guidance_scale (`float`, *optional*): the same of those arguments.
         ends_texts (`bool`, defaults to `False`):
             Whether the model was trained on one document a row, so that a text ends at the first end-of-text token
             that is written; saved with the pipeline, as the next one. Texts are cut there, token ids are not.
@@ -112,7 +112,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
     ]
     scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
     guidance_settings = ("self_condition_scale", "guidance_rescale")
-    saved_settings = (*guidance_settings, "ends_texts", "source_length")
+    saved_settings = (*guidance_settings, "guidance_scale", "ends_texts", "source_length")
 
     def __init__(
         self,
@@ -125,6 +125,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         latent_encoder: LDLMLatentEncoder | None = None,
         self_condition_scale: float | None = None,
         guidance_rescale: float | None = None,
+        guidance_scale: float | None = None,
         ends_texts: bool = False,
         source_length: int | None = None,
     ):
@@ -139,7 +140,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
-        self._register_guidance(self_condition_scale, guidance_rescale)
+        self._register_guidance(self_condition_scale, guidance_rescale, guidance_scale)
         self._register_texts(ends_texts, source_length)
         self._calls = Calls()
         self._prompt_tokenizer: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
@@ -275,7 +276,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         suffix: str | list[str] | None = None,
         num_texts_per_prompt: int = 1,
         max_new_tokens: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         guidance_interval: Sequence[float] = (0.0, 1.0),
         given_tokens: GivenTokens | None = None,
         output_type: str = "text",
@@ -321,10 +322,11 @@ class LDLMPipeline(LatentDenoisingPipeline):
                 How many tokens are written; by default as many as the model's texts have room for. More than that are
                 written block by block, each with the end of what is there as its prompt (see
                 [`~LDLMPipeline.stream`]).
-            guidance_scale (`float`, defaults to 1.0):
+            guidance_scale (`float`, *optional*):
                 Weight v of what is given, without effect where nothing is: 1 is the model's own prediction, more of
                 it moves the prediction away from that without a prompt (classifier-free guidance), which costs
-                another evaluation of the transformer in each step; 0 leaves the prompt out of the denoiser.
+                another evaluation of the transformer in each step; 0 leaves the prompt out of the denoiser. By
+                default the pipeline's own, or 1.
             guidance_interval (pair of `float`, defaults to `(0.0, 1.0)`): times between which `guidance_scale` holds.
             given_tokens ([`GivenTokens`], *optional*): rows of tokens, any of which may be given, instead of prompts.
             output_type (`str`, defaults to `"text"`):
@@ -705,6 +707,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if given is None:
             # nothing to be guided by
             sampling = replace(sampling, guidance_scale=1.0)
+        elif sampling.guidance_scale is None:
+            sampling = replace(sampling, guidance_scale=self.config.guidance_scale)
         latents = self.prepare_latents(batch_size, self._execution_device, sampling.generator, noise)
         return self.denoise(latents, sampling, call, given, steering=steering)
 

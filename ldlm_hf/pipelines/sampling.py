@@ -53,7 +53,7 @@ class Sampling:
     self_condition_scale: float | None = None
     self_condition_decay: float = 0.0
     guidance_rescale: float | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     guidance_interval: Sequence[float] = (0.0, 1.0)
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None

@@ -9,12 +9,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
+from ..evaluation.conditional import Task, write_and_score
 from ..evaluation.machine import hardware, versions
 from ..evaluation.provenance import source, without_path
 from ..evaluation.quality_ladder import quality_ladder
 from ..evaluation.real_text import held_out_rows
 from ..evaluation.samplers import Sampler
-from ..evaluation.samples import missing_encoders, sample, sources_of
+from ..evaluation.samples import conditioning, missing_encoders, sample, sources_of
 from ..evaluation.scores import beside_real_text, judge_conditions, real_part
 from ..hub import training_curves  # noqa: F401  a missing matplotlib stops a run before training, not after it
 from ..hub.model_card import write_card
@@ -103,11 +104,32 @@ def score_run(
             ladder=[]
             if sources is not None or missing_encoders(pipeline)
             else quality_ladder(pipeline, real, scorer, evaluation.batch_size),
+            given_in_part=[
+                write_and_score(
+                    pipeline,
+                    real,
+                    task,
+                    evaluation.num_inference_steps,
+                    settings.loop.seed,
+                    evaluation.batch_size,
+                    scorer,
+                )
+                for task in tasks_of(pipeline, real.shape[1])
+            ],
         )
     run_results.save(output_dir / "results.json")
     # from the files, as the command that writes a card again does
     card = write_card(read_run(output_dir), output_dir / "pipeline")
     print(card.text)
+
+
+def tasks_of(pipeline: DiffusionPipeline, sequence_length: int) -> list[Task]:
+    """What a pipeline can be given of texts that are long enough for it: nothing, where it takes no prompts."""
+    way = conditioning(pipeline)
+    if way is None or pipeline.config.get("source_length") or sequence_length < 8:
+        return []
+    continuation = Task.continuation(sequence_length)
+    return [continuation] if way == "prompt_ids" else [continuation, Task.infilling(sequence_length)]
 
 
 def describe(settings: TrainingSettings, sequence_length: int) -> RunResults:

@@ -292,7 +292,9 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_decay(self.optimizer, self.loop)
-        check_guidance(self.evaluation, self.model.transformer.get("self_conditioning", True))
+        check_guidance(
+            self.evaluation, self.model.transformer.get("self_conditioning", True), takes_prompts=self.gives_texts
+        )
         check_shifts(self.data, self.loop)
         num_latents, length = self.model.num_latents, self.model.sequence_length
         self.data.text_lengths(length)
@@ -330,12 +332,18 @@ def check_shifts(data: DataSettings, loop: LoopSettings) -> None:
         )
 
 
-def check_guidance(evaluation: EvaluationSettings, has_self_condition: bool) -> None:
-    """Raises ValueError for a finished pipeline that is to be guided by a self-condition which it does not have."""
-    if Sampler.parse(evaluation.sampler).arguments and not has_self_condition:
-        raise ValueError(
-            f"evaluation.sampler={evaluation.sampler!r}: this denoiser is trained without a self-condition."
-        )
+def check_guidance(evaluation: EvaluationSettings, has_self_condition: bool, takes_prompts: bool = False) -> None:
+    """Raises ValueError for a finished pipeline that is to be guided by what it is not told."""
+    for name, _ in Sampler.parse(evaluation.sampler).arguments:
+        if name == "guidance_scale" and not takes_prompts:
+            raise ValueError(
+                f"evaluation.sampler={evaluation.sampler!r}: guidance_scale is the weight of prompts, which this run "
+                "does not train; set conditioning.prefix_share or gaps_share, or leave it out."
+            )
+        if name != "guidance_scale" and not has_self_condition:
+            raise ValueError(
+                f"evaluation.sampler={evaluation.sampler!r}: this denoiser is trained without a self-condition."
+            )
 
 
 def check_decay(optimizer: OptimizerSettings, loop: LoopSettings) -> None:

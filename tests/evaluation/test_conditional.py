@@ -275,6 +275,39 @@ def test_the_picture_has_a_line_a_way(evaluate: Callable[..., Any]) -> None:
     assert len(level) == 1
 
 
+def test_a_run_ends_with_texts_that_were_given_in_part(
+    run_script: Callable[..., None], tiny_overrides: list[str], backbone_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shares = ["conditioning.prefix_share=0.25", "conditioning.gaps_share=0.25"]
+    judge = ["evaluation.sampler=own:guidance_scale=2", f"evaluation.judge={backbone_folders['gpt2']}"]
+    run_script("train_joint", *tiny_overrides, *shares, *judge)
+    pipeline = LDLMPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.config.guidance_scale == 2
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    continued, filled = results["given_in_part"]
+    assert (continued["task"], continued["written"], filled["task"], filled["written"]) == (
+        "continuation",
+        [4, 8],
+        "infilling",
+        [3, 5],
+    )
+    before, written, after = filled["samples"][0]
+    assert (len(before.split()), len(after.split())) == (3, 3)
+    # by the guidance that is the pipeline's own
+    pipeline.set_progress_bar_config(disable=True)
+    generator = sample_generator(0, 0, pipeline.device)
+    infilled = pipeline.infill(f"{before} ___ {after}", gap_tokens=2, num_inference_steps=3, generator=generator)
+    assert infilled.texts == [" ".join(filter(None, (before, written, after)))]
+    assert pipeline.num_function_evaluations == 6
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text(encoding="utf-8")
+    assert "Gaps filled in held-out texts" in card and f"{before} «{written}» {after}" in card
+    perplexity = continued["perplexities"]["perplexity_elsewhere"]
+    assert f"| continued | 4 | 4 | {continued['perplexities']['perplexity']:,.1f} | {perplexity:,.1f} |" in card
+
+    with pytest.raises(ValueError, match="guidance_scale is the weight of prompts, which this run does not train"):
+        run_script("train_joint", *tiny_overrides, *judge)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -247,7 +247,7 @@ def load_objective(settings: DistillationSettings) -> tuple[DistillationObjectiv
             "trained on whole texts, on whole texts."
         )
     guidance = {name: own[name] for name in asked if name in own} | without_nones(asked)
-    of_texts = {name: value for name, value in own.items() if name not in asked}
+    of_texts = {name: own[name] for name in ("ends_texts",) if name in own}
     objective = DistillationObjective(
         parts["token_encoder"],
         parts["latent_encoder"],
