@@ -53,6 +53,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast  #
 
 from ldlm_hf import (  # noqa: E402
     DistillationObjective,
+    GivenTokens,
     JointObjective,
     JointObjectiveSettings,
     LDLMLatentEncoder,
@@ -69,6 +70,7 @@ from ldlm_hf import (  # noqa: E402
     diffusers_config,
 )
 from ldlm_hf.evaluation.markdown import markdown_table  # noqa: E402
+from ldlm_hf.models.conditions import Conditions  # noqa: E402
 from ldlm_hf.training.devices import build_accelerator  # noqa: E402
 from ldlm_hf.training.flops import device_peak  # noqa: E402
 from ldlm_hf.training.loop import TrainingLoop  # noqa: E402
@@ -373,6 +375,46 @@ def check_sampling(scale: Scale) -> Part:
     return part
 
 
+@torch.no_grad()
+def given_latents(pipeline: LDLMPipeline, sequences: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """The latents (G, d_z) of given tokens, encoded with the others."""
+    conditions = Conditions(given).to(pipeline.device)
+    return pipeline.encode_sequences(sequences, conditions.attention_mask())[conditions.given]
+
+
+def check_conditions(scale: Scale) -> Part:
+    part = Part(
+        "Whether other tokens in the places that are written change a bit of the latents of what is given; and four "
+        f"steps guided by what is given, in float32 against the CPU ({FLOAT32_TOLERANCE:.0e}).",
+        ["", "float32", "bfloat16"],
+    )
+    on_cpu = build_pipeline(scale)
+    transformer = LDLMTransformer1DModel.from_config(on_cpu.transformer.config, role_embeds=True)
+    randomize_zero_weights(transformer)
+    on_cpu.register_modules(transformer=transformer.eval())
+    on_device = copy.deepcopy(on_cpu).to(scale.device)
+    vocab_size = on_cpu.token_encoder.config.vocab_size
+    given = torch.rand(2, scale.length, generator=torch.Generator().manual_seed(1)) < 0.5
+    first, second = torch.randint(vocab_size, (2, 2, scale.length), generator=torch.Generator().manual_seed(0))
+    second = torch.where(given, first, second)
+
+    arguments = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "latent"}
+    rows = GivenTokens(first, given, [scale.length] * 2)
+    reference = on_cpu(given_tokens=rows, generator=row_generators(2), **arguments).latents
+    latents = on_device(given_tokens=rows, generator=row_generators(2), **arguments).latents
+    error = relative_error(latents, reference)
+    part.require(error <= FLOAT32_TOLERANCE, f"guided latents differ by {error:.1e}")
+    changed = []
+    for dtype in (torch.float32, torch.bfloat16):
+        on_device.to(dtype)
+        one, other = (given_latents(on_device, sequences, given) for sequences in (first, second))
+        changed.append(int((one != other).sum()))
+        part.require(not changed[-1], f"{dtype}: {changed[-1]} entries of given latents depend on what is written")
+    part.rows.append(["entries of given latents that change", *map(str, changed)])
+    part.rows.append(["guided latents", f"{error:.1e}", "–"])
+    return part
+
+
 def check_compile(scale: Scale) -> Part:
     part = Part(
         "`pipe.transformer.compile_repeated_blocks(fullgraph=True)` against the same pipeline without, 8 steps, "
@@ -666,6 +708,7 @@ CHECKS: dict[str, tuple[str, Callable[[Scale], Part]]] = {
     "models": ("Models", check_models),
     "objectives": ("Objectives", check_objectives),
     "sampling": ("Sampling", check_sampling),
+    "conditions": ("Texts given in part", check_conditions),
     "training": ("Training steps", check_training),
     "offload": ("Offloading", check_offload),
     "compile": ("Compiled blocks", check_compile),
