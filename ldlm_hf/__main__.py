@@ -51,10 +51,12 @@ def write(options: argparse.Namespace) -> None:
         "generator": generator,
     }
     length = options.max_new_tokens
-    if options.num_texts == 1 and options.suffix is None and length is not None:
-        print(options.prompt or "", end="", flush=True)
+    writes_freely = options.suffix is None and pipeline.config.source_length is None
+    if options.num_texts == 1 and writes_freely and length is not None:
+        written = options.prompt or ""
         for block in pipeline.stream(options.prompt, max_new_tokens=length, **sampling):
-            print(block.texts[0], end="", flush=True)
+            print(written + block.texts[0], end="", flush=True)
+            written = ""
         print()
         return
     count = "batch_size" if options.prompt is None and options.suffix is None else "num_texts_per_prompt"
@@ -69,7 +71,7 @@ def main() -> None:
     options = parse_arguments()
     try:
         write(options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # torch's words for a device or seed
         raise SystemExit(f"python -m ldlm_hf: {error}") from error
 
 

@@ -50,6 +50,23 @@ def test_a_long_text_appears_whole(write: Callable[..., str], folder: Path) -> N
     assert write("w5 w6", "--max_new_tokens", 20, *options) == expected + "\n"
 
 
+def test_a_target_may_be_shorter(write: Callable[..., str], folder: Path, tmp_path: Path) -> None:
+    pipe = LDLMPipeline(**LDLMPipeline.from_pretrained(folder).components, ends_texts=True, source_length=3)
+    pipe.save_pretrained(tmp_path / "pairs")
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe("w5 w6", max_new_tokens=2, num_inference_steps=2, generator=generator).texts[0]
+    options = ["--pipeline", tmp_path / "pairs", "--num_inference_steps", 2, "--seed", 3]
+    assert write("w5 w6", "--max_new_tokens", 2, *options) == expected + "\n"
+
+
+def test_nothing_is_written_where_something_is_wrong(
+    write: Callable[..., str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="does not know"):
+        write("hello", "--max_new_tokens", 20, "--pipeline", folder)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["hello"], "does not know"), (["w5", "--max_new_tokens", 0], "`max_new_tokens`"), (["w5 " * 9], "no room")],

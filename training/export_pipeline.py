@@ -50,6 +50,11 @@ def export_pipeline(
             write_component_code(type(component), folder, name)
     else:
         if pipeline.token_encoder is not None and pipeline.token_encoder.config.representation != "scratch":
+            if backbone is None and pipeline.token_encoder.config.backbone_source is None:
+                raise ValueError(
+                    f"{source!r} does not say where its token encoder's language model comes from. Name it with "
+                    "--backbone HUB_ID (or package:NAME/FOLDER), or leave it out with --without_token_encoder."
+                )
             pipeline.token_encoder.leave_out_backbone(backbone)
         pipeline.save_pretrained(folder)
 

@@ -41,7 +41,8 @@ def continue_prompt(
     def marked(rows: list[list[int]]) -> list[Pieces]:
         num_written = len(rows[0]) - num_given - num_last
         marks = [GIVEN] * num_given + [None] * num_written + [GIVEN] * num_last
-        return [mark_tokens(pipeline.tokenizer, row, marks) for row in rows]
+        start = len(marks) if num_last else num_given
+        return [mark_tokens(pipeline, row, marks, start) for row in rows]
 
     arguments = {"num_texts_per_prompt": num_texts, "max_new_tokens": max_new_tokens, **sampling}
     if suffix:

@@ -8,6 +8,7 @@ import gradio as gr
 import torch
 
 from ..pipelines.pipeline_ldlm import LDLMPipeline
+from ..pipelines.prompts import tokenize
 from .events import ONE_AT_A_TIME, check_text, errors_shown, seeded_generator
 from .marked_texts import Pieces, mark_changes, text_box
 
@@ -27,8 +28,8 @@ def edit_text(pipeline: LDLMPipeline, text: str, **arguments: Any) -> tuple[Piec
     check_text("text", text)
     sequences, _ = pipeline.edit(text, return_dict=False, **arguments)
     after = sequences[0].cpu()
-    before = torch.tensor(pipeline.tokenizer(text, add_special_tokens=False)["input_ids"])
-    return mark_changes(pipeline.tokenizer, before, after), mark_changes(pipeline.tokenizer, after, before)
+    before = torch.tensor(tokenize(pipeline.prompt_tokenizer, text, "text"))
+    return mark_changes(pipeline, before, after), mark_changes(pipeline, after, before)
 
 
 def editing_tab(pipeline: LDLMPipeline) -> None:

@@ -148,7 +148,7 @@ def generation_tab(pipeline: LDLMPipeline) -> None:
                     labels = [f"Text {number}" for number in range(1, len(frame.sequences) + 1)]
                     before = itertools.repeat(None) if previous is None else previous
                     pairs = zip(frame.sequences, before, strict=False)
-                    texts = [mark_changes(pipeline.tokenizer, *pair) for pair in pairs]
+                    texts = [mark_changes(pipeline, *pair) for pair in pairs]
                     yield [describe(frame, previous), *fill_boxes(labels, texts, MAX_TEXTS)]
                     previous = frame.sequences
         finally:

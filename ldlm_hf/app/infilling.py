@@ -28,7 +28,9 @@ def fill_gaps(pipeline: LDLMPipeline, text: str, gap_tokens: int, **sampling: An
     """
     sequences, _ = pipeline.infill(text, gap=GAP, gap_tokens=gap_tokens, return_dict=False, **sampling)
     (row,) = rows_with_gaps(pipeline.prompt_tokenizer, [text], GAP, int(gap_tokens), pipeline.sequence_length)
-    return mark_tokens(pipeline.tokenizer, sequences[0].tolist(), [None if token is None else GIVEN for token in row])
+    marks = [None if token is None else GIVEN for token in row]
+    end_of_given = max((place + 1 for place, mark in enumerate(marks) if mark), default=0)
+    return mark_tokens(pipeline, sequences[0].tolist(), marks, end_of_given)
 
 
 def infilling_tab(pipeline: LDLMPipeline) -> None:

@@ -51,7 +51,7 @@ def interpolation_tab(pipeline: LDLMPipeline) -> None:
             sequences = interpolate_texts(pipeline, first, second, num_points)
         labels = [f"{100 * point / (num_points - 1):.0f}% of the way" for point in range(len(sequences))]
         previous = torch.cat([sequences[:1], sequences[:-1]])
-        texts = [mark_changes(pipeline.tokenizer, *pair) for pair in zip(sequences, previous, strict=True)]
+        texts = [mark_changes(pipeline, *pair) for pair in zip(sequences, previous, strict=True)]
         return fill_boxes(labels, texts, MAX_POINTS)
 
     gr.Markdown(ABOUT)

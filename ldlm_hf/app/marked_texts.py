@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 import gradio as gr
 import torch
-from transformers import PreTrainedTokenizerBase
+
+from ..pipelines.pipeline_ldlm import LDLMPipeline
 
 
 CHANGED = "changed"
@@ -27,11 +28,13 @@ CSS = """
 Pieces: TypeAlias = list[tuple[str, str | None]]
 
 
-def mark_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], marks: list[str | None]) -> Pieces:
-    """Splits a text into pieces, each with the mark of its tokens, or None.
+def mark_tokens(pipeline: LDLMPipeline, token_ids: list[int], marks: list[str | None], start: int = 0) -> Pieces:
+    """Splits a text into pieces, each with the mark of its tokens, or None; as far as its end, looked for from `start`
+    on, where the pipeline's texts have one.
 
     The pieces joined are exactly the text, without special tokens. A character of several tokens counts to the last.
     """
+    tokenizer, token_ids = pipeline.tokenizer, pipeline.up_to_end(token_ids, start)
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     pieces: Pieces = []
     num_tokens = start = 0
@@ -49,12 +52,12 @@ def mark_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], marks:
     return pieces
 
 
-def mark_changes(tokenizer: PreTrainedTokenizerBase, sequence: torch.Tensor, previous: torch.Tensor | None) -> Pieces:
+def mark_changes(pipeline: LDLMPipeline, sequence: torch.Tensor, previous: torch.Tensor | None) -> Pieces:
     """Marks the tokens of a sequence (L,) that differ from those at the same place of the previous one (L,), or all
     where there was none.
     """
     changed = [True] * len(sequence) if previous is None else (sequence != previous).tolist()
-    return mark_tokens(tokenizer, sequence.tolist(), [CHANGED if is_changed else None for is_changed in changed])
+    return mark_tokens(pipeline, sequence.tolist(), [CHANGED if is_changed else None for is_changed in changed])
 
 
 def text_box(elem_id: str, **options: Any) -> gr.HighlightedText:

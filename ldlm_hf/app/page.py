@@ -15,22 +15,35 @@ from .interpolation import interpolation_tab
 THEME = gr.themes.Default(font=["Arial", "sans-serif"])  # fonts that every system has: none is fetched
 
 
+def check_generation(pipeline: LDLMPipeline) -> None:
+    """Raises ValueError for a pipeline that cannot write, or only for sources."""
+    pipeline.require_components("this tab", "transformer", "scheduler", "token_decoder", "tokenizer")
+    pipeline.check_writes_freely("This tab")
+
+
 def check_prompts(pipeline: LDLMPipeline) -> None:
     """Raises ValueError for a pipeline that cannot be given a part of a text."""
-    pipeline.require_components("a prompt", "transformer", "tokenizer")
+    check_generation(pipeline)
     pipeline.check_takes_prompts()
 
 
 def check_encoders(pipeline: LDLMPipeline) -> None:
-    """Raises ValueError for a pipeline that cannot map texts to latents."""
-    pipeline.require_components("this tab", "tokenizer", "token_encoder", "latent_encoder")
+    """Raises ValueError for a pipeline that cannot map texts to latents and back."""
+    pipeline.require_components("this tab", "tokenizer", "token_encoder", "latent_encoder", "token_decoder")
+
+
+def check_editing(pipeline: LDLMPipeline) -> None:
+    """Raises ValueError for a pipeline that cannot do both."""
+    check_generation(pipeline)
+    check_encoders(pipeline)
 
 
 # name: what the pipeline has to be able to do, and what is in the tab
-OPTIONAL_TABS = {
+TABS = {
+    "Generate": (check_generation, generation_tab),
     "Continue": (check_prompts, continuation_tab),
     "Infill": (check_prompts, infilling_tab),
-    "Edit": (check_encoders, editing_tab),
+    "Edit": (check_editing, editing_tab),
     "Interpolate": (check_encoders, interpolation_tab),
 }
 
@@ -42,9 +55,7 @@ def build_app(pipeline: LDLMPipeline) -> gr.Blocks:
     """
     with gr.Blocks(title="Latent Diffusion Language Model", analytics_enabled=False) as app:
         gr.Markdown("# Latent Diffusion Language Model")
-        with gr.Tab("Generate"):
-            generation_tab(pipeline)
-        for name, (check, build_tab) in OPTIONAL_TABS.items():
+        for name, (check, build_tab) in TABS.items():
             with gr.Tab(name):
                 try:
                     check(pipeline)

@@ -196,6 +196,11 @@ def make_sets(
     from the left is told no more than that, and knows no guidance. What takes no prompts is steered."""
     sets = []
     for subject in subjects:
+        if subject.told_without_encoders and not options.steering_scales:
+            raise ValueError(
+                f"--task {task.name}: the pipeline {subject.name!r} takes prompts, but lacks "
+                f"{' and '.join(subject.missing_encoders)}: save it with its encoders, or name another."
+            )
         if subject.conditioning is None and not options.steering_scales:
             raise ValueError(
                 f"--task {task.name}: the pipeline {subject.name!r} takes no prompts. Train it further with "

@@ -88,8 +88,8 @@ class EvaluationOptions:
             if is_given and self.task not in tasks:
                 raise ValueError(f"{option} goes with --task {' or '.join(tasks)}, not {self.task}: leave it out.")
         for name, scales in (("guidance", self.guidance_scales), ("steering", self.steering_scales)):
-            if any(not 0 <= scale < math.inf for scale in scales):
-                raise ValueError(f"--{name}_scales {list(scales)}: weights are at least 0.")
+            if any(not 0 <= scale < math.inf for scale in scales) or len(set(scales)) < len(scales):
+                raise ValueError(f"--{name}_scales {list(scales)}: weights are at least 0, each once.")
 
     @property
     def labels(self) -> list[str]:

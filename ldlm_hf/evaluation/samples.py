@@ -28,7 +28,8 @@ class Subject:
 
     `digest` is of its components and of the arguments that its call takes, `vocabulary` of its tokenizer's;
     `sequence_length` is in tokens, `takes_steps` says whether its number of steps can be chosen, `conditioning` is the
-    argument of its call that says which tokens are given (None: it takes none), `source_length` counts the tokens of a
+    argument of its call that says which tokens are given (None: it takes none), `has_roles` whether its denoiser was
+    trained with such, `source_length` counts the tokens of a
     source, and `missing_encoders` are the components that `encode` needs and that it lacks.
     """
 
@@ -39,6 +40,7 @@ class Subject:
     sequence_length: int
     takes_steps: bool
     conditioning: str | None
+    has_roles: bool
     source_length: int | None
     digest: str
     vocabulary: str
@@ -65,11 +67,17 @@ class Subject:
             sequence_length=pipeline.sequence_length,
             takes_steps=takes_steps(pipeline),
             conditioning=conditioning(pipeline),
+            has_roles=has_roles(pipeline),
             source_length=pipeline.config.get("source_length"),
             digest=digest([parts, vocabulary, tuple(arguments.items())]),
             vocabulary=vocabulary,
             missing_encoders=missing_encoders(pipeline),
         )
+
+    @property
+    def told_without_encoders(self) -> bool:
+        """Whether it takes no prompts for want of its encoders alone."""
+        return self.conditioning is None and self.has_roles and bool(self.missing_encoders)
 
     @property
     def text_layout(self) -> tuple[str, int, int | None]:
@@ -102,8 +110,13 @@ def conditioning(pipeline: DiffusionPipeline) -> str | None:
     arguments = inspect.signature(type(pipeline).__call__).parameters
     if "prompt_ids" in arguments:
         return "prompt_ids"
-    takes_prompts = "given_tokens" in arguments and pipeline.transformer.config.role_embeds
-    return "given_tokens" if takes_prompts and not missing_encoders(pipeline) else None
+    return "given_tokens" if has_roles(pipeline) and not missing_encoders(pipeline) else None
+
+
+def has_roles(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline's denoiser was trained with texts given in part."""
+    transformer = pipeline.components.get("transformer")
+    return transformer is not None and bool(transformer.config.get("role_embeds"))
 
 
 def missing_encoders(pipeline: DiffusionPipeline) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ def rouge_l(predictions: list[str], references: list[str]) -> dict[str, Any]:
     which the metric `rouge` of `evaluate` calls, too.
 
     A continuation may be good and share no word with what was really written: ROUGE says how much of the truth is
-    found again, not how good a text is. Words are lower-case letters and digits, without stemming.
+    found again, not how good a text is. Words are lower-case letters and digits, without stemming; two blank texts
+    have 1.
 
     Args:
         predictions (`list[str]`): generated texts.
@@ -35,7 +36,10 @@ def rouge_l(predictions: list[str], references: list[str]) -> dict[str, Any]:
     check_texts("predictions", predictions)
     check_references(predictions, references)
     scorer = RougeScorer(["rougeL"])
-    scores = [scorer.score(real, text)["rougeL"].fmeasure for text, real in zip(predictions, references, strict=True)]
+    scores = [
+        scorer.score(real, text)["rougeL"].fmeasure if text.strip() or real.strip() else 1.0
+        for text, real in zip(predictions, references, strict=True)
+    ]
     return {"rouge_l": math.fsum(scores) / len(scores), "num_texts": len(scores)}
 
 

@@ -64,8 +64,8 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be two times in [0, 1], the lower one first, got {interval}.")
         generator = sampling.generator
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -96,14 +96,19 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         guidance_rescale: float | None = None,
         guidance_scale: float | None = None,
     ) -> None:
-        """Makes guidance that of calls without any, which is saved with the pipeline.
+        """Makes guidance that of calls without any, which is saved with the pipeline; what is None stays as it was.
 
         Raises:
             ValueError: some that the denoiser cannot be given.
         """
         if self.transformer is not None:
             self.check_guidance(self_condition_scale, rescale=guidance_rescale)
-        self._register_guidance(self_condition_scale, guidance_rescale, guidance_scale)
+        own = self.config
+        self._register_guidance(
+            own.self_condition_scale if self_condition_scale is None else self_condition_scale,
+            own.guidance_rescale if guidance_rescale is None else guidance_rescale,
+            own.guidance_scale if guidance_scale is None else guidance_scale,
+        )
 
     def _register_guidance(
         self, self_condition_scale: float | None, guidance_rescale: float | None, guidance_scale: float | None

@@ -375,6 +375,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if rows is not None:
             if not (prompt is None and suffix is None and max_new_tokens is None):
                 raise ValueError("`given_tokens` say all that is given; leave prompt, suffix and max_new_tokens out.")
+            rows.check(self.sequence_length)
             batch_size = len(rows.sequences)
         else:
             prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
@@ -403,19 +404,17 @@ class LDLMPipeline(LatentDenoisingPipeline):
             for block in self._write_blocks(prompts, max_new_tokens or 0, sampling):
                 for row, new in zip(written, block, strict=True):
                     row += new
-            output = LDLMPipelineOutput(sequences=self.pad_rows(written))
+            sequences: torch.Tensor | None = self.pad_rows(written)
+            clean_latents = None
         else:
-            clean_latents = self._write(rows, batch_size, sampling, CallState(), latents)
-            output = LDLMPipelineOutput(latents=clean_latents.float())
-            if output_type != "latent":
-                output.sequences = self.finished_sequences(rows, clean_latents)
-        if output_type == "text" and output.sequences is not None:
-            output.texts = self._texts_of(rows, output.sequences)
+            clean_latents = self._write(rows, batch_size, sampling, CallState(), latents).float()
+            sequences = None if output_type == "latent" else self.finished_sequences(rows, clean_latents)
+        texts = self._texts_of(rows, sequences) if output_type == "text" and sequences is not None else None
         self.maybe_free_model_hooks()
 
         if not return_dict:
-            return (output.latents,) if output_type == "latent" else (output.sequences, output.texts)
-        return output
+            return (clean_latents,) if output_type == "latent" else (sequences, texts)
+        return LDLMPipelineOutput(sequences=sequences, texts=texts, latents=clean_latents)
 
     @torch.no_grad()
     def stream(
@@ -450,7 +449,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
         )
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
-        arguments = Sampling(**sampling)
+        arguments = Sampling.of("stream", sampling)
         self.check_inputs(len(prompts), arguments)
         given = [len(one) for one in prompts]
         written, shown = prompts, self._to_texts(prompts, given)
@@ -524,7 +523,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.check_writes_freely("`edit`")
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
-        arguments = Sampling(**sampling)
+        if strength == 0:
+            raise ValueError("`strength`=0 changes nothing; it must be a number in (0, 1].")
+        arguments = Sampling.of("edit", sampling)
         versions = int(num_texts_per_prompt)
         rows = [tokenize(self.prompt_tokenizer, text, "texts") for text in as_texts("texts", texts)]
         latents = self.encode_sequences(self.fill_rows(rows)).repeat_interleave(versions, dim=0)
@@ -625,7 +626,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
                     f"{self.sequence_length} tokens, the prompt included."
                 )
         rows = self.rows_around(prompts, suffixes, max_new_tokens)
-        arguments = Sampling(**sampling)
+        arguments = Sampling.of("steer", sampling)
         self.check_inputs(len(prompts), arguments)
 
         rewards_of = partial(self._rewards_of, name, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,25 @@ class GivenTokens:
             torch.tensor([[token is not None for token in row] for row in filled]),
             [len(row) for row in rows],
         )
+
+    def check(self, sequence_length: int) -> None:
+        """Raises ValueError for rows that are not those of a model of L tokens."""
+        sequences, given = self.sequences, self.given
+        are_tensors = isinstance(sequences, torch.Tensor) and isinstance(given, torch.Tensor)
+        if not are_tensors or sequences.ndim != 2 or sequences.shape[1] != sequence_length:
+            raise ValueError(f"`given_tokens.sequences` must be token ids of shape (batch_size, {sequence_length}).")
+        if given.shape != sequences.shape or given.dtype != torch.bool:
+            raise ValueError(
+                f"`given_tokens.given` must be bool of the shape of the sequences, {tuple(sequences.shape)}, got "
+                f"{given.dtype} of shape {tuple(given.shape)}."
+            )
+        ends = self.ends_of_given
+        fit = [end <= length <= sequence_length for end, length in zip(ends, self.lengths, strict=False)]
+        if len(self.lengths) != len(sequences) or not all(fit):
+            raise ValueError(
+                f"`given_tokens.lengths`={reprlib.repr(self.lengths)} must be one for each of {len(sequences)} rows, "
+                f"from the end of what is given, {reprlib.repr(ends)}, to {sequence_length}."
+            )
 
     def repeat(self, times: int) -> GivenTokens:
         """Rows of which each comes so many times, one behind the other."""
@@ -72,13 +92,33 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[i
     """
     if not isinstance(text, str):
         raise ValueError(f"`{name}` must be a text or a list of texts, got {reprlib.repr(text)}.")
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise ValueError(f"`{name}` is no valid Unicode: it has half of a surrogate pair. {reprlib.repr(text)}")
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
+    ids = encoded["input_ids"]
+    is_unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+    if is_unknown or (tokenizer.is_fast and loses_characters(text, encoded["offset_mapping"])):
         raise ValueError(
             f"`{name}` has characters or words that the tokenizer does not know, and would be lost: "
             f"{reprlib.repr(text)}. Leave them out."
         )
     return ids
+
+
+def loses_characters(text: str, offsets: list[tuple[int, int]]) -> bool:
+    """Whether a character of a text belongs to no token, other than spaces and accents that are written apart."""
+    end = 0
+    for first, last in [*offsets, (len(text), len(text))]:
+        if any(not (one.isspace() or unicodedata.combining(one)) for one in text[end:first]):
+            return True
+        end = max(end, last)
+    return False
 
 
 def tokenize_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

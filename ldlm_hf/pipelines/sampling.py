@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -57,6 +57,16 @@ class Sampling:
     guidance_interval: Sequence[float] = (0.0, 1.0)
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None
+
+    @classmethod
+    def of(cls, caller: str, arguments: dict[str, Any]) -> Sampling:
+        """The arguments of a method; TypeError, as Python's own, for those that it does not take."""
+        names = [field.name for field in fields(cls)]
+        for name in arguments.keys() - set(names):
+            raise TypeError(
+                f"{caller}() got an unexpected argument {name!r}. Of the call's it takes {', '.join(names)}."
+            )
+        return cls(**arguments)
 
     @property
     def callback_tensors(self) -> list[str]:

@@ -133,10 +133,10 @@ class TextLatentPipeline(RepositoryPipeline):
         if self.config.ends_texts or source_length:
             rows = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
             starts = [max(end, source_length) for end in ends_of_given or [0] * len(rows)]
-            sequences = [self._up_to_end(row, start)[source_length:] for row, start in zip(rows, starts, strict=True)]
+            sequences = [self.up_to_end(row, start)[source_length:] for row, start in zip(rows, starts, strict=True)]
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
-    def _up_to_end(self, row: list[int], start: int) -> list[int]:
+    def up_to_end(self, row: list[int], start: int) -> list[int]:
         """The tokens of a text before the first end-of-text token from `start` on, where texts end at one."""
         end = self.fill_token_id
         return row[: row.index(end, start)] if end is not None and self.is_over(row[start:]) else row

@@ -219,7 +219,11 @@ def load_denoiser(source: str, changes: dict[str, Any]) -> LDLMTransformer1DMode
     try:
         lost = transformer.load_state_dict(pretrained.state_dict(), strict=False).unexpected_keys
     except RuntimeError as error:
-        raise ValueError(f"model.transformer={changes} does not fit components={source!r}: {error}") from error
+        other = {name: pretrained.config[name] for name in changes if pretrained.config.get(name) != changes[name]}
+        raise ValueError(
+            f"model.transformer={changes} does not fit components={source!r}, whose denoiser has {other}: use the "
+            "configuration that it was trained by, or set these."
+        ) from error
     if lost:
         raise ValueError(f"model.transformer={changes} has no place for {', '.join(lost)} of components={source!r}.")
     return transformer

@@ -60,7 +60,7 @@ def test_the_last_frame_is_what_the_pipeline_gives(make_pipeline: Callable[..., 
     expected = plain_output(pipeline, 3, 12, seed=5)
     last = generate(pipeline, 3, 12, 5, decode_every)[-1]
     assert torch.equal(last.sequences, expected.sequences)
-    assert [joined(mark_changes(pipeline.tokenizer, sequence, None)) for sequence in last.sequences] == expected.texts
+    assert [joined(mark_changes(pipeline, sequence, None)) for sequence in last.sequences] == expected.texts
     assert not torch.equal(last.sequences, plain_output(pipeline, 3, 12, seed=6).sequences)
 
 
@@ -85,24 +85,29 @@ def test_frames_decode_the_clean_prediction_of_their_step(make_pipeline: Callabl
         assert pipeline.tokenizer.batch_decode(frame.sequences, skip_special_tokens=True) == texts[frame.step]
 
 
+def reader(tokenizer: PreTrainedTokenizerFast) -> LDLMPipeline:
+    """A pipeline that knows words alone."""
+    return LDLMPipeline(None, None, None, tokenizer, None)
+
+
 def test_only_changed_tokens_are_highlighted(tiny_tokenizer: PreTrainedTokenizerFast):
     before = torch.tensor([2, 3, 4, 5, 1, 7])
     after = torch.tensor([2, 9, 8, 5, 6, 7])
-    assert mark_changes(tiny_tokenizer, after, before) == [
+    assert mark_changes(reader(tiny_tokenizer), after, before) == [
         ("w2 ", None),
         ("w9 w8", CHANGED),
         (" w5 ", None),
         ("w6", CHANGED),
         (" w7", None),
     ]
-    assert mark_changes(tiny_tokenizer, after, after) == [("w2 w9 w8 w5 w6 w7", None)]
-    assert mark_changes(tiny_tokenizer, after, None) == [("w2 w9 w8 w5 w6 w7", CHANGED)]
+    assert mark_changes(reader(tiny_tokenizer), after, after) == [("w2 w9 w8 w5 w6 w7", None)]
+    assert mark_changes(reader(tiny_tokenizer), after, None) == [("w2 w9 w8 w5 w6 w7", CHANGED)]
 
 
 def test_special_tokens_show_nothing(tiny_tokenizer: PreTrainedTokenizerFast):
     before, after = torch.tensor([1, 1, 3, 1]), torch.tensor([1, 2, 3, 0])
-    assert mark_changes(tiny_tokenizer, after, before) == [("w2", CHANGED), (" w3", None)]
-    assert mark_changes(tiny_tokenizer, torch.ones(4, dtype=torch.long), before) == []
+    assert mark_changes(reader(tiny_tokenizer), after, before) == [("w2", CHANGED), (" w3", None)]
+    assert mark_changes(reader(tiny_tokenizer), torch.ones(4, dtype=torch.long), before) == []
 
 
 def test_pieces_of_characters_and_words_join_to_the_text(byte_tokenizer: PreTrainedTokenizerFast):
@@ -113,7 +118,7 @@ def test_pieces_of_characters_and_words_join_to_the_text(byte_tokenizer: PreTrai
         for _ in range(20):
             changed = torch.rand(len(token_ids), generator=generator) < 0.4
             before = torch.where(changed, (token_ids + 1) % 256, token_ids)
-            assert joined(mark_changes(byte_tokenizer, token_ids, before)) == text
+            assert joined(mark_changes(reader(byte_tokenizer), token_ids, before)) == text
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +310,9 @@ def test_a_denoiser_of_whole_texts_edits_and_says_why_it_does_not_continue(make_
     assert all("role_embeds=False" in text and "conditioning.prefix_share=0.25" in text for text in off.values())
 
 
-def test_a_page_without_a_denoiser_says_so_where_prompts_go(make_pipeline: Callable[..., LDLMPipeline]):
+def test_a_page_without_a_denoiser_says_so(make_pipeline: Callable[..., LDLMPipeline]):
     off = tabs_that_are_off(build_app(make_pipeline(transformer=None)))
-    assert off.keys() == {"Continue", "Infill"}
+    assert off.keys() == {"Generate", "Continue", "Infill", "Edit"}
     assert all("lacks transformer" in text for text in off.values())
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import gradio as gr
 import gradio_client
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ldlm_hf import LDLMPipeline
+from ldlm_hf.app import build_app
 from ldlm_hf.app.continuation import continue_prompt
 from ldlm_hf.app.editing import edit_text
 from ldlm_hf.app.infilling import fill_gaps
@@ -147,3 +151,45 @@ def test_the_endpoints_stream_and_say_what_is_wrong(
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
             client.predict(*arguments, api_name=api_name)
+
+
+def ending(pipeline: LDLMPipeline, **settings: object) -> LDLMPipeline:
+    """The pipeline as one whose texts end, and end soon."""
+    pipeline.token_decoder.head.weight.data[pipeline.fill_token_id] *= 4
+    changed = LDLMPipeline(**pipeline.components, ends_texts=True, **settings)
+    changed.set_progress_bar_config(disable=True)
+    return changed
+
+
+def test_the_page_shows_nothing_behind_an_end(make_conditional_pipeline: Callable[[], LDLMPipeline]) -> None:
+    pipeline = ending(make_conditional_pipeline())
+    arguments = {"num_inference_steps": 3}
+    expected = pipeline("w5 w6", num_texts_per_prompt=8, max_new_tokens=6, generator=seeded(), **arguments)
+    assert any(len(text.split()) < 8 for text in expected.texts)
+    *_, texts = continue_prompt(pipeline, "w5 w6", "", 8, 6, generator=seeded(), **arguments)
+    assert [joined(text) for text in texts] == expected.texts
+    expected = pipeline.infill("w5 ___ w6 ___", gap_tokens=2, generator=seeded(), **arguments)
+    assert joined(fill_gaps(pipeline, "w5 ___ w6 ___", 2, generator=seeded(), **arguments)) == expected.texts[0]
+    expected = pipeline.edit("w5 w6 w7 w8", strength=0.9, num_inference_steps=4, generator=seeded())
+    _, after = edit_text(pipeline, "w5 w6 w7 w8", strength=0.9, num_inference_steps=4, generator=seeded())
+    assert joined(after) == expected.texts[0]
+
+
+def test_a_pipeline_of_pairs_has_no_tab_that_it_cannot_serve(
+    make_conditional_pipeline: Callable[[], LDLMPipeline],
+) -> None:
+    page = build_app(ending(make_conditional_pipeline(), source_length=3))
+    texts = [block.value for block in page.blocks.values() if isinstance(block, gr.Markdown)]
+    off = [text.split("**")[1] for text in texts if "is off:" in text]
+    assert off == ["Generate is off:", "Continue is off:", "Infill is off:", "Edit is off:"]
+
+
+def test_special_tokens_are_edited_as_text(make_conditional_pipeline: Callable[[], LDLMPipeline]) -> None:
+    """As the pipeline's `edit` reads them: three pieces, where the tokenizer by itself sees one end of text."""
+    pipeline = make_conditional_pipeline()
+    words = ["<", "eos", ">", *(f"w{index}" for index in range(2, 38))]
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0} | {word: place for place, word in enumerate(words, 1)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pipeline.register_modules(tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>"))
+    before, after = edit_text(pipeline, "w5 <eos> w6", strength=0.5, num_inference_steps=4, generator=seeded())
+    assert joined(before) == "w5 < eos > w6" and after

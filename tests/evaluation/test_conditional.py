@@ -317,6 +317,8 @@ def test_a_run_ends_with_texts_that_were_given_in_part(
         ({"task": "continuation", "gap_tokens": 3}, "--gap_tokens goes with --task infilling, not continuation"),
         ({"guidance_scales": (2.0,)}, "--guidance_scales goes with --task continuation or infilling"),
         ({"task": "continuation", "guidance_scales": (-1.0,)}, "weights are at least 0"),
+        ({"task": "continuation", "guidance_scales": (1.0, 1.0)}, "each once"),
+        ({"task": "infilling", "steering_scales": (3.0, 3.0)}, "each once"),
         ({"task": "continuation", "controls": True}, "--controls goes with --task unconditional"),
     ],
 )
@@ -326,7 +328,7 @@ def test_options_of_another_task(options: dict[str, Any], match: str) -> None:
 
 
 def test_what_does_not_fit_is_refused(
-    evaluate: Callable[..., Any], make_pipeline: Callable[..., LDLMPipeline], tmp_path: Path
+    evaluate: Callable[..., Any], make_pipeline: Callable[..., LDLMPipeline], conditional: Path, tmp_path: Path
 ) -> None:
     options = EvaluationOptions(**OPTIONS, task="continuation", prompt_tokens=8)
     with pytest.raises(ValueError, match="--prompt_tokens 8 leaves nothing to write of the models' 8 tokens"):
@@ -336,5 +338,8 @@ def test_what_does_not_fit_is_refused(
     make_pipeline().save_pretrained(tmp_path / "whole" / "pipeline")
     with pytest.raises(ValueError, match="the pipeline 'whole' takes no prompts. Train it further"):
         evaluate("--task", "continuation", pipelines=(tmp_path / "whole" / "pipeline",))
+    LDLMPipeline.from_pretrained(conditional, token_encoder=None).save_pretrained(tmp_path / "small" / "pipeline")
+    with pytest.raises(ValueError, match="'small' takes prompts, but lacks token_encoder"):
+        evaluate("--task", "continuation", pipelines=(tmp_path / "small" / "pipeline",))
     with pytest.raises(ValueError, match="is no MODEL:LAYER"):
         evaluate("--task", "continuation", "--bert_score", "roberta-large")

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ldlm_hf import GivenTokens, LDLMPipeline, TangentDDIMScheduler
 from ldlm_hf.models.conditions import Conditions
 from ldlm_hf.models.guidance import guide
-from ldlm_hf.pipelines.prompts import tokenize_suffix, whole_characters
+from ldlm_hf.pipelines.prompts import tokenize, tokenize_suffix, whole_characters
 from ldlm_hf.pipelines.sampling import Sampling
 from ldlm_hf.schedulers.tangent import alpha_sigma
 
@@ -295,6 +295,75 @@ def test_a_character_of_two_blocks_comes_with_the_second() -> None:
     blocks = [b"abc\xd7", b"abc\xd7\x90"]
     first, second = (whole_characters(block.decode(errors="replace")) for block in blocks)
     assert [first, second[len(first) :]] == ["abc", "\u05d0"]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"output_type": "seq"}, {"max_new_tokens": 3}, {"max_new_tokens": 12}])
+def test_an_output_has_its_fields_as_keys(pipe: LDLMPipeline, arguments: dict[str, Any]) -> None:
+    output = pipe("w5 w6", num_inference_steps=2, **arguments)
+    assert output[0] is output["sequences"] is output.sequences
+    assert ("texts" in output) == (arguments.get("output_type") != "seq")
+    assert ("latents" in output) == (arguments.get("max_new_tokens") != 12)
+
+
+def test_rows_made_by_hand_are_looked_at(pipe: LDLMPipeline) -> None:
+    sequences, given = torch.full((2, LENGTH), 5), torch.arange(LENGTH).expand(2, -1) < 3
+    for rows, message in (
+        (GivenTokens(sequences[:, :4], given[:, :4], [4, 4]), r"token ids of shape \(batch_size, 8\)"),
+        (GivenTokens([[5] * LENGTH], given, [8]), "must be token ids"),
+        (GivenTokens(sequences, given.int(), [8, 8]), "must be bool of the shape"),
+        (GivenTokens(sequences, given, [8]), "one for each of 2 rows"),
+        (GivenTokens(sequences, given, [8, 100]), "to 8"),
+        (GivenTokens(sequences, given, [8, 2]), "from the end of what is given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(given_tokens=rows, num_inference_steps=1)
+
+
+def test_guidance_that_is_not_named_stays(pipe: LDLMPipeline) -> None:
+    pipe.set_guidance(self_condition_scale=3.0, guidance_rescale=0.5)
+    pipe.set_guidance(guidance_scale=2.0)
+    config = pipe.config
+    assert (config.self_condition_scale, config.guidance_rescale, config.guidance_scale) == (3.0, 0.5, 2.0)
+    pipe("w5", num_inference_steps=2)
+    assert pipe.num_function_evaluations == 2 + 2 + 1
+    pipe("w5", num_inference_steps=2, guidance_scale=1.0)
+    assert pipe.num_function_evaluations == 2 + 1
+
+
+@pytest.mark.parametrize("method", ["stream", "edit", "steer"])
+def test_arguments_that_a_method_does_not_take(pipe: LDLMPipeline, method: str) -> None:
+    needed = {"stream": {}, "edit": {"texts": "w5"}, "steer": {"reward": len}}[method]
+    with pytest.raises(TypeError, match=f"{method}\\(\\) got an unexpected argument 'latents'.*guidance_scale"):
+        next(iter([getattr(pipe, method)(**needed, latents=None)][0]))
+
+
+def bert_like() -> PreTrainedTokenizerFast:
+    """A tokenizer that drops control characters, as BERT's."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "e": 2, "[SEP]": 3}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", sep_token="[SEP]")
+
+
+@pytest.mark.parametrize("text", ["a \u0007a", "\u200b", "a\u0000", "a \ufffd", "a b"])
+def test_characters_that_a_tokenizer_drops_are_no_prompt(text: str) -> None:
+    with pytest.raises(ValueError, match="does not know, and would be lost"):
+        tokenize(bert_like(), text, "prompt")
+
+
+@pytest.mark.parametrize("text", ["a  A", "\u00e9 e", "e\u0301", " a "])
+def test_spaces_case_and_accents_may_go(text: str) -> None:
+    assert set(tokenize(bert_like(), text, "prompt")) <= {1, 2}
+
+
+def test_half_of_a_surrogate_pair_is_no_text(pipe: LDLMPipeline) -> None:
+    with pytest.raises(ValueError, match="no valid Unicode"):
+        pipe("w5 \ud800", num_inference_steps=1)
+
+
+def test_generators_of_a_list_are_generators(pipe: LDLMPipeline) -> None:
+    with pytest.raises(ValueError, match="`generator` must be a torch.Generator or a list of them"):
+        pipe(batch_size=2, num_inference_steps=1, generator=[None, None])
 
 
 def test_edit_loses_no_characters_silently(pipe: LDLMPipeline) -> None:
