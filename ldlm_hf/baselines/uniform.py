@@ -1,0 +1,330 @@
+"""Uniform diffusion: Duo (Sahoo et al., 2025) with its Gaussian curriculum, and psi-samplers (Deschenaux et al.,
+2026).
+
+Each word is replaced by one of all K words with probability 1 - alpha_t. The network is told c = -log alpha_t. What it
+learns is the posterior of each word given the *other* noisy words: z_l itself enters by Bayes' rule, in the
+transitions below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from .categorical import (
+    POSITIONS_AT_ONCE,
+    Generators,
+    draw,
+    random_words_like,
+    row_generators,
+    uniform,
+    uniform_like,
+)
+from .gaussian_argmax import argmax_signal, argmax_signal_slope
+from .noise_schedule import grid_parts, linear_grid, log_linear_alpha, loop_grid
+from .token_scheduler import TokenScheduler
+
+
+# 1. The process and its loss
+
+
+def replace_words(
+    token_ids: torch.Tensor, alpha: torch.Tensor, vocab_size: int, generators: Generators
+) -> torch.Tensor:
+    """z_t of clean ids (B, L) at alpha_t (B,): a uniform draw of all K words with probability 1 - alpha_t."""
+    is_replaced = uniform_like(token_ids, generators) >= alpha[:, None]
+    return torch.where(is_replaced, random_words_like(token_ids, vocab_size, generators), token_ids)
+
+
+def uniform_loss(
+    logits: torch.Tensor, noisy_ids: torch.Tensor, token_ids: torch.Tensor, alpha: torch.Tensor, slope: torch.Tensor
+) -> torch.Tensor:
+    """Duo's bound in nats of each word, (n,), by one pass over the vocabulary.
+
+    With r = K alpha / (1 - alpha), l_j = log1p(r p_j), i the noisy word and o the right one,
+
+        z  = x:  S = (K l_i - sum l - (K - 1) log1p(r)) / (1 + r)
+        z != x:  S =  K l_i - sum l + r (l_i - l_o) + (1 + r) log1p(r)
+        loss = -alpha' / (K alpha) (S + K / (1 - alpha) (1 / (1 + r p_i) - 1 / (1 + r [z = x])))
+
+    Args:
+        logits: (n, K), float32 or float64.
+        noisy_ids, token_ids: i and o, (n,).
+        alpha: in (0, 1), (n,).
+        slope: d alpha/dt, negative, (n,).
+    """
+    vocab_size = logits.shape[-1]
+    alpha, slope = alpha.to(logits.dtype), slope.to(logits.dtype)
+    r = vocab_size * alpha / (1 - alpha)
+    probabilities = logits.softmax(-1)
+    levels = torch.log1p(r[:, None] * probabilities)
+    level_i, level_o, p_i = (
+        values.gather(-1, ids[:, None])[:, 0]
+        for values, ids in ((levels, noisy_ids), (levels, token_ids), (probabilities, noisy_ids))
+    )
+    is_right = noisy_ids == token_ids
+    excess = vocab_size * level_i - levels.sum(-1)
+    kept = (excess - (vocab_size - 1) * torch.log1p(r)) / (1 + r)
+    replaced = excess + r * (level_i - level_o) + (1 + r) * torch.log1p(r)
+    ratios = torch.where(is_right, kept, replaced)
+    ends = vocab_size / (1 - alpha) * (1 / (1 + r * p_i) - 1 / (1 + r * is_right))
+    return -slope / (vocab_size * alpha) * (ratios + ends)
+
+
+# 2. The curriculum: Gaussian noise whose argmax is the process
+
+LARGEST_OTHERS = 8
+
+
+def log_noise_ratio(times: torch.Tensor, gamma_min: float, gamma_max: float) -> torch.Tensor:
+    """gamma_t = gamma_min + t (gamma_max - gamma_min), the log of the variances of noise over signal."""
+    return gamma_min + times * (gamma_max - gamma_min)
+
+
+def argmax_alpha(gamma: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha = A(mu) at mu = exp(-gamma/2), and d alpha/d gamma = -A'(mu) mu/2; float64, of the shape of gamma."""
+    mu = torch.exp(-gamma.double().cpu() / 2)
+    return argmax_signal(mu, vocab_size), -argmax_signal_slope(mu, vocab_size) * mu / 2
+
+
+def distinct_others(token_ids: torch.Tensor, count: int, vocab_size: int, generators: Generators) -> torch.Tensor:
+    """`count` distinct words, none of them the token's own, uniformly and in random order: (B, L, count)."""
+    taken = token_ids[..., None]
+    for i in range(count):
+        # the n-th of the words that are not taken yet
+        word = random_words_like(token_ids, vocab_size - 1 - i, generators)
+        for other in taken.sort(-1).values.unbind(-1):
+            word = word + (word >= other)
+        taken = torch.cat([taken, word[..., None]], dim=-1)
+    return taken[..., 1:]
+
+
+def largest_normals(like: torch.Tensor, count: int, total: int, generators: Generators) -> torch.Tensor:
+    """The `count` largest of `total` standard normal numbers, falling, for each entry of a tensor (B, L): (B, L,
+    count), float64.
+
+    Their ranks are U_1 = R_1^(1/n), U_(q+1) = U_q R_(q+1)^(1/(n-q)) with uniform R, and the numbers Phi^-1(U).
+    """
+    numbers = uniform_like(like[..., None].expand(*like.shape, count), generators)
+    log_ranks = (torch.log1p(-numbers) / torch.arange(total, total - count, -1, device=like.device)).cumsum(-1)
+    # 1 - U keeps its digits where U is near 1
+    return -torch.special.ndtri(-torch.expm1(log_ranks))
+
+
+def gaussian_words(
+    token_ids: torch.Tensor, gamma: torch.Tensor, vocab_size: int, temperature: float, generators: Generators
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest entries of w = a onehot(x) + b eps, with a^2 = sigmoid(-gamma) and b^2 = sigmoid(gamma).
+
+    Only the right word's entry and the largest of the others are drawn, by their order (Duo++'s way). At the
+    temperature of training, 1e-3, all the rest have no weight in softmax(w / temperature).
+
+    Args:
+        token_ids: x, (B, L).
+        gamma: (B,).
+        vocab_size: words K.
+        temperature: of the softmax.
+        generators: one for each row.
+
+    Returns:
+        z = argmax w, (B, L); ids of the entries, (B, L, k + 1); and their weights, which sum to 1, float64.
+    """
+    gamma = gamma.double().to(token_ids.device)[:, None]
+    signal, noise = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+    count = min(LARGEST_OTHERS, vocab_size - 1)
+    right = signal + noise * torch.special.ndtri(uniform_like(token_ids, generators).clamp(min=2**-53))
+    others = noise[..., None] * largest_normals(token_ids, count, vocab_size - 1, generators)
+    entries = torch.cat([right[..., None], others], dim=-1)
+    ids = torch.cat([token_ids[..., None], distinct_others(token_ids, count, vocab_size, generators)], dim=-1)
+    largest = entries.argmax(-1, keepdim=True)
+    return ids.gather(-1, largest)[..., 0], ids, (entries / temperature).softmax(-1)
+
+
+# 3. Transitions
+
+
+def transition_weights(
+    p_i: torch.Tensor, alpha_t: float, alpha_s: float, vocab_size: int, kappa: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How the word z_s is drawn: it stays i / is one of p / is one of all words, with probabilities that sum to 1.
+
+    The ancestral posterior q(z_s | z_t = i, p) has them in the proportions
+
+        K alpha_t p_i + alpha_t/alpha_s - alpha_t : alpha_s - alpha_t : (1 - alpha_t/alpha_s) (1 - alpha_s)
+
+    and the psi-sampler takes kappa of it and 1 - kappa of alpha_s q(z_0 | z_t, p) + (1 - alpha_s) uniform.
+
+    Args:
+        p_i: predicted probability of the present word, of any shape.
+        alpha_t, alpha_s: with alpha_t <= alpha_s.
+        vocab_size: words K.
+        kappa: in [0, 1].
+    """
+    alpha_ts = alpha_t / alpha_s
+    total = vocab_size * alpha_t * p_i + 1 - alpha_t
+    stays = kappa * (vocab_size * alpha_t * p_i + alpha_ts - alpha_t)
+    stays = (stays + (1 - kappa) * alpha_s * vocab_size * alpha_t * p_i) / total
+    predicted = (kappa * (alpha_s - alpha_t) + (1 - kappa) * alpha_s * (1 - alpha_t)) / total
+    uniform_weight = kappa * (1 - alpha_ts) * (1 - alpha_s) / total + (1 - kappa) * (1 - alpha_s)
+    return stays, predicted, uniform_weight
+
+
+def kappa_of(remasking: float, alpha_s: float) -> float:
+    """kappa = clip(1 - sigma / (1 - alpha_s), 0, 1): with it, a psi-sampler of masks is ReMDM with sigma."""
+    return min(max(1 - remasking / (1 - alpha_s), 0.0), 1.0)
+
+
+# 4. Samplers
+
+
+class DuoScheduler(TokenScheduler):
+    r"""
+    Duo's ancestral sampler. Times are even from 1 to 1e-5, and the last evaluation, there, draws the words themselves.
+    So `num_inference_steps` cost one evaluation more. Samples are token ids (B, L).
+
+    Args:
+        temperature, top_p, keep_crossing: as for every sampler, see [`TokenScheduler`]; of the predicted words, before
+            the posterior is made of them, as Duo's code has it since its second version.
+        final (`str`, defaults to `"ancestral"`): how the last words are drawn; `"argmax"` takes the most likely
+            prediction, which suits few steps (Duo's "greedy tail").
+    """
+
+    process = "uniform"
+
+    @register_to_config
+    def __init__(
+        self, temperature: float = 1.0, top_p: float = 1.0, keep_crossing: bool = True, final: str = "ancestral"
+    ):
+        super().__init__(final=("ancestral", "argmax"))
+
+    def alpha(self, time: float) -> float:
+        """alpha_t"""
+        return float(log_linear_alpha(torch.tensor(time, dtype=torch.float64)))
+
+    def time_grid(self, num_steps: int) -> torch.Tensor:
+        return linear_grid(num_steps)
+
+    def kappa(self, index: int) -> float:
+        """Share of the ancestral posterior in the step from `grid[index]`."""
+        return 1.0
+
+    def start(
+        self, token_ids: torch.Tensor, vocab_size: int, generator: Any, embeddings: torch.Tensor
+    ) -> torch.Tensor:
+        return random_words_like(token_ids, vocab_size, row_generators(generator, len(token_ids)))
+
+    def model_inputs(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> dict[str, torch.Tensor]:
+        times = torch.as_tensor(timestep, dtype=torch.float64)
+        return {"input_ids": sample, "timestep": -torch.log(log_linear_alpha(times))}
+
+    def take_step(
+        self, logits: torch.Tensor, index: int, sample: torch.Tensor, generators: Generators, **inputs: Any
+    ) -> torch.Tensor:
+        is_last = index == self.num_inference_steps
+        if is_last and self.config.final == "argmax":
+            return logits.argmax(-1)
+        alpha_t = self.alpha(self.grid[index])
+        alpha_s = 1.0 if is_last else self.alpha(self.grid[index + 1])
+        kappa = 1.0 if is_last else self.kappa(index)
+        rows = []
+        for row_logits, ids, generator in zip(logits, sample, generators, strict=True):
+            parts = [
+                self.draw_transition(some, some_ids, alpha_t, alpha_s, kappa, generator)
+                for some, some_ids in zip(
+                    row_logits.split(POSITIONS_AT_ONCE), ids.split(POSITIONS_AT_ONCE), strict=True
+                )
+            ]
+            rows.append(torch.cat(parts))
+        return torch.stack(rows)
+
+    def draw_transition(
+        self,
+        logits: torch.Tensor,
+        ids: torch.Tensor,
+        alpha_t: float,
+        alpha_s: float,
+        kappa: float,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """z_s of some positions (n,), by logits (n, K): where from is drawn first, a word only where it is needed."""
+        vocab_size = logits.shape[-1]
+        probabilities = self.probabilities(logits)
+        p_i = probabilities.gather(-1, ids[:, None])[:, 0]
+        stays, predicted, _ = transition_weights(p_i, alpha_t, alpha_s, vocab_size, kappa)
+        numbers = uniform(ids.shape, generator, ids.device)
+        words = (uniform(ids.shape, generator, ids.device) * vocab_size).long()
+        from_prediction = (numbers >= stays) & (numbers < stays + predicted)
+        words[from_prediction] = draw(probabilities[from_prediction], generator)
+        return torch.where(numbers < stays, ids, words)
+
+
+class PsiScheduler(DuoScheduler):
+    r"""
+    Psi-samplers for Duo's weights: of each step, kappa is the ancestral posterior and the rest noises the predicted
+    clean words anew, which keeps the marginals and lets later predictions correct earlier ones. kappa follows from a
+    remasking probability, kappa = clip(1 - sigma / (1 - alpha_s), 0, 1):
+
+        rescale      sigma = eta min(1, (1 - alpha_s) / alpha_t), or as their code has it, eta min(eta, ...)
+        cap          sigma = min(eta, (1 - alpha_s) / alpha_t)
+        loop         sigma = eta while the middle part of the steps stays at `loop_time`; ancestral before and after
+        constant     `kappa` itself in the middle part; ancestral before and after
+
+    Their settings on OpenWebText with 256 steps: rescale 0.05 and cap 0.01 with top-p 0.9, loop 0.01 with top-p 0.95.
+
+    Args:
+        mode (`str`, defaults to `"rescale"`): one of these.
+        eta (`float`, defaults to 0.05): in [0, 1].
+        kappa (`float`, defaults to 0.95): in [0, 1], of `"constant"`.
+        rescale_as_coded (`bool`, defaults to `True`): see above; with eta = 0.05 and 256 steps a word is noised anew
+            0.6 times in all as coded, and 9 times by the definition.
+        loop_time, high_share, middle_share: time of the loop, and the shares of the steps before and in the middle
+        part. temperature, top_p, keep_crossing, final: as of [`DuoScheduler`].
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        mode: str = "rescale",
+        eta: float = 0.05,
+        kappa: float = 0.95,
+        rescale_as_coded: bool = True,
+        loop_time: float = 0.1,
+        high_share: float = 0.45,
+        middle_share: float = 0.5,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        keep_crossing: bool = True,
+        final: str = "ancestral",
+    ):
+        TokenScheduler.__init__(
+            self,
+            mode=("rescale", "cap", "loop", "constant"),
+            eta="[0, 1]",
+            kappa="[0, 1]",
+            loop_time="(0, 1)",
+            high_share="[0, 1]",
+            middle_share=f"[0, {1 - high_share}]",
+            final=("ancestral", "argmax"),
+        )
+
+    def time_grid(self, num_steps: int) -> torch.Tensor:
+        config = self.config
+        if config.mode != "loop":
+            return linear_grid(num_steps)
+        return loop_grid(num_steps, config.loop_time, config.high_share, config.middle_share)
+
+    def kappa(self, index: int) -> float:
+        config, (t, s) = self.config, self.grid[index : index + 2]
+        first, count, _ = grid_parts(len(self.grid), config.high_share, config.middle_share)
+        if config.mode == "constant":
+            return config.kappa if first <= index < first + count else 1.0
+        alpha_t, alpha_s = self.alpha(t), self.alpha(s)
+        bound = (1 - alpha_s) / alpha_t
+        if config.mode == "loop":
+            # the last step of the part leads out of it
+            return kappa_of(config.eta, alpha_s) if first <= index < first + count - 1 else 1.0
+        if config.mode == "cap":
+            return kappa_of(min(config.eta, bound), alpha_s)
+        return kappa_of(config.eta * min(config.eta if config.rescale_as_coded else 1.0, bound), alpha_s)
