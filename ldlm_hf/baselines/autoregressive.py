@@ -18,7 +18,6 @@ from ..data import DataSettings
 from ..loading.checks import check_settings
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..loading.repository import RepositoryPipeline
-from ..models.token_encoder import LDLMTokenEncoder
 from ..objective.base import Objective
 from ..objective.reconstruction import token_cross_entropy
 from ..pipelines.pipeline_output import LDLMPipelineOutput
@@ -26,6 +25,7 @@ from ..pipelines.prompts import as_texts, tokenize
 from ..training.randomness import RowRandomness
 from ..training.recipe import Evaluation, PipelineRecipe, StepLosses
 from ..training.settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
+from .backbone_embeddings import start_from_backbone
 
 
 # 1. Sampling
@@ -272,16 +272,7 @@ def build_language_model(settings: AutoregressiveModelSettings, tokenizer: PreTr
     )
     language_model = GPT2LMHeadModel(config)
     if settings.embeddings_from_backbone:
-        embeddings = LDLMTokenEncoder.from_backbone(settings.backbone, representation="embedding").embedding.weight
-        words = language_model.transformer.wte.weight
-        if embeddings.shape[1] != words.shape[1] or len(embeddings) < len(words):
-            raise ValueError(
-                f"model.embeddings_from_backbone=true: the embeddings of {settings.backbone!r} have the shape "
-                f"{tuple(embeddings.shape)}, and the model's {tuple(words.shape)}; set model.hidden_size="
-                f"{embeddings.shape[1]}."
-            )
-        with torch.no_grad():
-            words.copy_(embeddings[: len(words)] - embeddings.mean(0))
+        start_from_backbone(language_model.transformer.wte.weight, settings.backbone)
     return language_model
 
 

@@ -7,14 +7,20 @@ c = -log alpha_t, and predicts the words that are hidden.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .categorical import Generators, draw_words, row_generators, uniform_like
-from .noise_schedule import LAST_TIME, linear_grid, log_linear_alpha
+from ..loading.checks import check_settings
+from .categorical import Generators, cross_entropy, draw_words, normal, row_generators, uniform_like
+from .masked import masked_loss
+from .noise_schedule import LAST_TIME, linear_grid, log_linear_alpha, training_times
+from .one_hot_noise import embedded_noise
 from .token_scheduler import TokenScheduler
+from .token_training import TokenDiffusionObjective, TokenDiffusionRecipe, TokenDiffusionSettings
+from .token_transformer import TokenDiffusionTransformer
 
 
 FIRST_TIME = 0.999
@@ -43,9 +49,6 @@ def noisy_embeddings(
 ) -> torch.Tensor:
     """What the network reads of y: (sum_v y_v e_v) / sqrt(1 + sigma^2), with e the words' embeddings of length 1.
 
-    eps @ e has the covariance e^T e, so its law is that of standard normal noise of the embeddings' width times the
-    Cholesky factor of that, which needs no array of all words.
-
     Args:
         clean: e_x, (B, L, D).
         noise: standard normal, (B, L, D).
@@ -53,15 +56,6 @@ def noisy_embeddings(
         embeddings: e, (K, D).
     """
     return (clean + sigma * embedded_noise(noise, embeddings)) / (1 + sigma**2) ** 0.5
-
-
-def embedded_noise(noise: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """eps @ embeddings in law, by standard normal noise (B, L, D) and embeddings (K, D): (B, L, D)."""
-    gram = embeddings.double().mT @ embeddings.double()
-    # fewer words than channels leave directions without noise
-    ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + ridge)
-    return noise @ factor.mT.to(noise.dtype)
 
 
 def probability_flow_step(
@@ -137,11 +131,8 @@ class CANDIScheduler(TokenScheduler):
         return float(noise_level(times, config.rank_min, config.rank_max, config.vocab_size))
 
     def start(self, token_ids: torch.Tensor, vocab_size: int, generator: Any, embeddings: torch.Tensor) -> CANDISample:
-        # by numbers in (0, 1) as all other draws, which have one generator a row
         shape = (*token_ids.shape, embeddings.shape[1])
-        generators = row_generators(generator, len(token_ids))
-        numbers = uniform_like(token_ids[..., None].expand(shape), generators).clamp(min=2**-53)
-        noise = torch.special.ndtri(numbers).to(embeddings.dtype)
+        noise = normal(shape, row_generators(generator, len(token_ids)), token_ids.device)
         hidden = self.sigma(FIRST_TIME) * embedded_noise(noise, embeddings)
         return CANDISample(torch.zeros_like(token_ids), torch.zeros_like(token_ids, dtype=torch.bool), hidden)
 
@@ -176,3 +167,66 @@ class CANDIScheduler(TokenScheduler):
         step = (1 - LAST_TIME) / len(self.timesteps) if self.config.as_coded else t - s
         revealed = sample.revealed | (uniform_like(words, generators) < step / t)
         return CANDISample(words, revealed, moved)
+
+
+# 3. Training
+
+
+@dataclass
+class CANDINoiseSettings:
+    """The Gaussian noise.
+
+    Attributes:
+        rank_min, rank_max: shares of wrong words whose entries exceed the right one's at t = 0 and 1, the paper's on
+            OpenWebText.
+    """
+
+    rank_min: float = 0.05
+    rank_max: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_settings(type(self).__init__, vars(self), rank_min="(0, 0.5)", rank_max=f"[{self.rank_min}, 0.5)")
+
+
+@dataclass
+class CANDISettings(TokenDiffusionSettings):
+    """Settings of `train_baseline.py candi`; the paper's OpenWebText run has 200,000 steps."""
+
+    noise: CANDINoiseSettings = field(default_factory=CANDINoiseSettings)
+
+
+class CANDIObjective(TokenDiffusionObjective):
+    """CANDI's loss, MDLM's on hidden words. It leaves the Gaussian part out: no bound to compare with MDLM's."""
+
+    def __init__(self, transformer: TokenDiffusionTransformer, noise: CANDINoiseSettings):
+        super().__init__(transformer)
+        self.settings = noise
+
+    def token_losses(self, input_ids: torch.Tensor, uniforms: torch.Tensor, generators: Generators) -> torch.Tensor:
+        times = training_times(uniforms).to(input_ids.device)
+        alpha = log_linear_alpha(times)
+        hidden = uniform_like(input_ids, generators) >= alpha[:, None]
+        embeddings = self.transformer.word_embeddings
+        sigma = noise_level(times, self.settings.rank_min, self.settings.rank_max, self.vocab_size)
+        noise = normal((*input_ids.shape, embeddings.shape[1]), generators, input_ids.device)
+        sigma = sigma[:, None, None].to(embeddings.dtype)
+        noisy = noisy_embeddings(embeddings[input_ids], noise, sigma, embeddings)
+        logits = self.transformer(input_ids, -torch.log(alpha), inputs_embeds=noisy, noisy=hidden).logits
+        return masked_loss(cross_entropy(logits, input_ids), hidden, times)
+
+
+class CANDIRecipe(TokenDiffusionRecipe):
+    """Training of CANDI."""
+
+    settings_class = CANDISettings
+    settings: CANDISettings
+    process = "candi"
+
+    def objective(self, transformer: TokenDiffusionTransformer) -> CANDIObjective:
+        noise = self.settings.noise
+        check_ranks(noise.rank_min, noise.rank_max, transformer.config.vocab_size)
+        return CANDIObjective(transformer, noise)
+
+    def scheduler(self) -> CANDIScheduler:
+        noise = self.settings.noise
+        return CANDIScheduler(len(self.tokenizer), noise.rank_min, noise.rank_max)

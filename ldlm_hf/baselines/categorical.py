@@ -45,6 +45,15 @@ def uniform(
     return torch.rand(shape, generator=generator, device=source, dtype=torch.float64).to(device)
 
 
+def normal(shape: tuple[int, ...], generators: Generators, device: torch.device) -> torch.Tensor:
+    """Standard normal noise (B, ...), float32; row i by generator i."""
+    rows = [
+        torch.randn(shape[1:], generator=one, device=device if one is None else one.device).to(device)
+        for one in generators
+    ]
+    return torch.stack(rows)
+
+
 def random_words_like(token_ids: torch.Tensor, vocab_size: int, generators: Generators) -> torch.Tensor:
     """Ids of words, each as likely, of the shape of token ids (B, L)."""
     return (uniform_like(token_ids, generators) * vocab_size).long()

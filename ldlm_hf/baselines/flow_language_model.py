@@ -2,19 +2,23 @@
 
 Time runs the other way here: t = 0 is noise and t = 1 data, x_t = (1 - t) eps + t onehot(x) in R^K for each word. The
 network is told tau, uniform in training, in place of t = g(tau): a share tau of the words has the right argmax
-([`gaussian_argmax.warp_time`]). It predicts the clean words.
+([`one_hot_noise.warp_time`]). It predicts the clean words.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from .categorical import Generators, row_generators
-from .gaussian_argmax import unwarp_time, warp_time
+from ..loading.checks import check_settings
+from .categorical import Generators, cross_entropy, normal, row_generators
+from .one_hot_noise import embedded_noise, unwarp_time, warp_time
 from .token_scheduler import TokenScheduler
+from .token_training import TokenDiffusionObjective, TokenDiffusionRecipe, TokenDiffusionSettings
+from .token_transformer import TokenDiffusionTransformer
 
 
 # as in the authors' code, where it keeps the last step finite
@@ -76,12 +80,8 @@ class FLMScheduler(TokenScheduler):
         return self.noise((*token_ids.shape, vocab_size), row_generators(generator, len(token_ids)), token_ids.device)
 
     def noise(self, shape: tuple[int, ...], generators: Generators, device: torch.device) -> torch.Tensor:
-        """Standard normal noise (B, L, K), float32; row i by generator i."""
-        rows = [
-            torch.randn(shape[1:], generator=one, device=device if one is None else one.device).to(device)
-            for one in generators
-        ]
-        return torch.stack(rows)
+        """Standard normal noise (B, L, K)."""
+        return normal(shape, generators, device)
 
     def model_inputs(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> dict[str, torch.Tensor]:
         return {"weights": sample, "timestep": torch.as_tensor(timestep)}
@@ -141,3 +141,60 @@ class FMLMScheduler(FLMScheduler):
             return landed
         noise = self.noise(tuple(sample.shape), generators, sample.device).to(sample.dtype)
         return landed + (next_t - landing) * predicted + gamma * (1 - next_t) * noise
+
+
+# 3. Training
+
+
+@dataclass
+class FLMCapSettings:
+    """Soft caps of logits.
+
+    Attributes:
+        logits: of the words.
+        attention: of attention's scores; None has none, and is the faster.
+    """
+
+    logits: float | None = 30.0
+    attention: float | None = 50.0
+
+    def __post_init__(self) -> None:
+        check_settings(type(self).__init__, vars(self), logits="(0, inf)", attention="(0, inf)")
+
+
+@dataclass
+class FLMSettings(TokenDiffusionSettings):
+    """Settings of `train_baseline.py flm`."""
+
+    caps: FLMCapSettings = field(default_factory=FLMCapSettings)
+
+
+class FLMObjective(TokenDiffusionObjective):
+    """FLM's loss, the cross-entropy of the clean words at every position, unweighted. It bounds no likelihood.
+
+    The network reads nothing of x_t but its embedding, (1 - t) eps @ e + t e_x, so the noise is drawn there.
+    """
+
+    def token_losses(self, input_ids: torch.Tensor, uniforms: torch.Tensor, generators: Generators) -> torch.Tensor:
+        embeddings = self.transformer.word_embeddings
+        times = warp_time(uniforms, self.vocab_size).to(input_ids.device)[:, None, None].to(embeddings.dtype)
+        noise = normal((*input_ids.shape, embeddings.shape[1]), generators, input_ids.device)
+        noisy = (1 - times) * embedded_noise(noise, embeddings) + times * embeddings[input_ids]
+        return cross_entropy(self.transformer(inputs_embeds=noisy, timestep=uniforms).logits, input_ids)
+
+
+class FLMRecipe(TokenDiffusionRecipe):
+    """Training of FLM."""
+
+    settings_class = FLMSettings
+    settings: FLMSettings
+    process = "flow"
+
+    def network_arguments(self) -> dict[str, Any]:
+        return {"logit_cap": self.settings.caps.logits, "attention_logit_cap": self.settings.caps.attention}
+
+    def objective(self, transformer: TokenDiffusionTransformer) -> FLMObjective:
+        return FLMObjective(transformer)
+
+    def scheduler(self) -> FLMScheduler:
+        return FLMScheduler(len(self.tokenizer))

@@ -12,8 +12,10 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from .categorical import Generators, cross_entropy, draw_words, uniform_like
-from .noise_schedule import linear_grid, log_linear_alpha, loop_grid
+from .noise_schedule import linear_grid, log_linear_alpha, loop_grid, training_times
 from .token_scheduler import TokenScheduler
+from .token_training import TokenDiffusionObjective, TokenDiffusionRecipe
+from .token_transformer import TokenDiffusionTransformer
 
 
 # 1. The process, its loss and its transitions
@@ -222,3 +224,28 @@ class ReMDMScheduler(MDLMScheduler):
         confidences = torch.where(changed & is_word, drawn_with, self.confidences)
         self.confidences = confidences.masked_fill(~is_word, torch.inf)
         return stepped
+
+
+# 3. Training
+
+
+class MDLMObjective(TokenDiffusionObjective):
+    """MDLM's bound."""
+
+    def token_losses(self, input_ids: torch.Tensor, uniforms: torch.Tensor, generators: Generators) -> torch.Tensor:
+        times = training_times(uniforms).to(input_ids.device)
+        noisy_ids = mask_words(input_ids, log_linear_alpha(times), self.vocab_size, generators)
+        logits = self.transformer(noisy_ids).logits
+        return masked_loss(cross_entropy(logits, input_ids), noisy_ids == self.vocab_size, times)
+
+
+class MDLMRecipe(TokenDiffusionRecipe):
+    """Training of MDLM; ReMDM samples from the same weights."""
+
+    process = "masked"
+
+    def objective(self, transformer: TokenDiffusionTransformer) -> MDLMObjective:
+        return MDLMObjective(transformer)
+
+    def scheduler(self) -> MDLMScheduler:
+        return MDLMScheduler()

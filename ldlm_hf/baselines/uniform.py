@@ -8,23 +8,29 @@ transitions below.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 
+from ..loading.checks import check_settings
 from .categorical import (
     POSITIONS_AT_ONCE,
     Generators,
+    by_slices,
     draw,
     random_words_like,
     row_generators,
     uniform,
     uniform_like,
 )
-from .gaussian_argmax import argmax_signal, argmax_signal_slope
-from .noise_schedule import grid_parts, linear_grid, log_linear_alpha, loop_grid
+from .noise_schedule import ALPHA_END, grid_parts, linear_grid, log_linear_alpha, loop_grid, training_times
+from .one_hot_noise import argmax_signal, argmax_signal_slope
 from .token_scheduler import TokenScheduler
+from .token_training import TokenDiffusionObjective, TokenDiffusionRecipe, TokenDiffusionSettings
+from .token_transformer import TokenDiffusionTransformer
 
 
 # 1. The process and its loss
@@ -328,3 +334,85 @@ class PsiScheduler(DuoScheduler):
         if config.mode == "cap":
             return kappa_of(min(config.eta, bound), alpha_s)
         return kappa_of(config.eta * min(config.eta if config.rescale_as_coded else 1.0, bound), alpha_s)
+
+
+# 5. Training
+
+
+@dataclass
+class CurriculumSettings:
+    """Duo's curriculum, of the first steps.
+
+    Attributes:
+        steps: how many; the run goes on with the plain loss.
+        gamma_min, gamma_max: log of the variances of noise over signal at t = 0 and 1: -3.55 and -1.85 on OpenWebText,
+            -3.5 and -1.75 on LM1B.
+        temperature: of the softmax that the network reads.
+    """
+
+    steps: int = 500_000
+    gamma_min: float = -3.55
+    gamma_max: float = -1.85
+    temperature: float = 1e-3
+
+    def __post_init__(self) -> None:
+        ranges = {"steps": "[0, inf)", "temperature": "(0, 0.01]"}
+        check_settings(type(self).__init__, vars(self), gamma_max=f"({self.gamma_min}, inf)", **ranges)
+
+
+@dataclass
+class DuoSettings(TokenDiffusionSettings):
+    """Settings of `train_baseline.py duo`."""
+
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
+
+
+class DuoObjective(TokenDiffusionObjective):
+    """Duo's bound, of words that were replaced or, in the curriculum, are the argmax of Gaussian noise."""
+
+    def __init__(self, transformer: TokenDiffusionTransformer, curriculum: CurriculumSettings):
+        super().__init__(transformer)
+        self.settings = curriculum
+
+    def token_losses(
+        self, input_ids: torch.Tensor, uniforms: torch.Tensor, generators: Generators, curriculum: bool = False
+    ) -> torch.Tensor:
+        times = training_times(uniforms)
+        if curriculum:
+            settings = self.settings
+            gamma = log_noise_ratio(times, settings.gamma_min, settings.gamma_max)
+            alpha, slope = argmax_alpha(gamma, self.vocab_size)
+            slope = slope * (settings.gamma_max - settings.gamma_min)
+            noisy_ids, ids, weights = gaussian_words(
+                input_ids, gamma, self.vocab_size, settings.temperature, generators
+            )
+            words = self.transformer.embedding.weight
+            embeds = F.embedding_bag(
+                ids.flatten(0, 1), words, per_sample_weights=weights.flatten(0, 1).to(words.dtype), mode="sum"
+            )
+            inputs = {"inputs_embeds": embeds.view(*input_ids.shape, -1)}
+        else:
+            alpha = log_linear_alpha(times)
+            slope = torch.full_like(alpha, ALPHA_END - 1)
+            noisy_ids = replace_words(input_ids, alpha.to(input_ids.device), self.vocab_size, generators)
+            inputs = {"input_ids": noisy_ids}
+        alpha, slope = (value.to(input_ids.device)[:, None].expand(input_ids.shape) for value in (alpha, slope))
+        logits = self.transformer(timestep=-torch.log(alpha[:, 0]), **inputs).logits
+        return by_slices(uniform_loss, logits, noisy_ids, input_ids, alpha, slope)
+
+
+class DuoRecipe(TokenDiffusionRecipe):
+    """Training of Duo; psi-samplers sample from the same weights."""
+
+    settings_class = DuoSettings
+    settings: DuoSettings
+    process = "uniform"
+
+    def objective(self, transformer: TokenDiffusionTransformer) -> DuoObjective:
+        return DuoObjective(transformer, self.settings.curriculum)
+
+    def scheduler(self) -> DuoScheduler:
+        return DuoScheduler()
+
+    def phase(self, step: int) -> dict[str, bool]:
+        return {"curriculum": step < self.settings.curriculum.steps}

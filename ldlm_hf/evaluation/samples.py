@@ -102,8 +102,12 @@ def conditioning(pipeline: DiffusionPipeline) -> str | None:
     arguments = inspect.signature(type(pipeline).__call__).parameters
     if "prompt_ids" in arguments:
         return "prompt_ids"
-    takes_prompts = "given_tokens" in arguments and pipeline.transformer.config.role_embeds
-    return "given_tokens" if takes_prompts and not missing_encoders(pipeline) else None
+    if "given_tokens" not in arguments:
+        return None
+    if hasattr(pipeline, "takes_prompts"):  # of models that read words
+        return "given_tokens" if pipeline.takes_prompts else None
+    takes_prompts = pipeline.transformer.config.role_embeds and not missing_encoders(pipeline)
+    return "given_tokens" if takes_prompts else None
 
 
 def missing_encoders(pipeline: DiffusionPipeline) -> tuple[str, ...]:

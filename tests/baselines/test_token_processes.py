@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from reference import REFERENCE, Case, fake_logits, steps, tensor
 
-from ldlm_hf.baselines.candi import embedded_noise, noise_level, noisy_embeddings, probability_flow_step
+from ldlm_hf.baselines.candi import noise_level, noisy_embeddings, probability_flow_step
 from ldlm_hf.baselines.categorical import (
     by_slices,
     cross_entropy,
@@ -22,9 +22,9 @@ from ldlm_hf.baselines.categorical import (
     word_probabilities,
 )
 from ldlm_hf.baselines.flow_language_model import flow_map_jump
-from ldlm_hf.baselines.gaussian_argmax import argmax_signal, argmax_signal_slope, unwarp_time, warp_time
 from ldlm_hf.baselines.masked import mask_words, masked_loss, remasking_bound, unmasking_probability
 from ldlm_hf.baselines.noise_schedule import log_linear_alpha, stratified_times, training_times
+from ldlm_hf.baselines.one_hot_noise import argmax_signal, argmax_signal_slope, embedded_noise, unwarp_time, warp_time
 from ldlm_hf.baselines.uniform import (
     argmax_alpha,
     gaussian_words,

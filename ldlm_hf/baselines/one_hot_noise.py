@@ -1,4 +1,5 @@
-"""Gaussian noise on one-hot vectors, and the law of its argmax, which Duo's curriculum and FLM's time rest on.
+"""Gaussian noise on one-hot vectors: its embedding, and the law of its argmax, on which Duo's curriculum and FLM's
+time rest.
 
 In mu x + n, with x one-hot of K words and n standard normal, the right word is the largest with probability
 A(mu) + (1 - A(mu)) / K, and each other one with (1 - A(mu)) / K:
@@ -91,3 +92,22 @@ def unwarp_time(times: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """tau = g^-1(t) = A(t / (1 - t)), float64, for t in [0, 1]."""
     times = times.double().cpu()
     return torch.where(times >= 1, 1.0, argmax_signal(times / (1 - times).clamp(min=1e-300), vocab_size))
+
+
+# what a network reads of the noise
+
+
+def embedded_noise(noise: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """eps @ embeddings of standard normal eps (B, L, K), in law, without an array of all words: (B, L, D).
+
+    Its covariance is e^T e, so it is other standard normal noise times the Cholesky factor of that.
+
+    Args:
+        noise: standard normal, (B, L, D).
+        embeddings: e, (K, D).
+    """
+    gram = embeddings.double().mT @ embeddings.double()
+    # fewer words than channels leave directions without noise
+    ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + ridge)
+    return noise @ factor.mT.to(noise.dtype)

@@ -1,0 +1,179 @@
+"""Training of the token-level diffusion models: each learns a text, beyond how often its words occur."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldlm_hf import TokenDiffusionPipeline, TokenDiffusionTransformer
+from ldlm_hf.baselines.candi import CANDINoiseSettings, CANDIObjective
+from ldlm_hf.baselines.flow_language_model import FLMObjective
+from ldlm_hf.baselines.masked import MDLMObjective
+from ldlm_hf.baselines.token_training import TokenDiffusionObjective
+from ldlm_hf.baselines.uniform import CurriculumSettings, DuoObjective
+from ldlm_hf.training.flops import count_flops
+
+
+K, L, WORDS = 40, 8, 7
+CURRICULUM = CurriculumSettings(steps=3, gamma_min=-3.0, gamma_max=-0.5)
+OBJECTIVES: dict[str, Callable[[TokenDiffusionTransformer], TokenDiffusionObjective]] = {
+    "masked": MDLMObjective,
+    "uniform": lambda transformer: DuoObjective(transformer, CURRICULUM),
+    "candi": lambda transformer: CANDIObjective(transformer, CANDINoiseSettings()),
+    "flow": FLMObjective,
+}
+METHODS = ("mdlm", "duo", "candi", "flm")
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + row) for row in range(count)]
+
+
+@pytest.fixture
+def make(randomize: Callable[..., Any]) -> Callable[..., TokenDiffusionObjective]:
+    def build(process: str, dropout: float = 0.0) -> TokenDiffusionObjective:
+        torch.manual_seed(0)
+        sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "condition_size": 8}
+        transformer = TokenDiffusionTransformer(K, process, sample_size=L, dropout=dropout, **sizes)
+        return OBJECTIVES[process](randomize(transformer))
+
+    return build
+
+
+@pytest.mark.parametrize("process", OBJECTIVES)
+def test_every_parameter_is_trained(
+    process: str, make: Callable[..., TokenDiffusionObjective], random_tokens: Callable[..., torch.Tensor]
+) -> None:
+    objective, phases = make(process), [{}, {"curriculum": True}] if process == "uniform" else [{}]
+    for phase in phases:
+        objective.zero_grad()
+        loss = objective(random_tokens(4), [0.1, 0.4, 0.6, 0.9], generators(4), **phase).total
+        assert math.isfinite(float(loss)) and float(loss) > 0
+        loss.backward()
+        for name, parameter in objective.named_parameters():
+            # masked models are told the time 0, whose sines are 0
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("process", OBJECTIVES)
+def test_a_row_has_its_loss_in_any_batch(
+    process: str, make: Callable[..., TokenDiffusionObjective], random_tokens: Callable[..., torch.Tensor]
+) -> None:
+    objective, x, times = make(process), random_tokens(3), [0.2, 0.5, 0.8]
+    with torch.no_grad():
+        whole = objective(x, times, generators(3)).total
+        rows = [objective(x[i : i + 1], times[i : i + 1], generators(1, seed=i)).total for i in range(3)]
+    assert float(whole) == pytest.approx(float(torch.stack(rows).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("process", OBJECTIVES)
+def test_flops_are_those_of_its_products(process: str, make: Callable[..., TokenDiffusionObjective]) -> None:
+    """6 FLOPs for each weight that a token meets, beside attention, embedding products and times."""
+    objective = make(process)
+    transformer = objective.transformer
+    weights = (
+        sum(
+            layer.weight.numel()
+            for block in transformer.blocks
+            for layer in (
+                block.attention.to_qkv,
+                block.attention.to_out,
+                block.feed_forward.linear_in,
+                block.feed_forward.linear_out,
+            )
+        )
+        + transformer.head.weight.numel()
+    )
+    found = count_flops(objective, L).per_token
+    assert 6 * weights < found < 8.5 * weights + 12 * L * 16
+
+
+def test_hidden_words_leak_into_no_loss(random_tokens: Callable[..., torch.Tensor], make: Callable) -> None:
+    """At t = 1 all but a few words are noise, and no network could do better than the words' frequencies."""
+    objective, seen = make("masked"), []
+    objective.transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    objective(random_tokens(4), [0.9999] * 4, generators(4))
+    assert (seen[0] == K).double().mean() > 0.9
+
+
+@pytest.fixture
+def command(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
+    """A run on a text of which each word says the next one."""
+    (tmp_path / "corpus.txt").write_text("\n".join([" ".join(f"w{2 + i % WORDS}" for i in range(60))] * 40))
+    sections = ("data", "optimizer", "loop", "evaluation")
+    shared = [item for item in tiny_overrides if item.split(".")[0] in sections]
+    backbone = next(item for item in tiny_overrides if item.startswith("model.backbone"))
+    sizes = ["model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2", "model.dropout=0.0"]
+    more = ["optimizer.learning_rate=0.01", "optimizer.ema_decay=0.9", "evaluation.grid_size=20"]
+    return [backbone, "model.sequence_length=8", *sizes, *shared, *more]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns_more_than_how_often_words_occur(
+    method: str, run_script: Callable[..., None], command: list[str], tmp_path: Path
+) -> None:
+    phases = ["curriculum.steps=100", "curriculum.gamma_min=-3.0", "curriculum.gamma_max=0.5"]
+    run_script("train_baseline", method, *command, "loop.max_steps=800", *(phases if method == "duo" else []))
+    run = tmp_path / "run"
+    results = json.loads((run / "results.json").read_text())
+    # the text's words are as frequent, each log 7 nats; the first word of a text alone is as hard
+    print("LOSS", method, results["held_out"])
+    assert results["held_out"]["token_loss"] < 0.75 * math.log(WORDS)
+    pipe = TokenDiffusionPipeline.from_pretrained(run / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    words = pipe(batch_size=8, num_inference_steps=32, generator=torch.Generator().manual_seed(0)).sequences
+    follows = (words[:, 1:] - 2) == (words[:, :-1] - 2 + 1) % WORDS
+    assert float(follows.double().mean()) > 0.6
+    card = (run / "pipeline" / "README.md").read_text()
+    assert "TokenDiffusionPipeline" in card and "num_inference_steps=" in card
+    assert ("prompt included" in card) == (method in ("mdlm", "candi"))
+
+
+def test_a_resumed_run_is_the_same_run(run_script: Callable[..., None], command: list[str], tmp_path: Path) -> None:
+    command = [
+        "mdlm",
+        *command,
+        "model.embeddings_from_backbone=true",
+        "loop.checkpointing_steps=4",
+        "loop.max_steps=8",
+    ]
+    run_script("train_baseline", *command)
+    run = tmp_path / "run"
+    whole = load_file(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    run_script("train_baseline", *command, "--resume_from_checkpoint", str(run / "checkpoint-4"))
+    resumed = load_file(run / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("model.num_attention_heads=3", "hidden_size=32 is no even multiple of num_attention_heads=3"),
+        ("evaluation.sampler=TangentDDIMScheduler", "samplers named there are of latent diffusion"),
+        ("data.source_column=x", "data"),
+        ("model.embeddings_from_backbone=true model.hidden_size=24", "set model.hidden_size=32"),
+    ],
+)
+def test_what_its_command_refuses(
+    run_script: Callable[..., None], command: list[str], override: str, match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        run_script("train_baseline", "mdlm", *command, *override.split())
+
+
+def test_settings_of_methods_are_checked(run_script: Callable[..., None], command: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"gamma_max=-9.0 must lie in \(-3.55, inf\)"):
+        run_script("train_baseline", "duo", *command, "curriculum.gamma_max=-9.0")
+    with pytest.raises(ValueError, match=r"rank_max=0.6 must lie in \[0.05, 0.5\)"):
+        run_script("train_baseline", "candi", *command, "noise.rank_max=0.6")
+    with pytest.raises(ValueError, match="rank_max < 0.4875"):
+        run_script("train_baseline", "candi", *command, "noise.rank_max=0.49")
+    with pytest.raises(ValueError, match=r"logits=-1.0 must lie in \(0, inf\)"):
+        run_script("train_baseline", "flm", *command, "caps.logits=-1.0")
