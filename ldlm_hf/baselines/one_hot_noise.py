@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 
 import torch
 
@@ -106,8 +107,11 @@ def embedded_noise(noise: torch.Tensor, embeddings: torch.Tensor) -> torch.Tenso
         noise: standard normal, (B, L, D).
         embeddings: e, (K, D).
     """
-    gram = embeddings.double().mT @ embeddings.double()
+    # in bfloat16 it would not be positive definite
+    words = embeddings.float()
+    with nullcontext() if words.is_meta else torch.autocast(words.device.type, enabled=False):
+        gram = (words.mT @ words).double()
     # fewer words than channels leave directions without noise
-    ridge = 1e-9 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky(gram + ridge)
     return noise @ factor.mT.to(noise.dtype)
