@@ -280,7 +280,7 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
             )
         (file,) = find_weights(folder, cls.weights_name(), variant)
         try:
-            token_encoder = cls._from_source(config, **{"use_safetensors": True} | kwargs)
+            token_encoder = cls._from_source(config, **kwargs)
         except OSError as error:
             raise OSError(
                 f"{folder} names its language model, {config.backbone_source!r}, which cannot be loaded: {error} "
@@ -297,8 +297,9 @@ class LDLMTokenEncoder(SafeLoadingMixin, PreTrainedModel):
         source = resolve_pretrained_source(str(config.backbone_source))
         if config.backbone_revision is not None:
             kwargs["revision"] = config.backbone_revision
-        kwargs.setdefault("dtype", torch.float32)
-        backbone = AutoModel.from_pretrained(source.name_or_path, **source.kwargs, **kwargs).eval()
+        # never pickled weights, which a repository could name
+        safe: dict[str, Any] = source.kwargs or {"use_safetensors": True}
+        backbone = AutoModel.from_pretrained(source.name_or_path, **{"dtype": torch.float32} | kwargs | safe).eval()
         if config.representation == "embedding":
             token_encoder = cls._from_embedding(backbone.get_input_embeddings().weight)
         else:

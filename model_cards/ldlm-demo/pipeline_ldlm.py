@@ -36,6 +36,9 @@ from types import ModuleType
 from typing import Any
 from typing import Protocol
 from typing import TypeAlias
+from typing import get_args
+from typing import get_origin
+from typing import get_type_hints
 import copy
 import diffusers
 import inspect
@@ -64,6 +67,54 @@ LDLMTransformer1DModel = object
 # from ldlm_hf/loading/checks.py:
 #
 # Checks of the arguments that constructors and functions are called with; each error names argument and value.
+
+
+def check_settings(
+    constructor: Callable[..., None], settings: Mapping[str, Any], **ranges: str | tuple[Any, ...]
+) -> None:
+    """Raises ValueError where a value has not the type that the constructor declares, is no finite number, or lies
+    outside of its range.
+
+    Args:
+        constructor: an `__init__` with annotated parameters.
+        settings: its arguments by name, as `locals()` gives them at its beginning, or `vars(self)` of a dataclass.
+        ranges: name → interval, such as `[0, 1)` or `(0, inf)`, or all values that there are; None lies in every one.
+    """
+    if "num_labels" in settings.get("kwargs", {}):
+        raise ValueError("num_labels: no model of this package has labels; leave it out.")
+    for name, hint in get_type_hints(constructor).items():
+        if name in settings and not has_type(settings[name], hint):
+            expected = getattr(hint, "__name__", str(hint))
+            raise ValueError(f"{name}={reprlib.repr(settings[name])} must be of type {expected} (numbers: finite).")
+    for name, allowed in ranges.items():
+        value = settings[name]
+        if isinstance(allowed, tuple):
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}.")
+        elif value is not None and not lies_in(value, allowed):
+            raise ValueError(f"{name}={value} must lie in {allowed}.")
+
+
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval, whose round brackets leave its end out."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (value > low or (interval[0] == "[" and value == low)) and (
+        value < high or (interval[-1] == "]" and value == high)
+    )
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value has an annotated type; whole numbers are also floating-point numbers, truth values are none."""
+    if hint is Any:
+        return True
+    types = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if isinstance(value, bool):
+        return bool in types
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if isinstance(value, int) and float in types:
+        return True
+    return isinstance(value, tuple(get_origin(one) or one for one in types))
 
 
 def whole_number(value: Any) -> int | None:
@@ -391,7 +442,7 @@ class Sampling:
     self_condition_scale: float | None = None
     self_condition_decay: float = 0.0
     guidance_rescale: float | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     guidance_interval: Sequence[float] = (0.0, 1.0)
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None
@@ -681,8 +732,10 @@ def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> N
         if name not in parameters:
             raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
         if name in getattr(pipeline_class, "saved_settings", ()):
-            if not (entry is None or type(entry) in (int, float)):
-                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be a number.")
+            hint = get_type_hints(pipeline_class.__init__)[name]  # type: ignore[misc]
+            if not has_type(entry, hint):
+                kind = "true or false" if hint is bool else "a number"
+                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be {kind}.")
             continue
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
             raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")
@@ -902,7 +955,7 @@ class RepositoryPipeline(DiffusionPipeline):
 
     Attributes:
         scheduler_classes: names of the classes that are loaded as a component annotated `SchedulerMixin`.
-        saved_settings: numbers that the constructor takes, and that are saved beside the components.
+        saved_settings: numbers and truth values that the constructor takes, and that are saved beside the components.
     """
 
     scheduler_classes: tuple[str, ...] = ()
@@ -1032,6 +1085,16 @@ class GivenTokens:
             [length for length in self.lengths for _ in range(times)],
         )
 
+    def __getitem__(self, rows: torch.Tensor) -> GivenTokens:
+        """Some rows, by their indices (n,)."""
+        return GivenTokens(self.sequences[rows], self.given[rows], [self.lengths[row] for row in rows.tolist()])
+
+    @property
+    def ends_of_given(self) -> list[int]:
+        """The place behind the last given token of each row; 0 where none is given."""
+        places = torch.arange(1, self.given.shape[1] + 1, device=self.given.device)
+        return (self.given * places).amax(1).tolist()
+
 
 def as_texts(name: str, texts: Any) -> list[str]:
     """The texts of an argument; ValueError unless it is a text or a list of at least one."""
@@ -1059,6 +1122,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[i
             f"{reprlib.repr(text)}. Leave them out."
         )
     return ids
+
+
+def tokenize_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text behind another one: of a word with the space before it, where that is a part of its token.
+
+    Raises:
+        ValueError: as of [`tokenize`].
+    """
+    ids = tokenize(tokenizer, text, "suffix")
+    if not text[:1].isalnum():
+        return ids
+    spaced = tokenize(tokenizer, f" {text}", "suffix")
+    # other tokenizers put a space before every text by themselves
+    return spaced if tokenize(tokenizer, f"{text} {text}", "suffix")[-len(spaced) :] == spaced else ids
 
 
 def whole_characters(text: str) -> str:
@@ -1234,9 +1311,35 @@ class TextLatentPipeline(RepositoryPipeline):
             hidden_states = self.latent_decoder(latents, return_dict=True).hidden_states  # (B, L, D)
         return self.token_decoder.most_likely_tokens(hidden_states.to(self.token_decoder.dtype))
 
-    def _to_texts(self, sequences: torch.Tensor | list[list[int]]) -> list[str]:
-        """Token ids (B, L) → texts, without special tokens."""
+    def _to_texts(
+        self, sequences: torch.Tensor | list[list[int]], ends_of_given: list[int] | None = None
+    ) -> list[str]:
+        """Token ids (B, L) → texts, without special tokens; of pairs the targets alone. A text ends at its first
+        end-of-text token from the place in `ends_of_given` on (0 by default), where the pipeline's texts end at one.
+        """
+        source_length = self.config.source_length or 0
+        if self.config.ends_texts or source_length:
+            rows = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
+            starts = [max(end, source_length) for end in ends_of_given or [0] * len(rows)]
+            sequences = [self._up_to_end(row, start)[source_length:] for row, start in zip(rows, starts, strict=True)]
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+
+    def _up_to_end(self, row: list[int], start: int) -> list[int]:
+        """The tokens of a text before the first end-of-text token from `start` on, where texts end at one."""
+        end = self.fill_token_id
+        return row[: row.index(end, start)] if end is not None and self.is_over(row[start:]) else row
+
+    def is_over(self, written: list[int]) -> bool:
+        """Whether a text ends within tokens that were written of it."""
+        return self.config.ends_texts and self.fill_token_id in written
+
+    def _register_texts(self, ends_texts: bool, source_length: int | None) -> None:
+        """Makes what kind of texts the model was trained on a part of the pipeline's configuration."""
+        has_length = self.latent_decoder is not None or self.transformer is not None
+        length = self.sequence_length if has_length else math.inf
+        values = {"ends_texts": ends_texts, "source_length": source_length}
+        check_settings(type(self).__init__, values, source_length=f"[1, {length})")
+        self.register_to_config(**values)
 
     @torch.no_grad()
     def encode(self, texts: str | list[str]) -> torch.Tensor:
@@ -1253,8 +1356,8 @@ class TextLatentPipeline(RepositoryPipeline):
                 length.
         """
         self.require_components("encode", "tokenizer", "token_encoder", "latent_encoder")
-        texts = as_texts("texts", texts)
-        return self.encode_sequences(self._tokenize(texts, self.latent_encoder.config.sequence_length))
+        rows = self.tokenizer(as_texts("texts", texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.encode_sequences(self.fill_rows(rows))
 
     @torch.no_grad()
     def encode_sequences(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -1284,10 +1387,9 @@ class TextLatentPipeline(RepositoryPipeline):
         """Which of the optional components that [`~LDLMPipeline.encode`] needs are not there."""
         return [name for name in ("token_encoder", "latent_encoder") if getattr(self, name) is None]
 
-    def _tokenize(self, texts: list[str], sequence_length: int) -> torch.Tensor:
-        """Token ids (B, L), each text filled up with the end-of-text token."""
-        fill = self.fill_token_id
-        rows = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    def fill_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """Token ids (B, L) of texts, each filled up with end-of-text tokens; ValueError for one that is too long."""
+        fill, sequence_length = self.fill_token_id, self.latent_encoder.config.sequence_length
         for i, row in enumerate(rows):
             if len(row) > sequence_length:
                 raise ValueError(
@@ -1304,7 +1406,8 @@ class TextLatentPipeline(RepositoryPipeline):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[str]:
-        """Maps clean latents (B, N, d_z) to texts; the inverse of [`~LDLMPipeline.encode`] as far as it was learned.
+        """Maps clean latents (B, N, d_z) to texts; the inverse of [`~LDLMPipeline.encode`] as far as it was learned,
+        and of pairs to the targets alone.
 
         Raises:
             ValueError: latents whose shape is not the model's, or a pipeline without token decoder or tokenizer.
@@ -1366,7 +1469,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         """Raises ValueError, naming argument, value and remedy, for everything that generation cannot work with."""
         self.check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
         self.check_guidance(sampling.self_condition_scale, sampling.self_condition_decay, sampling.guidance_rescale)
-        check_number("guidance_scale", sampling.guidance_scale)
+        check_number("guidance_scale", sampling.guidance_scale or 0.0)
         interval = sampling.guidance_interval
         is_list = isinstance(interval, (list, tuple)) and len(interval) == 2
         is_pair = is_list and all(isinstance(time, numbers.Real) for time in interval)
@@ -1399,7 +1502,12 @@ class LatentDenoisingPipeline(TextLatentPipeline):
                 f"{unknown}."
             )
 
-    def set_guidance(self, self_condition_scale: float | None = None, guidance_rescale: float | None = None) -> None:
+    def set_guidance(
+        self,
+        self_condition_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_scale: float | None = None,
+    ) -> None:
         """Makes guidance that of calls without any, which is saved with the pipeline.
 
         Raises:
@@ -1407,12 +1515,19 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         """
         if self.transformer is not None:
             self.check_guidance(self_condition_scale, rescale=guidance_rescale)
-        self._register_guidance(self_condition_scale, guidance_rescale)
+        self._register_guidance(self_condition_scale, guidance_rescale, guidance_scale)
 
-    def _register_guidance(self, self_condition_scale: float | None, guidance_rescale: float | None) -> None:
+    def _register_guidance(
+        self, self_condition_scale: float | None, guidance_rescale: float | None, guidance_scale: float | None
+    ) -> None:
         check_number("self_condition_scale", self_condition_scale or 0.0)
         check_number("guidance_rescale", guidance_rescale or 0.0, highest=1)
-        values = {"self_condition_scale": self_condition_scale, "guidance_rescale": guidance_rescale}
+        check_number("guidance_scale", guidance_scale or 0.0)
+        values = {
+            "self_condition_scale": self_condition_scale,
+            "guidance_rescale": guidance_rescale,
+            "guidance_scale": guidance_scale,
+        }
         self.register_to_config(**{name: None if value is None else float(value) for name, value in values.items()})
 
     def check_guidance(self, scale: float | None, decay: float = 0.0, rescale: float | None = None) -> None:
@@ -1506,7 +1621,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
             solver.times, sampling.self_condition_scale, sampling.self_condition_decay
         )
         scales = [1.0] * len(solver.times)
-        if sampling.guidance_scale != 1:
+        if sampling.guidance_scale not in (None, 1):
             first, last = sampling.guidance_interval
             scales = [sampling.guidance_scale if first <= t <= last else 1.0 for t in solver.times.cpu().tolist()]
         guidance = None
@@ -1688,7 +1803,13 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self_condition_scale (`float`, *optional*):
             What a call without one takes, saved with the pipeline: guidance that suits its denoiser. One without a
             self-condition, such as a distilled student in its place, is not guided.
-        guidance_rescale (`float`, *optional*): the same of that argument.
+        guidance_rescale, guidance_scale (`float`, *optional*): the same of those arguments.
+        ends_texts (`bool`, defaults to `False`):
+            Whether the model was trained on one document a row, so that a text ends at the first end-of-text token
+            that is written; saved with the pipeline, as the next one. Texts are cut there, token ids are not.
+        source_length (`int`, *optional*):
+            Tokens of a source, for a model that was trained to write a target behind it (a translation, a summary): a
+            prompt is the source, filled up with end-of-text tokens, and texts are the targets alone.
 
     Raises:
         ValueError: components whose sizes do not fit each other, or guidance out of its range.
@@ -1705,7 +1826,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
         "latent_encoder",
     ]
     scheduler_classes = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
-    saved_settings = ("self_condition_scale", "guidance_rescale")
+    guidance_settings = ("self_condition_scale", "guidance_rescale")
+    saved_settings = (*guidance_settings, "guidance_scale", "ends_texts", "source_length")
 
     def __init__(
         self,
@@ -1718,6 +1840,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
         latent_encoder: LDLMLatentEncoder | None = None,
         self_condition_scale: float | None = None,
         guidance_rescale: float | None = None,
+        guidance_scale: float | None = None,
+        ends_texts: bool = False,
+        source_length: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -1730,7 +1855,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
             latent_encoder=latent_encoder,
         )
         self.check_components()
-        self._register_guidance(self_condition_scale, guidance_rescale)
+        self._register_guidance(self_condition_scale, guidance_rescale, guidance_scale)
+        self._register_texts(ends_texts, source_length)
         self._calls = Calls()
         self._prompt_tokenizer: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None
 
@@ -1744,8 +1870,15 @@ class LDLMPipeline(LatentDenoisingPipeline):
         """Token ids of the prompts and suffixes of each text; empty ones where there are none.
 
         Raises:
-            ValueError: arguments that do not go together, or texts that the tokenizer has no tokens for.
+            ValueError: arguments that do not go together, texts that the tokenizer has no tokens for, or for a
+                pipeline with a `source_length` anything but sources that fit.
         """
+        source_length = self.config.source_length
+        if source_length is not None and (prompt is None or suffix is not None):
+            raise ValueError(
+                f"This pipeline writes a target for a source of up to {source_length} tokens: give the source as "
+                "`prompt`, and no `suffix`."
+            )
         if prompt is None and suffix is None:
             if int(num_texts_per_prompt) != 1:
                 raise ValueError(
@@ -1770,9 +1903,31 @@ class LDLMPipeline(LatentDenoisingPipeline):
                 "suffix for all of them or one for each."
             )
         times, tokenizer = range(int(num_texts_per_prompt)), self.prompt_tokenizer
-        prompt_ids = [tokenize(tokenizer, one, "prompt") for one in prompts]
-        suffix_ids = [tokenize(tokenizer, one, "suffix") for one in suffixes]
+        # a space before a word is often a part of its token, and what is written has its own
+        prompt_ids = [tokenize(tokenizer, one.rstrip(" "), "prompt") for one in prompts]
+        suffix_ids = [tokenize_suffix(tokenizer, one) for one in suffixes]
+        if source_length is not None:
+            prompt_ids = [self.fill_source(row, source_length) for row in prompt_ids]
         return [row for row in prompt_ids for _ in times], [row for row in suffix_ids for _ in times]
+
+    def fill_source(self, row: list[int], source_length: int) -> list[int]:
+        """A source's tokens, filled up with end-of-text tokens; ValueError for more than there is room for."""
+        if len(row) > source_length:
+            raise ValueError(
+                f"`prompt` has {len(row)} tokens, but a source of this pipeline has room for {source_length} "
+                "(source_length). Shorten it."
+            )
+        return row + [self.fill_token_id or 0] * (source_length - len(row))
+
+    def check_writes_freely(self, caller: str) -> None:
+        """Raises ValueError for a pipeline that writes targets of one length for sources."""
+        source_length = self.config.source_length
+        if source_length is not None:
+            raise ValueError(
+                f"{caller} is for pipelines that go on with texts. This one writes a target of up to "
+                f"{self.sequence_length - source_length} tokens for a source of up to {source_length}: call it with "
+                "the source as `prompt`."
+            )
 
     @property
     def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -1836,7 +1991,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         suffix: str | list[str] | None = None,
         num_texts_per_prompt: int = 1,
         max_new_tokens: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         guidance_interval: Sequence[float] = (0.0, 1.0),
         given_tokens: GivenTokens | None = None,
         output_type: str = "text",
@@ -1849,7 +2004,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
-                What texts begin with, for a transformer that was trained with texts given in part (`role_embeds`).
+                What texts begin with, for a transformer that was trained with texts given in part (`role_embeds`); or
+                the sources, where the pipeline has a `source_length`: a shorter source is filled up with end-of-text
+                tokens, which are given as well, and `sequences` have source, filling and target, `texts` the target.
             batch_size (`int`, defaults to 1): number of texts, without a prompt.
             num_inference_steps (`int`, defaults to 128): number of denoising steps, each one evaluation of the
                 transformer, and one more for each of self-condition and prompt that guide it.
@@ -1880,10 +2037,11 @@ class LDLMPipeline(LatentDenoisingPipeline):
                 How many tokens are written; by default as many as the model's texts have room for. More than that are
                 written block by block, each with the end of what is there as its prompt (see
                 [`~LDLMPipeline.stream`]).
-            guidance_scale (`float`, defaults to 1.0):
+            guidance_scale (`float`, *optional*):
                 Weight v of what is given, without effect where nothing is: 1 is the model's own prediction, more of
                 it moves the prediction away from that without a prompt (classifier-free guidance), which costs
-                another evaluation of the transformer in each step; 0 leaves the prompt out of the denoiser.
+                another evaluation of the transformer in each step; 0 leaves the prompt out of the denoiser. By
+                default the pipeline's own, or 1.
             guidance_interval (pair of `float`, defaults to `(0.0, 1.0)`): times between which `guidance_scale` holds.
             given_tokens ([`GivenTokens`], *optional*): rows of tokens, any of which may be given, instead of prompts.
             output_type (`str`, defaults to `"text"`):
@@ -1938,6 +2096,8 @@ class LDLMPipeline(LatentDenoisingPipeline):
             batch_size = len(prompts)
             longest = max(map(len, prompts))
             is_long = max_new_tokens is not None and longest + max_new_tokens > self.sequence_length
+            if is_long:
+                self.check_writes_freely(f"`max_new_tokens`={max_new_tokens}")
             if is_long and any(suffixes):
                 raise ValueError(
                     f"`max_new_tokens`={max_new_tokens} with a `suffix`: texts that end with one are no longer "
@@ -1965,7 +2125,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             if output_type != "latent":
                 output.sequences = self.finished_sequences(rows, clean_latents)
         if output_type == "text" and output.sequences is not None:
-            output.texts = self._to_texts(output.sequences)
+            output.texts = self._texts_of(rows, output.sequences)
         self.maybe_free_model_hooks()
 
         if not return_dict:
@@ -2000,17 +2160,19 @@ class LDLMPipeline(LatentDenoisingPipeline):
             ValueError: as of [`~LDLMPipeline.__call__`], before anything is written.
         """
         self.require_components("generation", "transformer", "scheduler", "token_decoder", "tokenizer")
+        self.check_writes_freely("`stream`")
         self.check_counts(
             batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
         )
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
         arguments = Sampling(**sampling)
         self.check_inputs(len(prompts), arguments)
-        written, shown = prompts, self._to_texts(prompts)
+        given = [len(one) for one in prompts]
+        written, shown = prompts, self._to_texts(prompts, given)
         for block in self._write_blocks(prompts, int(max_new_tokens), arguments, context_tokens):
             written = [row + new for row, new in zip(written, block, strict=True)]
             is_last = all(len(row) == len(one) + max_new_tokens for row, one in zip(written, prompts, strict=True))
-            texts = [text if is_last else whole_characters(text) for text in self._to_texts(written)]
+            texts = [text if is_last else whole_characters(text) for text in self._to_texts(written, given)]
             new_texts = [text[len(before) :] for text, before in zip(texts, shown, strict=True)]
             shown = texts
             yield LDLMPipelineOutput(sequences=self.pad_rows(block), texts=new_texts)
@@ -2037,6 +2199,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             ValueError: a text without a gap, or too long; as of [`~LDLMPipeline.__call__`].
         """
         self.require_components("infill", "transformer", "tokenizer")
+        self.check_writes_freely("`infill`")
         self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
         if not isinstance(gap, str) or not gap:
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
@@ -2073,12 +2236,13 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.require_components(
             "edit", "transformer", "scheduler", "token_decoder", "tokenizer", "token_encoder", "latent_encoder"
         )
+        self.check_writes_freely("`edit`")
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         arguments = Sampling(**sampling)
-        texts, versions = as_texts("texts", texts), int(num_texts_per_prompt)
-        latents = self.encode(texts).repeat_interleave(versions, dim=0)
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        versions = int(num_texts_per_prompt)
+        rows = [tokenize(self.prompt_tokenizer, text, "texts") for text in as_texts("texts", texts)]
+        latents = self.encode_sequences(self.fill_rows(rows)).repeat_interleave(versions, dim=0)
         lengths = [len(row) for row in rows for _ in range(versions)]
         self.check_inputs(len(latents), arguments)
         solver = self.prepare_solver(int(arguments.num_inference_steps), arguments.timesteps, latents.device)
@@ -2201,7 +2365,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         sequences = self.finished_sequences(rows, clean_latents)
         output = LDLMPipelineOutput(
             sequences=sequences,
-            texts=self._to_texts(sequences),
+            texts=self._texts_of(rows, sequences),
             latents=clean_latents.float(),
             rewards=rewards_of(rows, clean_latents).detach(),
         )
@@ -2215,7 +2379,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if name == "latent_reward":
             return check_rewards(name, reward(clean_latents.float()), len(clean_latents))
         sequences = self.finished_sequences(rows, clean_latents)
-        found = reward(sequences) if name == "token_reward" else reward(self._to_texts(sequences))
+        found = reward(sequences) if name == "token_reward" else reward(self._texts_of(rows, sequences))
         return check_rewards(name, found, len(clean_latents))
 
     def _write_blocks(
@@ -2240,7 +2404,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             clean_latents = self._write(rows, len(prompts), sampling, call)
             sequences = self.finished_sequences(rows, clean_latents).tolist()
             block = [row[len(before) :][:count] for row, before, count in zip(sequences, contexts, left, strict=True)]
-            left = [count - len(new) for count, new in zip(left, block, strict=True)]
+            left = [0 if self.is_over(new) else count - len(new) for count, new in zip(left, block, strict=True)]
             contexts = [row[-context:] for row in sequences]
             yield block
 
@@ -2258,8 +2422,14 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if given is None:
             # nothing to be guided by
             sampling = replace(sampling, guidance_scale=1.0)
+        elif sampling.guidance_scale is None:
+            sampling = replace(sampling, guidance_scale=self.config.guidance_scale)
         latents = self.prepare_latents(batch_size, self._execution_device, sampling.generator, noise)
         return self.denoise(latents, sampling, call, given, steering=steering)
+
+    def _texts_of(self, rows: GivenTokens | None, sequences: torch.Tensor) -> list[str]:
+        """The texts of token ids (B, T), around what was given of them."""
+        return self._to_texts(sequences, None if rows is None else rows.ends_of_given)
 
     def finished_sequences(self, rows: GivenTokens | None, clean_latents: torch.Tensor) -> torch.Tensor:
         """Token ids (B, T) of clean latents, decoded without decoder noise."""

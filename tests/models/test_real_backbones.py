@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,15 @@ def test_smollm2_from_gguf(tmp_path: Path):
 
     encoder.fit_statistics([input_ids])
     encoder.save_pretrained(tmp_path)
-    assert "gguf" not in (tmp_path / "config.json").read_text().lower()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("backbone_source") == SMOLLM2
+    assert "gguf" not in json.dumps(config).lower()
     loaded = LDLMTokenEncoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids).hidden_states, encoder(input_ids).hidden_states)
+    # or its statistics alone, with the language model from the file that it came in
+    encoder.leave_out_backbone()
+    encoder.save_pretrained(tmp_path / "small")
+    loaded = LDLMTokenEncoder.from_pretrained(tmp_path / "small")
     assert torch.equal(loaded(input_ids).hidden_states, encoder(input_ids).hidden_states)
 
 

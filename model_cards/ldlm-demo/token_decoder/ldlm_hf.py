@@ -639,6 +639,10 @@ class SafeLoadingMixin:
         """Name of the weights file, if it is one and of no variant."""
         return SAFETENSORS_WEIGHTS_NAME if issubclass(cls, ModelMixin) else SAFE_WEIGHTS_NAME
 
+    def saved_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights that are saved, where they are not all of them."""
+        return None
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -662,6 +666,8 @@ class SafeLoadingMixin:
         check_adapters(type(self).__name__, self)  # type: ignore[arg-type]
         if max_shard_size is not None:
             kwargs["max_shard_size"] = max_shard_size
+        if (weights := self.saved_weights()) is not None:
+            kwargs["state_dict"] = weights
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         # the base class would remove shards of other variants, and not a single file, nor an index
