@@ -55,10 +55,9 @@ def test_every_parameter_is_trained(
     for phase in phases:
         objective.zero_grad()
         loss = objective(random_tokens(4), [0.1, 0.4, 0.6, 0.9], generators(4), **phase).total
-        assert math.isfinite(float(loss)) and float(loss) > 0
+        assert loss.isfinite() and loss > 0
         loss.backward()
         for name, parameter in objective.named_parameters():
-            # masked models are told the time 0, whose sines are 0
             assert parameter.grad is not None and parameter.grad.any(), name
 
 
@@ -119,8 +118,12 @@ def command(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
 def test_it_learns_more_than_how_often_words_occur(
     method: str, run_script: Callable[..., None], command: list[str], tmp_path: Path
 ) -> None:
-    phases = ["curriculum.steps=100", "curriculum.gamma_min=-3.0", "curriculum.gamma_max=0.5"]
-    run_script("train_baseline", method, *command, "loop.max_steps=500", *(phases if method == "duo" else []))
+    own = {
+        "duo": ["curriculum.steps=100", "curriculum.gamma_min=-3.0", "curriculum.gamma_max=0.5"],
+        # among few words, noise of the paper's range says too much of each, and the sampler begins with none of it
+        "candi": ["noise.rank_min=0.3", "noise.rank_max=0.45"],
+    }
+    run_script("train_baseline", method, *command, "loop.max_steps=500", *own.get(method, []))
     run = tmp_path / "run"
     results = json.loads((run / "results.json").read_text())
     # the text's words are as frequent, each log 7 nats; the first word of a text alone is as hard
