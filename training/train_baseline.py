@@ -2,8 +2,8 @@
 
     accelerate launch training/train_baseline.py METHOD --config training/configs/METHOD_demo.yaml [key=value ...]
 
-Methods: `autoregressive`, `mdlm`, `duo`, `candi`, `flm`. Each is one file of `ldlm_hf/baselines/`; what comes out is
-its pipeline.
+Methods: `autoregressive`, `mdlm`, `duo`, `candi`, `flm`, `fmlm`. Each is described in its file of
+`ldlm_hf/baselines/`; what comes out is its pipeline.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 from ldlm_hf.baselines.autoregressive import AutoregressiveRecipe
 from ldlm_hf.baselines.candi import CANDIRecipe
-from ldlm_hf.baselines.flow_language_model import FLMRecipe
+from ldlm_hf.baselines.flow_language_model import FLMRecipe, FMLMRecipe
 from ldlm_hf.baselines.masked import MDLMRecipe
 from ldlm_hf.baselines.uniform import DuoRecipe
 from ldlm_hf.training.launch import run
@@ -25,6 +25,7 @@ METHODS: dict[str, type[PipelineRecipe]] = {
     "duo": DuoRecipe,
     "candi": CANDIRecipe,
     "flm": FLMRecipe,
+    "fmlm": FMLMRecipe,
 }
 
 

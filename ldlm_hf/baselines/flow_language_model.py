@@ -7,17 +7,29 @@ network is told tau, uniform in training, in place of t = g(tau): a share tau of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from torch import nn
 
 from ..loading.checks import check_settings
-from .categorical import Generators, cross_entropy, normal, row_generators
+from ..objective.base import without_autocast_cache
+from ..training.randomness import RowRandomness
+from ..training.recipe import StepLosses
+from .categorical import Generators, by_slices, cross_entropy, normal, row_generators
 from .one_hot_noise import embedded_noise, unwarp_time, warp_time
+from .pipeline_token_diffusion import TokenDiffusionPipeline
 from .token_scheduler import TokenScheduler
-from .token_training import TokenDiffusionObjective, TokenDiffusionRecipe, TokenDiffusionSettings
+from .token_training import (
+    TokenDiffusionObjective,
+    TokenDiffusionRecipe,
+    TokenDiffusionSettings,
+    TokenRecipe,
+    TokenRunSettings,
+)
 from .token_transformer import TokenDiffusionTransformer
 
 
@@ -32,8 +44,10 @@ def flow_step(sample: torch.Tensor, predicted: torch.Tensor, t: float, next_t: f
     return sample + (next_t - t) / (1 - t + EULER_GUARD) * (predicted - sample)
 
 
-def flow_map_jump(sample: torch.Tensor, predicted: torch.Tensor, s: float, t: float) -> torch.Tensor:
-    """X_st(z) = ((1 - t) z + (t - s) D(z; s, t)) / (1 - s), exact where D is."""
+def flow_map_jump(
+    sample: torch.Tensor, predicted: torch.Tensor, s: float | torch.Tensor, t: float | torch.Tensor
+) -> torch.Tensor:
+    """X_st(z) = ((1 - t) z + (t - s) D(z; s, t)) / (1 - s), exact where D is; s < 1."""
     return ((1 - t) * sample + (t - s) * predicted) / (1 - s)
 
 
@@ -198,3 +212,158 @@ class FLMRecipe(TokenDiffusionRecipe):
 
     def scheduler(self) -> FLMScheduler:
         return FLMScheduler(len(self.tokenizer))
+
+
+# 4. Distillation into a flow map
+
+BOUNDARY_ROWS = 32
+SHORTEST_STEP = 1e-6
+
+
+def distillation_steps(
+    rows: torch.Tensor, batch_size: int, uniforms: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """tau_s and tau_t of some rows of a batch, float64.
+
+    Every second row is diagonal, tau_s = tau_t, stratified over [0, 1). The others have a length delta, stratified,
+    and begin at v (1 - delta); every 32nd of them goes from 0 to 1.
+
+    Args:
+        rows: places in the whole batch, (n,).
+        batch_size: rows of the whole batch.
+        uniforms: in [0, 1), (n,).
+        places: v in [0, 1), even over the whole batch and in another order, (n,).
+    """
+    index = rows // 2
+    stratified = (index + uniforms) / math.ceil(batch_size / 2)
+    lengths = stratified.clamp(min=SHORTEST_STEP)
+    is_whole = index % BOUNDARY_ROWS == 0
+    starts = torch.where(is_whole, 0.0, places * (1 - lengths))
+    ends = torch.where(is_whole, 1.0, starts + lengths)
+    is_diagonal = rows % 2 == 0
+    return torch.where(is_diagonal, stratified, starts), torch.where(is_diagonal, stratified, ends)
+
+
+def first_half_share(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """lambda = (1 - t)(u - s) / ((1 - u)(t - s)), the weight of the first of two jumps in the one that they make."""
+    return (1 - t) * (u - s) / ((1 - u) * (t - s))
+
+
+def soft_cross_entropy(
+    logits: torch.Tensor, first: torch.Tensor, second: torch.Tensor, share: torch.Tensor
+) -> torch.Tensor:
+    """-sum_v q_v log p_v with q = share softmax(first) + (1 - share) softmax(second): (n,).
+
+    Args:
+        logits: of p, (n, K).
+        first, second: logits of the target's parts, (n, K).
+        share: (n,).
+    """
+    share = share[:, None].to(logits.dtype)
+    target = torch.lerp(second.to(logits.dtype).softmax(-1), first.to(logits.dtype).softmax(-1), share)
+    return -(target * logits.log_softmax(-1)).sum(-1)
+
+
+@dataclass
+class FMLMSettings(TokenRunSettings):
+    """Settings of `train_baseline.py fmlm`.
+
+    Attributes:
+        components: folder or Hub id of the FLM pipeline that is distilled.
+    """
+
+    components: str = ""
+
+
+class FMLMObjective(FLMObjective):
+    """Progressive distillation: a jump is taught by two of half the length, and one of length 0 by FLM.
+
+    The network predicts the end D(x_s; tau_s, tau_t) of a jump. Of the target no gradient is taken. Without ends it
+    is FLM's loss.
+    """
+
+    def __init__(self, transformer: TokenDiffusionTransformer, teacher: TokenDiffusionTransformer):
+        super().__init__(transformer)
+        self.teacher = teacher.requires_grad_(False)
+
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        inputs = super().example_inputs(batch_size, sequence_length)
+        return {**inputs, "ends": [0.5 if row % 2 == 0 else 1.0 for row in range(batch_size)]}
+
+    def token_losses(
+        self,
+        input_ids: torch.Tensor,
+        uniforms: torch.Tensor,
+        generators: Generators,
+        ends: list[float] | None = None,
+    ) -> torch.Tensor:
+        if ends is None:
+            return super().token_losses(input_ids, uniforms, generators)
+        starts, stops = uniforms, torch.tensor(ends, dtype=torch.float64, device="cpu")
+        s = self.flow_time(starts, input_ids)
+        noise = normal((*input_ids.shape, self.vocab_size), generators, input_ids.device)
+        x_s = ((1 - s) * noise).scatter_add_(-1, input_ids[..., None], s.expand(*input_ids.shape, 1))
+        with torch.no_grad(), without_autocast_cache(input_ids.device):
+            first, second, share = self.targets(x_s, starts, stops)
+        logits = self.transformer(weights=x_s, timestep=starts, next_timestep=stops).logits
+        return by_slices(soft_cross_entropy, logits, first, second, share.expand(input_ids.shape))
+
+    def flow_time(self, tau: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """t = g(tau), float32 of shape (B, 1, 1), where the ids are."""
+        return warp_time(tau, self.vocab_size).to(input_ids.device, torch.float32)[:, None, None]
+
+    def targets(
+        self, x_s: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of both parts of the target, (B, L, K), and the first one's share, (B, 1)."""
+        is_diagonal = starts == stops
+        taught, jumps = is_diagonal.nonzero()[:, 0], (~is_diagonal).nonzero()[:, 0]
+        middles = (starts + stops) / 2
+        by_teacher = self.teacher(weights=x_s[taught], timestep=starts[taught]).logits
+        tau_s, tau_u, tau_t = (times[jumps] for times in (starts, middles, stops))
+        s, u, t = (self.flow_time(tau, x_s) for tau in (tau_s, tau_u, tau_t))
+        first = self.transformer(weights=x_s[jumps], timestep=tau_s, next_timestep=tau_u).logits
+        x_u = flow_map_jump(x_s[jumps], first.float().softmax(-1), s, u)
+        second = self.transformer(weights=x_u, timestep=tau_u, next_timestep=tau_t).logits
+        order = torch.cat([taught, jumps]).argsort()
+        share = torch.cat([torch.ones(len(taught), 1, device=x_s.device), first_half_share(s, u, t)[..., 0]])
+        return torch.cat([by_teacher, first])[order], torch.cat([by_teacher, second])[order], share[order]
+
+
+class FMLMRecipe(TokenRecipe):
+    """Distillation of FLM into a flow map."""
+
+    settings_class = FMLMSettings
+    settings: FMLMSettings
+
+    def load(self) -> None:
+        if not self.settings.components:
+            raise ValueError("components='': name the pipeline of FLM that is distilled, such as RUN/pipeline.")
+        pipeline = TokenDiffusionPipeline.from_pretrained(self.settings.components)
+        teacher = pipeline.transformer.float()
+        if teacher.config.process != "flow" or teacher.config.next_timestep_conditioning:
+            raise ValueError(
+                f"components={self.settings.components!r} must be the pipeline of FLM; its network has the process "
+                f"{teacher.config.process!r}, next_timestep_conditioning={teacher.config.next_timestep_conditioning}."
+            )
+        self.tokenizer, self.sequence_length = pipeline.tokenizer, pipeline.sequence_length
+        transformer = TokenDiffusionTransformer.from_config(teacher.config, next_timestep_conditioning=True)
+        transformer.load_state_dict(teacher.state_dict(), strict=False)
+        self.module = FMLMObjective(transformer, teacher)
+
+    def scheduler(self) -> FMLMScheduler:
+        return FMLMScheduler(len(self.tokenizer))
+
+    def losses(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        step: int,
+        randomness: RowRandomness,
+        given: torch.Tensor | None = None,
+    ) -> StepLosses:
+        rows = torch.arange(randomness.rows.start, randomness.rows.stop)
+        starts, ends = distillation_steps(rows, randomness.batch_size, randomness.uniform(), randomness.places())
+        generators = randomness.generators(input_ids.device)
+        loss = module(input_ids, starts.tolist(), generators, ends=ends.tolist()).total
+        return StepLosses(total=loss, values={"distillation_loss": loss})

@@ -200,7 +200,7 @@ class TokenDiffusionPipeline(RepositoryPipeline):
             row: list[int | None] = [None] * self.sequence_length
             rows = GivenTokens.of_rows([row[:max_new_tokens]] * int(batch_size), self.sequence_length)
         device = self._execution_device
-        token_ids, given = rows.sequences.to(device), rows.given.to(device)
+        token_ids, given, has_given = rows.sequences.to(device), rows.given.to(device), bool(rows.given.any())
         row_generators(generator, len(token_ids))
 
         # 3. Denoise
@@ -214,7 +214,7 @@ class TokenDiffusionPipeline(RepositoryPipeline):
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     continue
-                if given.any():
+                if has_given:
                     sample = scheduler.give(sample, token_ids, given)
                 if not (reuse_predictions and seen is not None and torch.equal(seen, sample)):
                     logits = self.transformer(**scheduler.model_inputs(sample, t)).logits

@@ -53,7 +53,6 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):
     process: ClassVar[str]
     takes_given: ClassVar[bool] = False
     order = 1
-    init_noise_sigma = 1.0
 
     def __init__(self, **ranges: str | tuple[Any, ...]):
         shared: dict[str, str | tuple[Any, ...]] = {"temperature": "[0, inf)", "top_p": "(0, 1]"}

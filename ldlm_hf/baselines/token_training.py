@@ -70,10 +70,9 @@ def papers_optimizer() -> OptimizerSettings:
 
 
 @dataclass
-class TokenDiffusionSettings:
-    """Settings of `train_baseline.py` for any of these methods, with the papers' values."""
+class TokenRunSettings:
+    """Settings of a run, with the papers' values of its optimiser."""
 
-    model: TokenModelSettings = field(default_factory=TokenModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=papers_optimizer)
     loop: LoopSettings = field(
@@ -93,6 +92,13 @@ class TokenDiffusionSettings:
                 f"evaluation.sampler={self.evaluation.sampler!r}: samplers named there are of latent diffusion; leave "
                 "it out, and give the finished pipeline another scheduler."
             )
+
+
+@dataclass
+class TokenDiffusionSettings(TokenRunSettings):
+    """Settings of `train_baseline.py` for any of these methods."""
+
+    model: TokenModelSettings = field(default_factory=TokenModelSettings)
 
 
 # 2. Objective
@@ -130,7 +136,7 @@ class TokenDiffusionObjective(Objective):
         input_ids: torch.Tensor,
         uniforms: Sequence[float],
         generator: list[torch.Generator] | None = None,
-        **phase: bool,
+        **phase: Any,
     ) -> TokenDiffusionLosses:
         """The loss of token ids (B, L).
 
@@ -148,7 +154,33 @@ class TokenDiffusionObjective(Objective):
 # 3. Recipe
 
 
-class TokenDiffusionRecipe(PipelineRecipe):
+class TokenRecipe(PipelineRecipe):
+    """A recipe that ends with a [`TokenDiffusionPipeline`]."""
+
+    settings: TokenRunSettings
+    module: TokenDiffusionObjective
+
+    @abstractmethod
+    def scheduler(self) -> TokenScheduler:
+        """The method's sampler."""
+
+    def pipeline(self, snapshot: TokenDiffusionObjective) -> TokenDiffusionPipeline:
+        return TokenDiffusionPipeline(snapshot.transformer, self.scheduler(), self.tokenizer).to(self.device)
+
+    @torch.no_grad()
+    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
+        """The plain loss, with `evaluation.grid_size` stratified times for each sequence."""
+        total, count, size = 0.0, len(self.held_out), self.settings.evaluation.batch_size
+        snapshot.eval()
+        for draw in range(self.settings.evaluation.grid_size):
+            for first in range(0, count, size):
+                input_ids = self.held_out[first : first + size].to(self.device)
+                randomness = RowRandomness(0, draw, range(first, first + len(input_ids)), count)
+                total += float(snapshot(input_ids, *draws(randomness, self.device)).total) * len(input_ids)
+        return Evaluation({"token_loss": total / count / self.settings.evaluation.grid_size})
+
+
+class TokenDiffusionRecipe(TokenRecipe):
     """Training of one of the methods, each of which says its process, objective and sampler.
 
     Attributes:
@@ -157,7 +189,6 @@ class TokenDiffusionRecipe(PipelineRecipe):
 
     settings_class = TokenDiffusionSettings
     settings: TokenDiffusionSettings
-    module: TokenDiffusionObjective
     process: ClassVar[str]
 
     def network_arguments(self) -> dict[str, Any]:
@@ -167,10 +198,6 @@ class TokenDiffusionRecipe(PipelineRecipe):
     @abstractmethod
     def objective(self, transformer: TokenDiffusionTransformer) -> TokenDiffusionObjective:
         """The method's loss."""
-
-    @abstractmethod
-    def scheduler(self) -> TokenScheduler:
-        """The method's sampler."""
 
     def phase(self, step: int) -> dict[str, bool]:
         """What the objective is told of a step."""
@@ -196,9 +223,6 @@ class TokenDiffusionRecipe(PipelineRecipe):
             start_from_backbone(transformer.embedding.weight[: len(self.tokenizer)], settings.backbone)
         self.module = self.objective(transformer)
 
-    def pipeline(self, snapshot: TokenDiffusionObjective) -> TokenDiffusionPipeline:
-        return TokenDiffusionPipeline(snapshot.transformer, self.scheduler(), self.tokenizer).to(self.device)
-
     def losses(
         self,
         module: nn.Module,
@@ -209,18 +233,6 @@ class TokenDiffusionRecipe(PipelineRecipe):
     ) -> StepLosses:
         loss = module(input_ids, *draws(randomness, input_ids.device), **self.phase(step)).total
         return StepLosses(total=loss, values={"token_loss": loss})
-
-    @torch.no_grad()
-    def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
-        """The plain loss, with `evaluation.grid_size` stratified times for each sequence."""
-        total, count, size = 0.0, len(self.held_out), self.settings.evaluation.batch_size
-        snapshot.eval()
-        for draw in range(self.settings.evaluation.grid_size):
-            for first in range(0, count, size):
-                input_ids = self.held_out[first : first + size].to(self.device)
-                randomness = RowRandomness(0, draw, range(first, first + len(input_ids)), count)
-                total += float(snapshot(input_ids, *draws(randomness, self.device)).total) * len(input_ids)
-        return Evaluation({"token_loss": total / count / self.settings.evaluation.grid_size})
 
 
 def draws(randomness: RowRandomness, device: torch.device) -> tuple[list[float], list[torch.Generator]]:

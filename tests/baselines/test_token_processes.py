@@ -21,7 +21,12 @@ from ldlm_hf.baselines.categorical import (
     row_generators,
     word_probabilities,
 )
-from ldlm_hf.baselines.flow_language_model import flow_map_jump
+from ldlm_hf.baselines.flow_language_model import (
+    distillation_steps,
+    first_half_share,
+    flow_map_jump,
+    soft_cross_entropy,
+)
 from ldlm_hf.baselines.masked import mask_words, masked_loss, remasking_bound, unmasking_probability
 from ldlm_hf.baselines.noise_schedule import log_linear_alpha, stratified_times, training_times
 from ldlm_hf.baselines.one_hot_noise import argmax_signal, argmax_signal_slope, embedded_noise, unwarp_time, warp_time
@@ -399,8 +404,54 @@ def test_jumps_of_a_flow_map_compose() -> None:
     s, u, t = 0.2, 0.5, 0.8
     z, first, second = torch.randn(3, 4, generator=one_row()[0], dtype=torch.float64)
     halves = flow_map_jump(flow_map_jump(z, first, s, u), second, u, t)
-    share = (1 - t) * (u - s) / ((1 - u) * (t - s))
+    share = first_half_share(*torch.tensor([s, u, t], dtype=torch.float64))
     assert torch.allclose(halves, flow_map_jump(z, share * first + (1 - share) * second, s, t))
+
+
+@pytest.mark.parametrize("part", ["off_diagonal", "boundary_0_to_1", "diagonal"])
+def test_distillation_loss(part: str) -> None:
+    case, expected = Case("A"), REFERENCE["fmlm"]["loss"]["A"]
+    ends = {
+        "off_diagonal": (expected["tau_s"], expected["tau_t"]),
+        "boundary_0_to_1": ([0.0, 0.0], [1.0, 1.0]),
+        "diagonal": (expected["diagonal_tau"], expected["diagonal_tau"]),
+    }
+    tau_s, tau_t = (tensor(values) for values in ends[part])
+    tau_u = (tau_s + tau_t) / 2
+    s, u, t = (warp_time(tau, case.vocab_size)[:, None, None] for tau in (tau_s, tau_u, tau_t))
+    x_s = (1 - s) * case.noise + s * F.one_hot(case.x, case.vocab_size)
+
+    def network(x: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        return 30 * torch.tanh(fake_logits(x, case.vocab_size, c=start, c2=end) / 30)
+
+    logits = network(x_s, tau_s, tau_t)
+    if part == "diagonal":
+        losses = cross_entropy(logits, case.x)
+    else:
+        first = network(x_s, tau_s, tau_u)
+        second = network(flow_map_jump(x_s, first.softmax(-1), s, u), tau_u, tau_t)
+        share = first_half_share(s, u, t)[..., 0].expand(case.x.shape)
+        losses = by_slices(soft_cross_entropy, logits, first, second, share)
+    assert close(losses, expected[f"{part}_ce_per_token"], rtol=1e-6)
+
+
+def test_steps_that_are_distilled() -> None:
+    """Half of the rows have no length, the others any within [0, 1], and some are the whole way."""
+    count = 6400
+    uniforms, places = torch.rand(2, count, generator=one_row()[0], dtype=torch.float64)
+    starts, ends = distillation_steps(torch.arange(count), count, uniforms, places)
+    diagonal = starts == ends
+    assert int(diagonal.sum()) == count // 2 and (starts >= 0).all() and (ends <= 1).all()
+    # one in each of as many parts
+    assert torch.equal((starts[diagonal] * count / 2).long(), torch.arange(count // 2))
+    whole = (starts == 0) & (ends == 1)
+    assert int(whole.sum()) == count // 2 // 32
+    lengths = (ends - starts)[~diagonal & ~whole]
+    assert float(lengths.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(ends[~diagonal & ~whole].mean()) == pytest.approx(0.75, abs=0.02)
+    part = slice(100, 200)
+    some = distillation_steps(torch.arange(100, 200), count, uniforms[part], places[part])
+    assert torch.equal(some[0], starts[part]) and torch.equal(some[1], ends[part])
 
 
 # ---------------------------------------------------------------------------------------------- an exact oracle

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldlm_hf import TokenDiffusionPipeline, TokenDiffusionTransformer
+from ldlm_hf import FMLMScheduler, TokenDiffusionPipeline, TokenDiffusionTransformer
 from ldlm_hf.baselines.candi import CANDINoiseSettings, CANDIObjective
 from ldlm_hf.baselines.flow_language_model import FLMObjective
 from ldlm_hf.baselines.masked import MDLMObjective
@@ -136,6 +136,53 @@ def test_it_learns_more_than_how_often_words_occur(
     card = (run / "pipeline" / "README.md").read_text()
     assert "TokenDiffusionPipeline" in card and "num_inference_steps=" in card
     assert ("prompt included" in card) == (method in ("mdlm", "candi"))
+
+
+@pytest.mark.slow
+def test_a_flow_is_distilled_into_a_flow_map(
+    run_script: Callable[..., None], command: list[str], tmp_path: Path
+) -> None:
+    """A flow map comes with one step nearer to where it comes with many than the flow does."""
+    run_script("train_baseline", "flm", *command, "loop.max_steps=1000")
+    teacher = TokenDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    shared = [item for item in command if not item.startswith("model.")]
+    student_run = [*shared, f"components={tmp_path / 'run' / 'pipeline'}", f"loop.output_dir={tmp_path / 'student'}"]
+    run_script(
+        "train_baseline",
+        "fmlm",
+        *student_run,
+        "optimizer.learning_rate=0.003",
+        "loop.max_steps=1500",
+        "loop.batch_size=32",
+    )
+    student = TokenDiffusionPipeline.from_pretrained(tmp_path / "student" / "pipeline")
+
+    def agreement(pipe: TokenDiffusionPipeline) -> float:
+        """How many words of one step are those of 16 steps, from the same noise."""
+        pipe.set_progress_bar_config(disable=True)
+        few, many = (
+            pipe(batch_size=64, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).sequences
+            for steps in (1, 16)
+        )
+        return float((few == many).double().mean())
+
+    student.scheduler = FMLMScheduler(vocab_size=K, gamma=0.0)
+    assert agreement(student) > agreement(teacher) + 0.05
+
+
+def test_what_distillation_refuses(run_script: Callable[..., None], command: list[str], tmp_path: Path) -> None:
+    shared = [item for item in command if not item.startswith("model.")]
+    pipeline = f"components={tmp_path / 'run' / 'pipeline'}"
+    with pytest.raises(ValueError, match="name the pipeline of FLM that is distilled"):
+        run_script("train_baseline", "fmlm", *shared)
+    run_script("train_baseline", "mdlm", *command)
+    with pytest.raises(ValueError, match="must be the pipeline of FLM; its network has the process 'masked'"):
+        run_script("train_baseline", "fmlm", *shared, pipeline, f"loop.output_dir={tmp_path / 'student'}")
+    run_script("train_baseline", "flm", *command, "--overwrite_output_dir")
+    run_script("train_baseline", "fmlm", *shared, pipeline, f"loop.output_dir={tmp_path / 'student'}")
+    student = TokenDiffusionPipeline.from_pretrained(tmp_path / "student" / "pipeline")
+    assert student.transformer.config.next_timestep_conditioning
+    assert type(student.scheduler) is FMLMScheduler
 
 
 def test_a_resumed_run_is_the_same_run(run_script: Callable[..., None], command: list[str], tmp_path: Path) -> None:
