@@ -21,7 +21,6 @@ from ..training.randomness import RowRandomness
 from ..training.recipe import StepLosses
 from .categorical import Generators, by_slices, cross_entropy, normal, row_generators
 from .one_hot_noise import embedded_noise, unwarp_time, warp_time
-from .pipeline_token_diffusion import TokenDiffusionPipeline
 from .token_scheduler import TokenScheduler
 from .token_training import (
     TokenDiffusionObjective,
@@ -29,6 +28,7 @@ from .token_training import (
     TokenDiffusionSettings,
     TokenRecipe,
     TokenRunSettings,
+    load_teacher,
 )
 from .token_transformer import TokenDiffusionTransformer
 
@@ -279,7 +279,8 @@ class FMLMObjective(FLMObjective):
     """Progressive distillation: a jump is taught by two of half the length, and one of length 0 by FLM.
 
     The network predicts the end D(x_s; tau_s, tau_t) of a jump. Of the target no gradient is taken. Without ends it
-    is FLM's loss.
+    is FLM's loss. It holds arrays of all words, (B, L, K), since student and teacher read x_s by embeddings of their
+    own: take a small `loop.device_batch_size`.
     """
 
     def __init__(self, transformer: TokenDiffusionTransformer, teacher: TokenDiffusionTransformer):
@@ -337,15 +338,8 @@ class FMLMRecipe(TokenRecipe):
     settings: FMLMSettings
 
     def load(self) -> None:
-        if not self.settings.components:
-            raise ValueError("components='': name the pipeline of FLM that is distilled, such as RUN/pipeline.")
-        pipeline = TokenDiffusionPipeline.from_pretrained(self.settings.components)
-        teacher = pipeline.transformer.float()
-        if teacher.config.process != "flow" or teacher.config.next_timestep_conditioning:
-            raise ValueError(
-                f"components={self.settings.components!r} must be the pipeline of FLM; its network has the process "
-                f"{teacher.config.process!r}, next_timestep_conditioning={teacher.config.next_timestep_conditioning}."
-            )
+        pipeline = load_teacher(self.settings.components, "flow")
+        teacher = pipeline.transformer
         self.tokenizer, self.sequence_length = pipeline.tokenizer, pipeline.sequence_length
         transformer = TokenDiffusionTransformer.from_config(teacher.config, next_timestep_conditioning=True)
         transformer.load_state_dict(teacher.state_dict(), strict=False)

@@ -171,7 +171,6 @@ class TokenRecipe(PipelineRecipe):
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         """The plain loss, with `evaluation.grid_size` stratified times for each sequence."""
         total, count, size = 0.0, len(self.held_out), self.settings.evaluation.batch_size
-        snapshot.eval()
         for draw in range(self.settings.evaluation.grid_size):
             for first in range(0, count, size):
                 input_ids = self.held_out[first : first + size].to(self.device)
@@ -239,3 +238,23 @@ def draws(randomness: RowRandomness, device: torch.device) -> tuple[list[float],
     """Stratified numbers in [0, 1) and sources of noise for some rows of a batch."""
     uniforms = stratified_times(randomness.uniform(), randomness.rows.start, randomness.batch_size)
     return uniforms.tolist(), randomness.generators(device)
+
+
+def load_teacher(components: str, process: str) -> TokenDiffusionPipeline:
+    """The pipeline of a trained model of a process that is distilled, in float32.
+
+    Raises:
+        ValueError: none is named, or one of another process, or a flow map.
+        OSError: there is none.
+    """
+    if not components:
+        raise ValueError("components='': name the pipeline that is distilled, such as RUN/pipeline.")
+    pipeline = TokenDiffusionPipeline.from_pretrained(components)
+    config = pipeline.transformer.config
+    if config.process != process or config.next_timestep_conditioning:
+        raise ValueError(
+            f"components={components!r} must be a pipeline of the process {process!r} that was not distilled yet; its "
+            f"network has process={config.process!r}, next_timestep_conditioning={config.next_timestep_conditioning}."
+        )
+    pipeline.transformer.float()
+    return pipeline

@@ -8,14 +8,19 @@ transitions below.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
+from torch import nn
 
 from ..loading.checks import check_settings
+from ..training.randomness import RowRandomness
+from ..training.recipe import StepLosses
+from ..training.settings import LoopSettings, OptimizerSettings
 from .categorical import (
     POSITIONS_AT_ONCE,
     Generators,
@@ -29,7 +34,16 @@ from .categorical import (
 from .noise_schedule import ALPHA_END, grid_parts, linear_grid, log_linear_alpha, loop_grid, training_times
 from .one_hot_noise import argmax_signal, argmax_signal_slope
 from .token_scheduler import TokenScheduler
-from .token_training import TokenDiffusionObjective, TokenDiffusionRecipe, TokenDiffusionSettings
+from .token_training import (
+    TokenDiffusionObjective,
+    TokenDiffusionRecipe,
+    TokenDiffusionSettings,
+    TokenRecipe,
+    TokenRunSettings,
+    draws,
+    load_teacher,
+    papers_optimizer,
+)
 from .token_transformer import TokenDiffusionTransformer
 
 
@@ -58,12 +72,15 @@ def uniform_loss(
     Args:
         logits: (n, K), float32 or float64.
         noisy_ids, token_ids: i and o, (n,).
-        alpha: in (0, 1), (n,).
-        slope: d alpha/dt, negative, (n,).
+        alpha: in (0, 1), float64, (n,).
+        slope: d alpha/dt, negative, float64, (n,).
     """
     vocab_size = logits.shape[-1]
-    alpha, slope = alpha.to(logits.dtype), slope.to(logits.dtype)
-    r = vocab_size * alpha / (1 - alpha)
+    # 1 - alpha has lost digits in float32
+    r, end_weight, weight = (
+        value.to(logits.dtype)
+        for value in (vocab_size * alpha / (1 - alpha), vocab_size / (1 - alpha), -slope / (vocab_size * alpha))
+    )
     probabilities = logits.softmax(-1)
     levels = torch.log1p(r[:, None] * probabilities)
     level_i, level_o, p_i = (
@@ -75,8 +92,8 @@ def uniform_loss(
     kept = (excess - (vocab_size - 1) * torch.log1p(r)) / (1 + r)
     replaced = excess + r * (level_i - level_o) + (1 + r) * torch.log1p(r)
     ratios = torch.where(is_right, kept, replaced)
-    ends = vocab_size / (1 - alpha) * (1 / (1 + r * p_i) - 1 / (1 + r * is_right))
-    return -slope / (vocab_size * alpha) * (ratios + ends)
+    ends = end_weight * (1 / (1 + r * p_i) - 1 / (1 + r * is_right))
+    return weight * (ratios + ends)
 
 
 # 2. The curriculum: Gaussian noise whose argmax is the process
@@ -146,6 +163,21 @@ def gaussian_words(
     ids = torch.cat([token_ids[..., None], distinct_others(token_ids, count, vocab_size, generators)], dim=-1)
     largest = entries.argmax(-1, keepdim=True)
     return ids.gather(-1, largest)[..., 0], ids, (entries / temperature).softmax(-1)
+
+
+def argmax_words(
+    token_ids: torch.Tensor, others: torch.Tensor, right: torch.Tensor, largest: torch.Tensor, gamma: torch.Tensor
+) -> torch.Tensor:
+    """argmax w: the right word where exp(-gamma/2) + its noise is more than the largest noise of the others, (B, L).
+
+    Args:
+        token_ids: x, (B, L).
+        others: whose noise is the largest, (B, L).
+        right, largest: noise of x, and of the other, (B, L).
+        gamma: (B,).
+    """
+    mu = torch.exp(-gamma.double() / 2).to(token_ids.device)[:, None]
+    return torch.where(mu + right > largest, token_ids, others)
 
 
 # 3. Transitions
@@ -347,7 +379,7 @@ class CurriculumSettings:
         steps: how many; the run goes on with the plain loss.
         gamma_min, gamma_max: log of the variances of noise over signal at t = 0 and 1: -3.55 and -1.85 on OpenWebText,
             -3.5 and -1.75 on LM1B.
-        temperature: of the softmax that the network reads.
+        temperature: of the softmax that the network reads; up to 0.002, where the largest entries have all its weight.
     """
 
     steps: int = 500_000
@@ -356,7 +388,7 @@ class CurriculumSettings:
     temperature: float = 1e-3
 
     def __post_init__(self) -> None:
-        ranges = {"steps": "[0, inf)", "temperature": "(0, 0.01]"}
+        ranges = {"steps": "[0, inf)", "temperature": "(0, 0.002]"}
         check_settings(type(self).__init__, vars(self), gamma_max=f"({self.gamma_min}, inf)", **ranges)
 
 
@@ -416,3 +448,135 @@ class DuoRecipe(TokenDiffusionRecipe):
 
     def phase(self, step: int) -> dict[str, bool]:
         return {"curriculum": step < self.settings.curriculum.steps}
+
+
+# 6. Distillation into fewer steps
+
+
+@dataclass
+class DCDNoiseSettings:
+    """What is distilled, and in which rounds.
+
+    Attributes:
+        round_steps: optimiser steps of a round, after which the student becomes the teacher, and steps are doubled.
+        first_length: length of a step in the first round.
+        gamma_min, gamma_max: as of the curriculum.
+    """
+
+    round_steps: int = 10_000
+    first_length: float = 1 / 512
+    gamma_min: float = -4.0
+    gamma_max: float = -1.0
+
+    def __post_init__(self) -> None:
+        ranges = {"round_steps": "[1, inf)", "first_length": "(0, 1)", "gamma_max": f"({self.gamma_min}, inf)"}
+        check_settings(type(self).__init__, vars(self), **ranges)
+
+    def length(self, step: int) -> float:
+        """Length of the steps that are distilled: 2^n / 512 in round n, at most 1."""
+        return min(self.first_length * 2 ** (step // self.round_steps), 1.0)
+
+
+@dataclass
+class DCDSettings(TokenRunSettings):
+    """Settings of `train_baseline.py duo_dcd`; Duo's had 50,000 steps of 128 texts.
+
+    Attributes:
+        components: folder or Hub id of the Duo pipeline that is distilled.
+        noise: see there.
+    """
+
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: replace(papers_optimizer(), learning_rate=6e-5, lr_warmup_steps=500, ema_decay=0.999)
+    )
+    loop: LoopSettings = field(
+        default_factory=lambda: LoopSettings(
+            output_dir="runs/duo-dcd", max_steps=50_000, batch_size=128, device_batch_size=128
+        )
+    )
+    components: str = ""
+    noise: DCDNoiseSettings = field(default_factory=DCDNoiseSettings)
+
+
+class DCDObjective(DuoObjective):
+    """Discrete consistency distillation: the student predicts from z_t what the teacher predicts from the cleaner z_s.
+
+    Both are the argmax of the same Gaussian noise; the loss is KL(student(z_t, t) || teacher(z_s, s)) of each word.
+    Without a length it is Duo's bound.
+    """
+
+    def __init__(
+        self, transformer: TokenDiffusionTransformer, teacher: TokenDiffusionTransformer, noise: DCDNoiseSettings
+    ):
+        super().__init__(transformer, CurriculumSettings())
+        self.teacher = teacher.requires_grad_(False)
+        self.noise = noise
+
+    def renew_teacher(self) -> None:
+        """Makes the student the teacher."""
+        self.teacher.load_state_dict(self.transformer.state_dict())
+
+    def token_losses(
+        self,
+        input_ids: torch.Tensor,
+        uniforms: torch.Tensor,
+        generators: Generators,
+        length: float | None = None,
+    ) -> torch.Tensor:
+        if length is None:
+            return super().token_losses(input_ids, uniforms, generators)
+        ends = (training_times(uniforms) + length).clamp(max=1)
+        noise = self.noise
+        later, earlier = (log_noise_ratio(t, noise.gamma_min, noise.gamma_max) for t in (ends, ends - length))
+        right = torch.special.ndtri(uniform_like(input_ids, generators).clamp(min=2**-53))
+        largest = largest_normals(input_ids, 1, self.vocab_size - 1, generators)[..., 0]
+        others = distinct_others(input_ids, 1, self.vocab_size, generators)[..., 0]
+        z_t, z_s = (argmax_words(input_ids, others, right, largest, gamma) for gamma in (later, earlier))
+        c_t, c_s = (-torch.log(argmax_alpha(gamma, self.vocab_size)[0]) for gamma in (later, earlier))
+        with torch.no_grad():
+            taught = self.teacher(z_s, c_s).logits
+        return by_slices(kl_divergence, self.transformer(z_t, c_t).logits, taught)
+
+
+def kl_divergence(logits: torch.Tensor, other_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of distributions by their logits (n, K): (n,)."""
+    log_p, log_q = logits.log_softmax(-1), other_logits.to(logits.dtype).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class DCDRecipe(TokenRecipe):
+    """Distillation of Duo in rounds, in each of which the teacher is what the student was after the last one."""
+
+    settings_class = DCDSettings
+    settings: DCDSettings
+    module: DCDObjective
+
+    def load(self) -> None:
+        pipeline = load_teacher(self.settings.components, "uniform")
+        self.tokenizer, self.sequence_length = pipeline.tokenizer, pipeline.sequence_length
+        teacher = pipeline.transformer
+        self.module = DCDObjective(copy.deepcopy(teacher).train(), teacher, self.settings.noise)
+
+    def scheduler(self) -> DuoScheduler:
+        return DuoScheduler(final="argmax")
+
+    def losses(
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor,
+        step: int,
+        randomness: RowRandomness,
+        given: torch.Tensor | None = None,
+    ) -> StepLosses:
+        noise = self.settings.noise
+        if step and step % noise.round_steps == 0:
+            # of each pass of the step the same, since no weight changes between them
+            self.module.renew_teacher()
+        loss = module(input_ids, *draws(randomness, input_ids.device), length=noise.length(step)).total
+        return StepLosses(total=loss, values={"distillation_loss": loss})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher": self.module.teacher.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.module.teacher.load_state_dict(state_dict["teacher"])

@@ -32,7 +32,9 @@ from ldlm_hf.baselines.noise_schedule import log_linear_alpha, stratified_times,
 from ldlm_hf.baselines.one_hot_noise import argmax_signal, argmax_signal_slope, embedded_noise, unwarp_time, warp_time
 from ldlm_hf.baselines.uniform import (
     argmax_alpha,
+    argmax_words,
     gaussian_words,
+    kl_divergence,
     log_noise_ratio,
     replace_words,
     transition_weights,
@@ -325,6 +327,35 @@ def test_the_curriculum_loss(name: str, entry: dict[str, Any]) -> None:
     rows = [value[:, None].expand(case.x.shape) for value in (alpha, slope)]
     losses = by_slices(uniform_loss, logits, w.argmax(-1), case.x, *rows)
     assert close(losses, entry["nll_per_token"], rtol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "entry"), entries("duo", "distillation"))
+def test_consistency_distillation(name: str, entry: dict[str, Any]) -> None:
+    """Both noisy texts are the argmax of the same noise, of which only the largest of the others counts."""
+    case = Case(name)
+    ends = (tensor(entry["t_drawn"]) + entry["dt"]).clamp(0, 1)
+    gammas = [log_noise_ratio(t, entry["gamma_min"], entry["gamma_max"]) for t in (ends, ends - entry["dt"])]
+    right = case.noise.gather(-1, case.x[..., None])[..., 0]
+    largest, others = case.noise.scatter(-1, case.x[..., None], -math.inf).max(-1)
+    z = [argmax_words(case.x, others, right, largest, gamma) for gamma in gammas]
+    c = [-torch.log(argmax_alpha(gamma, case.vocab_size)[0]) for gamma in gammas]
+    assert z[0].tolist() == entry["z_t"] and z[1].tolist() == entry["z_s"]
+    assert close(c[0], entry["student_time_input"]) and close(c[1], entry["teacher_time_input"])
+    student, teacher = (fake_logits(ids, case.vocab_size, c=time) for ids, time in zip(z, c, strict=True))
+    # KL(student || teacher) is Duo's; the other one is there for comparison
+    pair = (student, teacher) if entry["kind"] == "kl-bwd" else (teacher, student)
+    # differences of logarithms near 1 have lost digits
+    assert torch.allclose(by_slices(kl_divergence, *pair), tensor(entry["loss_per_token"]), rtol=1e-5, atol=1e-15)
+
+
+def test_the_largest_noise_alone_makes_the_same_argmax() -> None:
+    noise = torch.randn(1, 500, 6, generator=one_row()[0], dtype=torch.float64)
+    x = torch.randint(6, (1, 500), generator=one_row(1)[0])
+    for gamma in (-2.0, 0.0, 1.0):
+        w = math.exp(-gamma / 2) * F.one_hot(x, 6) + noise
+        largest, others = noise.scatter(-1, x[..., None], -math.inf).max(-1)
+        right = noise.gather(-1, x[..., None])[..., 0]
+        assert torch.equal(argmax_words(x, others, right, largest, torch.tensor([gamma])), w.argmax(-1))
 
 
 # ---------------------------------------------------------------------------------------------- CANDI

@@ -173,16 +173,35 @@ def test_a_flow_is_distilled_into_a_flow_map(
 def test_what_distillation_refuses(run_script: Callable[..., None], command: list[str], tmp_path: Path) -> None:
     shared = [item for item in command if not item.startswith("model.")]
     pipeline = f"components={tmp_path / 'run' / 'pipeline'}"
-    with pytest.raises(ValueError, match="name the pipeline of FLM that is distilled"):
+    with pytest.raises(ValueError, match="name the pipeline that is distilled"):
         run_script("train_baseline", "fmlm", *shared)
     run_script("train_baseline", "mdlm", *command)
-    with pytest.raises(ValueError, match="must be the pipeline of FLM; its network has the process 'masked'"):
+    with pytest.raises(ValueError, match="must be a pipeline of the process 'flow' that was not distilled yet"):
         run_script("train_baseline", "fmlm", *shared, pipeline, f"loop.output_dir={tmp_path / 'student'}")
     run_script("train_baseline", "flm", *command, "--overwrite_output_dir")
     run_script("train_baseline", "fmlm", *shared, pipeline, f"loop.output_dir={tmp_path / 'student'}")
     student = TokenDiffusionPipeline.from_pretrained(tmp_path / "student" / "pipeline")
     assert student.transformer.config.next_timestep_conditioning
     assert type(student.scheduler) is FMLMScheduler
+
+
+def test_duo_is_distilled_in_rounds(run_script: Callable[..., None], command: list[str], tmp_path: Path) -> None:
+    """The student becomes the teacher, whose state a resumed run goes on with; what is taught is learned."""
+    run_script("train_baseline", "duo", *command, "curriculum.steps=2", "loop.max_steps=200")
+    shared = [item for item in command if not item.startswith("model.")]
+    pipeline, student = tmp_path / "run" / "pipeline", tmp_path / "student"
+    more = [f"components={pipeline}", f"loop.output_dir={student}", "noise.round_steps=20", "loop.max_steps=60"]
+    more += ["noise.first_length=0.2", "optimizer.learning_rate=0.003", "loop.checkpointing_steps=30"]
+    run_script("train_baseline", "duo_dcd", *shared, *more)
+    weights = student / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = load_file(weights)
+    taught = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["distillation_loss"] for line in taught if "distillation_loss" in line]
+    assert sum(losses[15:20]) < 0.9 * sum(losses[:5])
+    run_script("train_baseline", "duo_dcd", *shared, *more, "--resume_from_checkpoint", str(student / "checkpoint-30"))
+    assert all(torch.equal(load_file(weights)[name], weight) for name, weight in whole.items())
+    pipe = TokenDiffusionPipeline.from_pretrained(student / "pipeline")
+    assert pipe.scheduler.config.final == "argmax"
 
 
 def test_a_resumed_run_is_the_same_run(run_script: Callable[..., None], command: list[str], tmp_path: Path) -> None:
