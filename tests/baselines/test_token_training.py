@@ -119,7 +119,13 @@ def test_it_learns_more_than_how_often_words_occur(
     method: str, run_script: Callable[..., None], command: list[str], tmp_path: Path
 ) -> None:
     own = {
-        "duo": ["curriculum.steps=100", "curriculum.gamma_min=-3.0", "curriculum.gamma_max=0.5"],
+        "duo": [
+            "optimizer.learning_rate=0.005",
+            "loop.max_steps=1000",
+            "curriculum.steps=100",
+            "curriculum.gamma_min=-3.0",
+            "curriculum.gamma_max=0.5",
+        ],
         # among few words, noise of the paper's range says too much of each, and the sampler begins with none of it
         "candi": ["noise.rank_min=0.3", "noise.rank_max=0.45"],
     }
