@@ -12,7 +12,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from .categorical import Generators, cross_entropy, draw_words, uniform_like
-from .noise_schedule import linear_grid, log_linear_alpha, loop_grid, training_times
+from .noise_schedule import is_loop_step, linear_grid, log_linear_alpha, loop_grid, training_times
 from .token_scheduler import TokenScheduler
 from .token_training import TokenDiffusionObjective, TokenDiffusionRecipe
 from .token_transformer import TokenDiffusionTransformer
@@ -105,7 +105,7 @@ class MDLMScheduler(TokenScheduler):
     def model_inputs(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> dict[str, torch.Tensor]:
         return {"input_ids": sample}
 
-    def remasking(self, index: int, sample: torch.Tensor, is_masked: torch.Tensor) -> float | torch.Tensor:
+    def remasking(self, index: int) -> float | torch.Tensor:
         """sigma of the step from `grid[index]`, or one for each position (B, L)."""
         return 0.0
 
@@ -116,7 +116,7 @@ class MDLMScheduler(TokenScheduler):
         if index == self.num_inference_steps:
             return torch.where(is_masked, self.last_words(logits, is_masked, generators), sample)
         alpha_t, alpha_s = self.alpha(self.grid[index]), self.alpha(self.grid[index + 1])
-        remasking = self.remasking(index, sample, is_masked)
+        remasking = self.remasking(index)
         unmasking = unmasking_probability(alpha_t, alpha_s, remasking)
         uniforms = uniform_like(sample, generators)
         becomes_word = is_masked & (uniforms < unmasking)
@@ -196,18 +196,16 @@ class ReMDMScheduler(MDLMScheduler):
         super().set_timesteps(num_inference_steps, device)
         self.confidences = None
 
-    def remasking(self, index: int, sample: torch.Tensor, is_masked: torch.Tensor) -> float | torch.Tensor:
+    def remasking(self, index: int) -> float | torch.Tensor:
         config = self.config
-        t, s = self.grid[index], self.grid[index + 1]
-        bound = remasking_bound(self.alpha(t), self.alpha(s))
+        bound = remasking_bound(*(self.alpha(time) for time in self.grid[index : index + 2]))
         if config.strategy == "rescale":
             return config.eta * bound
         if config.strategy == "confidence":
             assert self.confidences is not None
             return bound * confidence_shares(self.confidences)
-        # a step of the loop begins and ends at its time
-        is_active = config.strategy == "cap" or (t == s == config.loop_time)
-        return min(config.eta, bound) if is_active else 0.0
+        in_loop = is_loop_step(index, len(self.grid), config.high_share, config.middle_share)
+        return min(config.eta, bound) if config.strategy == "cap" or in_loop else 0.0
 
     def take_step(
         self, logits: torch.Tensor, index: int, sample: torch.Tensor, generators: Generators, **inputs: Any

@@ -58,3 +58,9 @@ def loop_grid(num_steps: int, loop_time: float, high: float, middle: float) -> t
     return torch.cat(
         [torch.linspace(*end, count, dtype=torch.float64) for end, count in zip(ends, parts, strict=True)]
     )
+
+
+def is_loop_step(index: int, num_times: int, high: float, middle: float) -> bool:
+    """Whether a step of [`loop_grid`] is one of the middle part, whose last one leads out of it."""
+    first, count, _ = grid_parts(num_times, high, middle)
+    return first <= index < first + count - 1

@@ -31,7 +31,15 @@ from .categorical import (
     uniform,
     uniform_like,
 )
-from .noise_schedule import ALPHA_END, grid_parts, linear_grid, log_linear_alpha, loop_grid, training_times
+from .noise_schedule import (
+    ALPHA_END,
+    grid_parts,
+    is_loop_step,
+    linear_grid,
+    log_linear_alpha,
+    loop_grid,
+    training_times,
+)
 from .one_hot_noise import argmax_signal, argmax_signal_slope
 from .token_scheduler import TokenScheduler
 from .token_training import (
@@ -355,14 +363,14 @@ class PsiScheduler(DuoScheduler):
 
     def kappa(self, index: int) -> float:
         config, (t, s) = self.config, self.grid[index : index + 2]
-        first, count, _ = grid_parts(len(self.grid), config.high_share, config.middle_share)
+        shares = config.high_share, config.middle_share
         if config.mode == "constant":
+            first, count, _ = grid_parts(len(self.grid), *shares)
             return config.kappa if first <= index < first + count else 1.0
         alpha_t, alpha_s = self.alpha(t), self.alpha(s)
         bound = (1 - alpha_s) / alpha_t
         if config.mode == "loop":
-            # the last step of the part leads out of it
-            return kappa_of(config.eta, alpha_s) if first <= index < first + count - 1 else 1.0
+            return kappa_of(config.eta, alpha_s) if is_loop_step(index, len(self.grid), *shares) else 1.0
         if config.mode == "cap":
             return kappa_of(min(config.eta, bound), alpha_s)
         return kappa_of(config.eta * min(config.eta if config.rescale_as_coded else 1.0, bound), alpha_s)

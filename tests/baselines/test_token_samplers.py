@@ -233,6 +233,16 @@ def test_words_that_are_there_are_masked_as_often_as_eta_says() -> None:
     assert float((stepped == 5).double().mean()) == pytest.approx(0.2, abs=0.01)
 
 
+def test_words_are_masked_in_the_loop_alone() -> None:
+    scheduler = ReMDMScheduler(strategy="loop", eta=0.3)
+    scheduler.set_timesteps(20)
+    sigmas = [scheduler.remasking(index) for index in range(20)]
+    times = [scheduler.grid[index : index + 2] for index in range(20)]
+    # capped, since alpha is 0.9 there
+    assert [sigma == pytest.approx(1 / 9) for sigma in sigmas] == [9 <= index < 18 for index in range(20)]
+    assert all(pair == [0.1, 0.1] for pair, sigma in zip(times, sigmas, strict=True) if sigma)
+
+
 @pytest.mark.parametrize("final", ["argmax", "ancestral"])
 def test_no_mask_is_left(final: str) -> None:
     words = sample(MDLMScheduler(final=final), some_network, 1, (2, 50), vocab_size=7)
