@@ -141,7 +141,7 @@ class ReMDMScheduler(MDLMScheduler):
         loop         MDLM down to `loop_time`; there, in the middle part of the steps, words are masked with the capped
                      sigma and written anew; MDLM for the rest
         confidence   the largest sigma, shared out by softmax(-c) over the words of a text, c being the probability
-                     that a word was drawn with
+                     that a word was drawn with (after the paper's text; not compared with its code)
 
     Their published settings on OpenWebText are eta = 0.015 (rescale), 0.008 (cap) and 0.02 (loop), with top-p 0.9.
     With eta = 0 it is MDLM.

@@ -44,7 +44,8 @@ def linear_grid(num_steps: int, first: float = 1.0) -> torch.Tensor:
 
 def grid_parts(num_times: int, high: float, middle: float) -> tuple[int, int, int]:
     """How many of the times belong to the high, the middle and the low part of a grid, by shares of them."""
-    first, second = round(high * num_times), round(middle * num_times)
+    first = round(high * num_times)
+    second = min(round(middle * num_times), num_times - first)
     return first, second, num_times - first - second
 
 

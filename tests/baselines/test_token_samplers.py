@@ -243,6 +243,15 @@ def test_words_are_masked_in_the_loop_alone() -> None:
     assert all(pair == [0.1, 0.1] for pair, sigma in zip(times, sigmas, strict=True) if sigma)
 
 
+@pytest.mark.parametrize("shares", [{}, {"high_share": 0.5, "middle_share": 0.5}, {"high_share": 0.0}])
+def test_loops_of_any_number_of_steps(shares: dict[str, float]) -> None:
+    for scheduler in (ReMDMScheduler(strategy="loop", **shares), PsiScheduler(mode="loop", **shares)):
+        for count in range(1, 24):
+            scheduler.set_timesteps(count)
+            grid = torch.tensor(scheduler.grid)
+            assert len(grid) == count + 1 and (grid.diff() <= 0).all()
+
+
 @pytest.mark.parametrize("final", ["argmax", "ancestral"])
 def test_no_mask_is_left(final: str) -> None:
     words = sample(MDLMScheduler(final=final), some_network, 1, (2, 50), vocab_size=7)

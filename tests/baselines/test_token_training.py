@@ -18,7 +18,10 @@ from ldlm_hf.baselines.flow_language_model import FLMObjective
 from ldlm_hf.baselines.masked import MDLMObjective
 from ldlm_hf.baselines.token_training import TokenDiffusionObjective
 from ldlm_hf.baselines.uniform import CurriculumSettings, DuoObjective
+from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training.flops import count_flops
+from ldlm_hf.training.settings import RunSettings
+from train_baseline import METHODS as METHOD_RECIPES
 
 
 K, L, WORDS = 40, 8, 7
@@ -251,3 +254,25 @@ def test_settings_of_methods_are_checked(run_script: Callable[..., None], comman
         run_script("train_baseline", "candi", *command, "noise.rank_max=0.49")
     with pytest.raises(ValueError, match=r"logits=-1.0 must lie in \(0, inf\)"):
         run_script("train_baseline", "flm", *command, "caps.logits=-1.0")
+
+
+@pytest.mark.parametrize("method", ["autoregressive", *METHODS, "fmlm"])
+def test_demos_are_of_one_text(method: str, repository: Path) -> None:
+    settings = load_settings(
+        METHOD_RECIPES[method].settings_class, str(repository / f"training/configs/{method}_demo.yaml"), []
+    )
+    ldlm = load_settings(RunSettings, str(repository / "training/configs/demo.yaml"), [])
+    assert settings.data == ldlm.data and settings.loop.batch_size == 32
+
+
+@pytest.mark.parametrize("name", ["openwebtext_1024", "lm1b_128"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_papers_runs(method: str, name: str, repository: Path) -> None:
+    path = str(repository / f"training/configs/token_diffusion_{name}.yaml")
+    settings = load_settings(METHOD_RECIPES[method].settings_class, path, [])
+    ldlm = load_settings(RunSettings, str(repository / f"training/configs/{name}.yaml"), [])
+    assert settings.data == ldlm.data and settings.model.sequence_length == ldlm.model.sequence_length
+    assert (settings.loop.max_steps, settings.loop.batch_size) == (1_000_000, 512)
+    optimizer = settings.optimizer
+    assert (optimizer.learning_rate, optimizer.beta2, optimizer.weight_decay) == (3e-4, 0.999, 0)
+    assert (optimizer.lr_warmup_steps, optimizer.ema_decay, optimizer.eps) == (2500, 0.9999, 1e-8)
