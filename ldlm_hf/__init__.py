@@ -28,6 +28,12 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "baselines.autoregressive": ["AutoregressivePipeline"],
+    "baselines.candi": ["CANDIScheduler"],
+    "baselines.flow_language_model": ["FLMScheduler", "FMLMScheduler"],
+    "baselines.masked": ["MDLMScheduler", "ReMDMScheduler"],
+    "baselines.pipeline_token_diffusion": ["TokenDiffusionPipeline"],
+    "baselines.token_transformer": ["TokenDiffusionTransformer"],
+    "baselines.uniform": ["DuoScheduler", "PsiScheduler"],
     "data": ["DataSettings", "load_corpora"],
     "loading.pretrained_sources": ["resolve_pretrained_source"],
     "metrics": ["GenerativePerplexity", "Mauve", "NGramDiversity", "Repetition", "TokenEntropy"],
@@ -61,6 +67,12 @@ _MODULE_OF_NAME |= {name: f"schedulers.{module}" for name, module in SCHEDULERS.
 
 if TYPE_CHECKING:
     from .baselines.autoregressive import AutoregressivePipeline
+    from .baselines.candi import CANDIScheduler
+    from .baselines.flow_language_model import FLMScheduler, FMLMScheduler
+    from .baselines.masked import MDLMScheduler, ReMDMScheduler
+    from .baselines.pipeline_token_diffusion import TokenDiffusionPipeline
+    from .baselines.token_transformer import TokenDiffusionTransformer
+    from .baselines.uniform import DuoScheduler, PsiScheduler
     from .data import DataSettings, load_corpora
     from .loading.pretrained_sources import resolve_pretrained_source
     from .metrics import GenerativePerplexity, Mauve, NGramDiversity, Repetition, TokenEntropy
@@ -117,9 +129,13 @@ def __dir__() -> list[str]:
 __all__ = [
     "AdaptiveTimestepSampler",
     "AutoregressivePipeline",
+    "CANDIScheduler",
     "DataSettings",
     "DistillationLosses",
     "DistillationObjective",
+    "DuoScheduler",
+    "FLMScheduler",
+    "FMLMScheduler",
     "GenerativePerplexity",
     "GivenTokens",
     "JointLosses",
@@ -138,15 +154,20 @@ __all__ = [
     "LDLMTransformer1DModel",
     "LikelihoodBound",
     "LikelihoodSettings",
+    "MDLMScheduler",
     "Mauve",
     "ModelMixin",
     "NGramDiversity",
     "PreTrainedModel",
+    "PsiScheduler",
+    "ReMDMScheduler",
     "Repetition",
     "SchedulerMixin",
     "TangentScheduler",
     "TangentSchedulerOutput",
     "TimestepSamplerSettings",
+    "TokenDiffusionPipeline",
+    "TokenDiffusionTransformer",
     "TokenEntropy",
     "UniformTimestepSampler",
     "diffusers_config",

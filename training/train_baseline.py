@@ -2,7 +2,8 @@
 
     accelerate launch training/train_baseline.py METHOD --config training/configs/METHOD_demo.yaml [key=value ...]
 
-Methods: `autoregressive`. Each is one file of `ldlm_hf/baselines/`; what comes out is its pipeline.
+Methods: `autoregressive`, `mdlm`, `duo`, `duo_dcd`, `candi`, `flm`, `fmlm`. Each is described in its file of
+`ldlm_hf/baselines/`; what comes out is its pipeline.
 """
 
 from __future__ import annotations
@@ -10,11 +11,23 @@ from __future__ import annotations
 import sys
 
 from ldlm_hf.baselines.autoregressive import AutoregressiveRecipe
+from ldlm_hf.baselines.candi import CANDIRecipe
+from ldlm_hf.baselines.flow_language_model import FLMRecipe, FMLMRecipe
+from ldlm_hf.baselines.masked import MDLMRecipe
+from ldlm_hf.baselines.uniform import DCDRecipe, DuoRecipe
 from ldlm_hf.training.launch import run
 from ldlm_hf.training.recipe import PipelineRecipe
 
 
-METHODS: dict[str, type[PipelineRecipe]] = {"autoregressive": AutoregressiveRecipe}
+METHODS: dict[str, type[PipelineRecipe]] = {
+    "autoregressive": AutoregressiveRecipe,
+    "mdlm": MDLMRecipe,
+    "duo": DuoRecipe,
+    "duo_dcd": DCDRecipe,
+    "candi": CANDIRecipe,
+    "flm": FLMRecipe,
+    "fmlm": FMLMRecipe,
+}
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from ..data import DataSettings
 from ..loading.checks import check_settings
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..loading.repository import RepositoryPipeline
-from ..models.token_encoder import LDLMTokenEncoder
 from ..objective.base import Objective
 from ..objective.reconstruction import token_cross_entropy
 from ..pipelines.pipeline_output import LDLMPipelineOutput
@@ -26,6 +25,8 @@ from ..pipelines.prompts import as_texts, tokenize
 from ..training.randomness import RowRandomness
 from ..training.recipe import Evaluation, PipelineRecipe, StepLosses
 from ..training.settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
+from .backbone_embeddings import start_from_backbone
+from .categorical import draw, word_probabilities
 
 
 # 1. Sampling
@@ -45,24 +46,14 @@ def draw_tokens(
     logits: torch.Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator | None]
 ) -> torch.Tensor:
     """One token id for each row of logits (B, V), from softmax(logits / temperature), cut to the most likely tokens
-    that together have a probability of `top_p`; the most likely one at temperature 0.
-
-    Drawn in float64 by argmax_k p_k / E_k with exponential noise E, each row's from its own generator, or all from the
-    first one.
+    that together have a probability of `top_p`; the most likely one at temperature 0. Each row has its own generator,
+    or all of them the first one.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.double() / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, places = probabilities.sort(-1, descending=True)
-        # the token that crosses top_p stays
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, places, ordered)
-    noise = torch.empty_like(probabilities)
-    rows = noise if len(generators) == len(noise) else [noise]
-    for row, generator in zip(rows, generators, strict=True):
-        row.exponential_(generator=generator)
-    return (probabilities / noise).argmax(-1)
+    rows = word_probabilities(logits, temperature, top_p)
+    sources = generators if len(generators) == len(rows) else [generators[0]] * len(rows)
+    return torch.stack([draw(row, generator) for row, generator in zip(rows, sources, strict=True)])
 
 
 class AutoregressivePipeline(RepositoryPipeline):
@@ -272,16 +263,7 @@ def build_language_model(settings: AutoregressiveModelSettings, tokenizer: PreTr
     )
     language_model = GPT2LMHeadModel(config)
     if settings.embeddings_from_backbone:
-        embeddings = LDLMTokenEncoder.from_backbone(settings.backbone, representation="embedding").embedding.weight
-        words = language_model.transformer.wte.weight
-        if embeddings.shape[1] != words.shape[1] or len(embeddings) < len(words):
-            raise ValueError(
-                f"model.embeddings_from_backbone=true: the embeddings of {settings.backbone!r} have the shape "
-                f"{tuple(embeddings.shape)}, and the model's {tuple(words.shape)}; set model.hidden_size="
-                f"{embeddings.shape[1]}."
-            )
-        with torch.no_grad():
-            words.copy_(embeddings[: len(words)] - embeddings.mean(0))
+        start_from_backbone(language_model.transformer.wte.weight, settings.backbone)
     return language_model
 
 

@@ -30,7 +30,7 @@ from ..metrics.rouge_l import rouge_l
 from ..pipelines.prompts import GivenTokens
 from .options import EvaluationOptions
 from .part_cache import FinishedParts, digest
-from .samples import SampleSet, Subject, conditioning, fill_behind_ends, sample_generator, takes_steps
+from .samples import SampleSet, Subject, conditioning, fill_behind_ends, has_roles, sample_generator, takes_steps
 from .scores import SetScorer
 
 
@@ -116,7 +116,7 @@ def write_into(
     Args:
         told: what the pipeline is told of the others, see [`Task.given`]; or `steering`, where it takes no prompts and
             is steered by the likelihood of the given tokens, whose weight `guidance_scale` is then.
-        guidance_scale: weight of what is given; None leaves it out.
+        guidance_scale: weight of what is given, which a model of latents knows; None leaves it out.
         arguments: others of the pipeline's call.
     """
     arguments |= {"generator": generators}
@@ -128,7 +128,7 @@ def write_into(
         output = pipeline(prompt_ids=real[:, : task.start], max_new_tokens=task.stop - task.start, **arguments)
     else:
         given = task.given(told).expand(len(real), -1)
-        if guidance_scale is not None:
+        if guidance_scale is not None and has_roles(pipeline):
             arguments["guidance_scale"] = guidance_scale
         output = pipeline(given_tokens=GivenTokens(real, given, [task.length] * len(real)), **arguments)
     if told == "prefix":
@@ -193,7 +193,7 @@ def make_sets(
     device: str,
 ) -> list[ConditionalSet]:
     """The sets that are asked for: with each guidance, and for gaps also told the prefix alone; a model that writes
-    from the left is told no more than that, and knows no guidance. What takes no prompts is steered."""
+    from the left is told no more than that. Models of words know no guidance; what takes no prompts is steered."""
     sets = []
     for subject in subjects:
         if subject.told_without_encoders and not options.steering_scales:
@@ -209,13 +209,14 @@ def make_sets(
             )
         if "guidance_scale" in dict(subject.sampler.arguments):
             raise ValueError(f"sampler {subject.sampler.text!r}: guidance_scale goes with --guidance_scales.")
-        ways = [("all", scale) for scale in options.guidance_scales]
+        scales = options.guidance_scales if subject.has_roles else (1.0,)
+        ways = [("all", scale) for scale in scales]
         if subject.conditioning == "prompt_ids":
             ways = [("prefix", 1.0)]
         elif subject.conditioning is None:
             ways = [("steering", scale) for scale in options.steering_scales]
         elif task.name == "infilling":
-            ways += [("prefix", scale) for scale in options.guidance_scales]
+            ways += [("prefix", scale) for scale in scales]
         for steps, (told, scale), seed in itertools.product(subject.steps(options.steps), ways, range(options.seeds)):
             depends_on: dict[str, Any] = {
                 "pipeline": subject.digest,

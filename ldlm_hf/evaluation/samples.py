@@ -110,11 +110,15 @@ def conditioning(pipeline: DiffusionPipeline) -> str | None:
     arguments = inspect.signature(type(pipeline).__call__).parameters
     if "prompt_ids" in arguments:
         return "prompt_ids"
+    if "given_tokens" not in arguments:
+        return None
+    if hasattr(pipeline, "takes_prompts"):  # of models that read words
+        return "given_tokens" if pipeline.takes_prompts else None
     return "given_tokens" if has_roles(pipeline) and not missing_encoders(pipeline) else None
 
 
 def has_roles(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline's denoiser was trained with texts given in part."""
+    """Whether a pipeline's denoiser was trained with latents of texts given in part."""
     transformer = pipeline.components.get("transformer")
     return transformer is not None and bool(transformer.config.get("role_embeds"))
 

@@ -173,10 +173,18 @@ class Run:
         return self.results.pipeline == "LDLMPipeline"
 
     @property
+    def takes_steps(self) -> bool:
+        """Whether the number of its sampling steps can be chosen."""
+        return self.results.pipeline != "AutoregressivePipeline"
+
+    @property
     def takes_prompts(self) -> bool:
-        """Whether it continues prompts: a model that writes from the left does, an LDLM that was trained for it."""
+        """Whether it continues prompts: a model that writes from the left does, an LDLM that was trained for it, and
+        one that diffuses words where it was scored by that."""
         if self.results.pipeline == "AutoregressivePipeline":
             return True
+        if self.results.pipeline == "TokenDiffusionPipeline":
+            return bool(self.results.given_in_part)
         return ConditioningSettings(**self.settings.get("conditioning", {})).gives_texts
 
     @property
