@@ -15,7 +15,7 @@ from ldlm_hf.baselines.candi import CANDIRecipe
 from ldlm_hf.baselines.flow_language_model import FLMRecipe, FMLMRecipe
 from ldlm_hf.baselines.masked import MDLMRecipe
 from ldlm_hf.baselines.uniform import DCDRecipe, DuoRecipe
-from ldlm_hf.training.launch import run
+from ldlm_hf.training.launch import parse_arguments, run
 from ldlm_hf.training.recipe import PipelineRecipe
 
 
@@ -31,6 +31,8 @@ METHODS: dict[str, type[PipelineRecipe]] = {
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        parse_arguments(__doc__)
     if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
         raise SystemExit(f"train_baseline.py: name the method first, one of {', '.join(METHODS)}.")
     run(METHODS[sys.argv.pop(1)], __doc__)
