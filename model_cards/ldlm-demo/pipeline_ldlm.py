@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import fields
 from dataclasses import replace
 from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.callbacks import PipelineCallback
@@ -54,6 +55,7 @@ import tempfile
 import threading
 import torch
 import transformers
+import unicodedata
 
 
 # the classes themselves lie in the components' folders
@@ -446,6 +448,16 @@ class Sampling:
     guidance_interval: Sequence[float] = (0.0, 1.0)
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: list[str] | None = None
+
+    @classmethod
+    def of(cls, caller: str, arguments: dict[str, Any]) -> Sampling:
+        """The arguments of a method; TypeError, as Python's own, for those that it does not take."""
+        names = [field.name for field in fields(cls)]
+        for name in arguments.keys() - set(names):
+            raise TypeError(
+                f"{caller}() got an unexpected argument {name!r}. Of the call's it takes {', '.join(names)}."
+            )
+        return cls(**arguments)
 
     @property
     def callback_tensors(self) -> list[str]:
@@ -1077,6 +1089,25 @@ class GivenTokens:
             [len(row) for row in rows],
         )
 
+    def check(self, sequence_length: int) -> None:
+        """Raises ValueError for rows that are not those of a model of L tokens."""
+        sequences, given = self.sequences, self.given
+        are_tensors = isinstance(sequences, torch.Tensor) and isinstance(given, torch.Tensor)
+        if not are_tensors or sequences.ndim != 2 or sequences.shape[1] != sequence_length:
+            raise ValueError(f"`given_tokens.sequences` must be token ids of shape (batch_size, {sequence_length}).")
+        if given.shape != sequences.shape or given.dtype != torch.bool:
+            raise ValueError(
+                f"`given_tokens.given` must be bool of the shape of the sequences, {tuple(sequences.shape)}, got "
+                f"{given.dtype} of shape {tuple(given.shape)}."
+            )
+        ends = self.ends_of_given
+        fit = [end <= length <= sequence_length for end, length in zip(ends, self.lengths, strict=False)]
+        if len(self.lengths) != len(sequences) or not all(fit):
+            raise ValueError(
+                f"`given_tokens.lengths`={reprlib.repr(self.lengths)} must be one for each of {len(sequences)} rows, "
+                f"from the end of what is given, {reprlib.repr(ends)}, to {sequence_length}."
+            )
+
     def repeat(self, times: int) -> GivenTokens:
         """Rows of which each comes so many times, one behind the other."""
         return GivenTokens(
@@ -1115,13 +1146,33 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> list[i
     """
     if not isinstance(text, str):
         raise ValueError(f"`{name}` must be a text or a list of texts, got {reprlib.repr(text)}.")
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise ValueError(f"`{name}` is no valid Unicode: it has half of a surrogate pair. {reprlib.repr(text)}")
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
+    ids = encoded["input_ids"]
+    is_unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+    if is_unknown or (tokenizer.is_fast and loses_characters(text, encoded["offset_mapping"])):
         raise ValueError(
             f"`{name}` has characters or words that the tokenizer does not know, and would be lost: "
             f"{reprlib.repr(text)}. Leave them out."
         )
     return ids
+
+
+def loses_characters(text: str, offsets: list[tuple[int, int]]) -> bool:
+    """Whether a character of a text belongs to no token, other than spaces and accents that are written apart."""
+    end = 0
+    for first, last in [*offsets, (len(text), len(text))]:
+        if any(not (one.isspace() or unicodedata.combining(one)) for one in text[end:first]):
+            return True
+        end = max(end, last)
+    return False
 
 
 def tokenize_suffix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -1321,10 +1372,10 @@ class TextLatentPipeline(RepositoryPipeline):
         if self.config.ends_texts or source_length:
             rows = sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences
             starts = [max(end, source_length) for end in ends_of_given or [0] * len(rows)]
-            sequences = [self._up_to_end(row, start)[source_length:] for row, start in zip(rows, starts, strict=True)]
+            sequences = [self.up_to_end(row, start)[source_length:] for row, start in zip(rows, starts, strict=True)]
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
-    def _up_to_end(self, row: list[int], start: int) -> list[int]:
+    def up_to_end(self, row: list[int], start: int) -> list[int]:
         """The tokens of a text before the first end-of-text token from `start` on, where texts end at one."""
         end = self.fill_token_id
         return row[: row.index(end, start)] if end is not None and self.is_over(row[start:]) else row
@@ -1476,8 +1527,8 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be two times in [0, 1], the lower one first, got {interval}.")
         generator = sampling.generator
-        generators = generator if isinstance(generator, list) else [generator]
-        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -1508,14 +1559,19 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         guidance_rescale: float | None = None,
         guidance_scale: float | None = None,
     ) -> None:
-        """Makes guidance that of calls without any, which is saved with the pipeline.
+        """Makes guidance that of calls without any, which is saved with the pipeline; what is None stays as it was.
 
         Raises:
             ValueError: some that the denoiser cannot be given.
         """
         if self.transformer is not None:
             self.check_guidance(self_condition_scale, rescale=guidance_rescale)
-        self._register_guidance(self_condition_scale, guidance_rescale, guidance_scale)
+        own = self.config
+        self._register_guidance(
+            own.self_condition_scale if self_condition_scale is None else self_condition_scale,
+            own.guidance_rescale if guidance_rescale is None else guidance_rescale,
+            own.guidance_scale if guidance_scale is None else guidance_scale,
+        )
 
     def _register_guidance(
         self, self_condition_scale: float | None, guidance_rescale: float | None, guidance_scale: float | None
@@ -2090,6 +2146,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if rows is not None:
             if not (prompt is None and suffix is None and max_new_tokens is None):
                 raise ValueError("`given_tokens` say all that is given; leave prompt, suffix and max_new_tokens out.")
+            rows.check(self.sequence_length)
             batch_size = len(rows.sequences)
         else:
             prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
@@ -2118,19 +2175,17 @@ class LDLMPipeline(LatentDenoisingPipeline):
             for block in self._write_blocks(prompts, max_new_tokens or 0, sampling):
                 for row, new in zip(written, block, strict=True):
                     row += new
-            output = LDLMPipelineOutput(sequences=self.pad_rows(written))
+            sequences: torch.Tensor | None = self.pad_rows(written)
+            clean_latents = None
         else:
-            clean_latents = self._write(rows, batch_size, sampling, CallState(), latents)
-            output = LDLMPipelineOutput(latents=clean_latents.float())
-            if output_type != "latent":
-                output.sequences = self.finished_sequences(rows, clean_latents)
-        if output_type == "text" and output.sequences is not None:
-            output.texts = self._texts_of(rows, output.sequences)
+            clean_latents = self._write(rows, batch_size, sampling, CallState(), latents).float()
+            sequences = None if output_type == "latent" else self.finished_sequences(rows, clean_latents)
+        texts = self._texts_of(rows, sequences) if output_type == "text" and sequences is not None else None
         self.maybe_free_model_hooks()
 
         if not return_dict:
-            return (output.latents,) if output_type == "latent" else (output.sequences, output.texts)
-        return output
+            return (clean_latents,) if output_type == "latent" else (sequences, texts)
+        return LDLMPipelineOutput(sequences=sequences, texts=texts, latents=clean_latents)
 
     @torch.no_grad()
     def stream(
@@ -2165,7 +2220,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
         )
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
-        arguments = Sampling(**sampling)
+        arguments = Sampling.of("stream", sampling)
         self.check_inputs(len(prompts), arguments)
         given = [len(one) for one in prompts]
         written, shown = prompts, self._to_texts(prompts, given)
@@ -2239,7 +2294,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.check_writes_freely("`edit`")
         self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
-        arguments = Sampling(**sampling)
+        if strength == 0:
+            raise ValueError("`strength`=0 changes nothing; it must be a number in (0, 1].")
+        arguments = Sampling.of("edit", sampling)
         versions = int(num_texts_per_prompt)
         rows = [tokenize(self.prompt_tokenizer, text, "texts") for text in as_texts("texts", texts)]
         latents = self.encode_sequences(self.fill_rows(rows)).repeat_interleave(versions, dim=0)
@@ -2340,7 +2397,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
                     f"{self.sequence_length} tokens, the prompt included."
                 )
         rows = self.rows_around(prompts, suffixes, max_new_tokens)
-        arguments = Sampling(**sampling)
+        arguments = Sampling.of("steer", sampling)
         self.check_inputs(len(prompts), arguments)
 
         rewards_of = partial(self._rewards_of, name, function)
