@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ..data import DataSettings
-from ..loading.checks import check_settings
+from ..loading.checks import check_settings, whole_number
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..loading.repository import RepositoryPipeline
 from ..objective.base import Objective
@@ -121,6 +121,16 @@ class AutoregressivePipeline(RepositoryPipeline):
         Raises:
             ValueError: an argument out of its range, prompts of different lengths, or one that leaves no room.
         """
+        counts = {"batch_size": batch_size, "num_texts_per_prompt": num_texts_per_prompt}
+        if max_new_tokens is not None:
+            counts["max_new_tokens"] = max_new_tokens
+        for name, number in counts.items():
+            if (whole_number(number) or 0) < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {number!r}.")
+        if (prompt is not None) + (prompt_ids is not None) + (batch_size != 1) > 1:
+            raise ValueError("`prompt`, `prompt_ids` and `batch_size` each say how many texts there are: give one.")
+        if prompt is None and num_texts_per_prompt != 1:
+            raise ValueError(f"`num_texts_per_prompt`={num_texts_per_prompt} is for a `prompt`; use batch_size.")
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"`temperature` must be a finite number that is not negative, got {temperature!r}.")
         if not 0 < top_p <= 1:
@@ -131,7 +141,7 @@ class AutoregressivePipeline(RepositoryPipeline):
             rows = [tokenize(self.tokenizer, text, "prompt") for text in as_texts("prompt", prompt)]
             if len({len(row) for row in rows}) > 1:
                 raise ValueError("`prompt` has texts of different numbers of tokens: give them one by one.")
-            prompt_ids = torch.tensor(rows).repeat_interleave(num_texts_per_prompt, dim=0)
+            prompt_ids = torch.tensor(rows, dtype=torch.long).repeat_interleave(int(num_texts_per_prompt), dim=0)
         if prompt_ids is None:
             prompt_ids = torch.empty(batch_size, 0, dtype=torch.long)
         room = self.sequence_length - prompt_ids.shape[1]
@@ -141,6 +151,8 @@ class AutoregressivePipeline(RepositoryPipeline):
                 f"{self.sequence_length}."
             )
         generators = generator if isinstance(generator, list) else [generator]
+        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
         if len(generators) not in (1, len(prompt_ids)):
             raise ValueError(f"`generator` is a list of {len(generators)} for {len(prompt_ids)} texts: give each one.")
         count = room if max_new_tokens is None else max_new_tokens

@@ -91,6 +91,12 @@ def test_prompts(pipeline: AutoregressivePipeline) -> None:
         ({"temperature": -1.0}, "`temperature` must be a finite number that is not negative, got -1.0"),
         ({"temperature": float("nan")}, "`temperature`"),
         ({"top_p": 0.0}, r"`top_p` must be a number in \(0, 1\], got 0.0"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer, got 0"),
+        ({"max_new_tokens": 2.5}, "`max_new_tokens` must be a positive integer, got 2.5"),
+        ({"prompt": "w5", "batch_size": 3}, "give one"),
+        ({"prompt": "w5", "prompt_ids": torch.tensor([[5]])}, "give one"),
+        ({"num_texts_per_prompt": 3}, "is for a `prompt`; use batch_size"),
+        ({"generator": "x"}, "`generator` must be a torch.Generator"),
         ({"output_type": "latent"}, "`output_type` must be text or seq"),
         ({"prompt": " ".join(["w5"] * LENGTH)}, f"`prompt` has {LENGTH} tokens, which leaves room for 0"),
         ({"prompt": "w5", "max_new_tokens": LENGTH}, f"leaves room for {LENGTH - 1}"),
@@ -101,6 +107,11 @@ def test_prompts(pipeline: AutoregressivePipeline) -> None:
 def test_what_it_refuses(pipeline: AutoregressivePipeline, arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         pipeline(**arguments)
+
+
+def test_an_empty_prompt_is_none(pipeline: AutoregressivePipeline) -> None:
+    expected = pipeline(generator=generators(0)[0], output_type="seq").sequences
+    assert torch.equal(pipeline("", generator=generators(0)[0], output_type="seq").sequences, expected)
 
 
 def test_saving_and_loading(pipeline: AutoregressivePipeline, tmp_path: Path) -> None:
