@@ -358,8 +358,6 @@ def test_the_demos_default_row_at_half_scale_is_this_command() -> None:
         "model.latent_size=null",
         "objective.decoder_noise=0.3",
         "objective.token_share=0.25",
-        "conditioning.prefix_share=0",
-        "conditioning.gaps_share=0",
         "optimizer.lr_decay_steps=0",
         "loop.batch_size=16",
         "loop.device_batch_size=16",

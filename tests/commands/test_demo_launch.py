@@ -31,8 +31,6 @@ def command(repository: Path, output_dir: Path, *more: str) -> list[str]:
         "loop.checkpointing_steps=2",
         "loop.checkpoints_total_limit=null",
         "timestep_sampler.update_every=2",
-        # of half of the sequences it learns nothing
-        "timestep_sampler.num_bins=5",
         "warmup.steps=4",
         "evaluation.every=0",
         "evaluation.num_sequences=16",
