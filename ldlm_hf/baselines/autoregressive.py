@@ -15,13 +15,14 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ..data import DataSettings
-from ..loading.checks import check_settings, whole_number
+from ..loading.checks import check_settings
 from ..loading.pretrained_sources import resolve_pretrained_source
 from ..loading.repository import RepositoryPipeline
 from ..objective.base import Objective
 from ..objective.reconstruction import token_cross_entropy
 from ..pipelines.pipeline_output import LDLMPipelineOutput
 from ..pipelines.prompts import as_texts, tokenize
+from ..pipelines.sampling import check_counts
 from ..training.randomness import RowRandomness
 from ..training.recipe import Evaluation, PipelineRecipe, StepLosses
 from ..training.settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
@@ -121,12 +122,9 @@ class AutoregressivePipeline(RepositoryPipeline):
         Raises:
             ValueError: an argument out of its range, prompts of different lengths, or one that leaves no room.
         """
-        counts = {"batch_size": batch_size, "num_texts_per_prompt": num_texts_per_prompt}
+        check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt)
         if max_new_tokens is not None:
-            counts["max_new_tokens"] = max_new_tokens
-        for name, number in counts.items():
-            if (whole_number(number) or 0) < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {number!r}.")
+            check_counts(max_new_tokens=max_new_tokens)
         if (prompt is not None) + (prompt_ids is not None) + (batch_size != 1) > 1:
             raise ValueError("`prompt`, `prompt_ids` and `batch_size` each say how many texts there are: give one.")
         if prompt is None and num_texts_per_prompt != 1:

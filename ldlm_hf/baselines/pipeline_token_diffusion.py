@@ -8,18 +8,18 @@ import torch
 from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
-from ..loading.checks import whole_number
 from ..loading.repository import RepositoryPipeline
 from ..pipelines.pipeline_output import LDLMPipelineOutput
 from ..pipelines.prompts import (
     GivenTokens,
     as_texts,
     continued_rows,
+    cut_rows,
     rows_with_gaps,
     tokenize,
     tokenize_suffix,
 )
-from ..pipelines.sampling import StepCallback
+from ..pipelines.sampling import StepCallback, check_counts
 from .categorical import row_generators
 from .token_transformer import TokenDiffusionTransformer
 
@@ -176,10 +176,7 @@ class TokenDiffusionPipeline(RepositoryPipeline):
         """
         # 1. Check inputs
         self.check_scheduler()
-        counts = {"batch_size": batch_size, "num_texts_per_prompt": num_texts_per_prompt}
-        for name, count in counts.items():
-            if (whole_number(count) or 0) < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {count!r}.")
+        check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt)
         if output_type not in ("text", "seq", "pt"):
             raise ValueError(f"`output_type` must be text, seq or pt, got {output_type!r}.")
         if reuse_predictions and self.transformer.config.process != "masked":
@@ -228,7 +225,7 @@ class TokenDiffusionPipeline(RepositoryPipeline):
 
         # 4. Texts, with what was given as it was, cut where they end
         words = torch.where(given, token_ids, scheduler.words(sample))
-        sequences = self.cut_rows(words, rows.lengths)
+        sequences = cut_rows(words, rows.lengths, self.tokenizer.eos_token_id or 0)
         texts = self.to_texts(sequences) if output_type == "text" else None
         self.maybe_free_model_hooks()
         return LDLMPipelineOutput(sequences=sequences, texts=texts) if return_dict else (sequences, texts)
@@ -256,12 +253,6 @@ class TokenDiffusionPipeline(RepositoryPipeline):
         rows = rows_with_gaps(self.tokenizer, as_texts("texts", texts), gap, gap_tokens, self.sequence_length)
         given_tokens = GivenTokens.of_rows(rows, self.sequence_length).repeat(num_texts_per_prompt)
         return self(given_tokens=given_tokens, **arguments)
-
-    def cut_rows(self, sequences: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Token ids (B, L) cut to the rows' lengths: (B, T), shorter rows filled up with the end-of-text token."""
-        ends = torch.tensor(lengths, device=sequences.device)[:, None]
-        behind = torch.arange(max(lengths), device=sequences.device) >= ends
-        return sequences[:, : max(lengths)].masked_fill(behind, self.tokenizer.eos_token_id or 0)
 
     def to_texts(self, sequences: torch.Tensor) -> list[str]:
         """Texts of token ids (B, T), without special tokens, and without masks that an interrupted call has left."""

@@ -16,7 +16,7 @@ from ..models.guidance import guide
 from ..schedulers.discrete import Solver, check_schedule, is_discrete
 from ..schedulers.tangent import alpha_sigma
 from .calls import CallState
-from .sampling import DenoisingStep, Sampling, check_number
+from .sampling import DenoisingStep, Sampling, check_counts, check_number
 from .steering import Steering
 from .text_latents import TextLatentPipeline
 
@@ -55,7 +55,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
 
     def check_inputs(self, batch_size: int, sampling: Sampling, latents: torch.Tensor | None = None) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that generation cannot work with."""
-        self.check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
+        check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
         self.check_guidance(sampling.self_condition_scale, sampling.self_condition_decay, sampling.guidance_rescale)
         check_number("guidance_scale", sampling.guidance_scale or 0.0)
         interval = sampling.guidance_interval

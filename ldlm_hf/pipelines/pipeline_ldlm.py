@@ -35,7 +35,7 @@ from .prompts import (
     tokenize_suffix,
     whole_characters,
 )
-from .sampling import Sampling, StepCallback, check_number
+from .sampling import Sampling, StepCallback, check_counts, check_number
 from .steering import LatentGradient, Particles, Rewards, Steering, check_draws_noise, check_rewards, one_reward
 
 
@@ -351,9 +351,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if output_type == "text":
             needed.append("tokenizer")
         self.require_components("generation", *needed)
-        self.check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt)
+        check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt)
         if max_new_tokens is not None:
-            self.check_counts(max_new_tokens=max_new_tokens)
+            check_counts(max_new_tokens=max_new_tokens)
             max_new_tokens = int(max_new_tokens)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -445,9 +445,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         """
         self.require_components("generation", "transformer", "scheduler", "token_decoder", "tokenizer")
         self.check_writes_freely("`stream`")
-        self.check_counts(
-            batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
-        )
+        check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens)
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
         arguments = Sampling.of("stream", sampling)
         self.check_inputs(len(prompts), arguments)
@@ -484,7 +482,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         """
         self.require_components("infill", "transformer", "tokenizer")
         self.check_writes_freely("`infill`")
-        self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
+        check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
         if not isinstance(gap, str) or not gap:
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
         rows = rows_with_gaps(
@@ -521,7 +519,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             "edit", "transformer", "scheduler", "token_decoder", "tokenizer", "token_encoder", "latent_encoder"
         )
         self.check_writes_freely("`edit`")
-        self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
+        check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         if strength == 0:
             raise ValueError("`strength`=0 changes nothing; it must be a number in (0, 1].")
@@ -608,7 +606,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.require_components("steer", "transformer", "scheduler", "token_decoder", "tokenizer")
         name, function = one_reward(reward=reward, token_reward=token_reward, latent_reward=latent_reward)
         check_number("scale", scale)
-        self.check_counts(
+        check_counts(
             num_particles=num_particles,
             reward_every=reward_every,
             batch_size=batch_size,
@@ -618,7 +616,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             raise ValueError(f"`num_particles`={num_particles}: there is nothing to choose from; take 2 or more.")
         prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
         if max_new_tokens is not None:
-            self.check_counts(max_new_tokens=max_new_tokens)
+            check_counts(max_new_tokens=max_new_tokens)
             max_new_tokens = int(max_new_tokens)
             if max(map(len, prompts)) + max_new_tokens > self.sequence_length:
                 raise ValueError(

@@ -73,6 +73,14 @@ class GivenTokens:
         return (self.given * places).amax(1).tolist()
 
 
+def cut_rows(sequences: torch.Tensor, lengths: list[int], fill: int) -> torch.Tensor:
+    """Token ids (B, L) cut to the rows' own lengths: (B, T), shorter rows filled up with the token `fill`."""
+    longest = max(lengths)
+    ends = torch.tensor(lengths, device=sequences.device)[:, None]
+    behind = torch.arange(longest, device=sequences.device) >= ends
+    return sequences[:, :longest].masked_fill(behind, fill)
+
+
 def as_texts(name: str, texts: Any) -> list[str]:
     """The texts of an argument; ValueError unless it is a text or a list of at least one."""
     is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)

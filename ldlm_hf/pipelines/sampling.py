@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ..loading.checks import whole_number
 
 
 StepCallback: TypeAlias = (
@@ -75,6 +78,17 @@ class Sampling:
             return self.callback_on_step_end.tensor_inputs
         names = self.callback_on_step_end_tensor_inputs
         return ["latents"] if names is None else names
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises ValueError unless each is a positive integer."""
+    for name, value in counts.items():
+        whole = whole_number(value)
+        if whole is None or whole < 1:
+            hint = ""
+            if name == "batch_size" and isinstance(value, (str, list, tuple)):
+                hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
+            raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
 
 
 def check_number(name: str, number: Any, highest: float = math.inf) -> None:

@@ -7,9 +7,9 @@ import reprlib
 
 import torch
 
-from ..loading.checks import check_settings, whole_number
+from ..loading.checks import check_settings
 from ..loading.repository import RepositoryPipeline
-from .prompts import as_texts
+from .prompts import as_texts, cut_rows
 
 
 class TextLatentPipeline(RepositoryPipeline):
@@ -77,22 +77,9 @@ class TextLatentPipeline(RepositoryPipeline):
                 "what is missing to from_pretrained or to the constructor."
             )
 
-    def check_counts(self, **counts: int) -> None:
-        """Raises ValueError unless each is a positive integer."""
-        for name, value in counts.items():
-            whole = whole_number(value)
-            if whole is None or whole < 1:
-                hint = ""
-                if name == "batch_size" and isinstance(value, (str, list, tuple)):
-                    hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
-                raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
-
     def cut_rows(self, sequences: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Token ids (B, L) cut to the rows' own lengths: (B, T), shorter rows filled up with the end-of-text token."""
-        longest = max(lengths)
-        ends = torch.tensor(lengths, device=sequences.device)[:, None]
-        behind = torch.arange(longest, device=sequences.device) >= ends
-        return sequences[:, :longest].masked_fill(behind, self.fill_token_id or 0)
+        return cut_rows(sequences, lengths, self.fill_token_id or 0)
 
     def pad_rows(self, rows: list[list[int]]) -> torch.Tensor:
         """Token ids (B, T) of rows, shorter ones filled up with the end-of-text token."""

@@ -468,6 +468,17 @@ class Sampling:
         return ["latents"] if names is None else names
 
 
+def check_counts(**counts: Any) -> None:
+    """Raises ValueError unless each is a positive integer."""
+    for name, value in counts.items():
+        whole = whole_number(value)
+        if whole is None or whole < 1:
+            hint = ""
+            if name == "batch_size" and isinstance(value, (str, list, tuple)):
+                hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
+            raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
+
+
 def check_number(name: str, number: Any, highest: float = math.inf) -> None:
     """Raises ValueError unless an argument is a finite number in [0, highest]."""
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
@@ -1127,6 +1138,14 @@ class GivenTokens:
         return (self.given * places).amax(1).tolist()
 
 
+def cut_rows(sequences: torch.Tensor, lengths: list[int], fill: int) -> torch.Tensor:
+    """Token ids (B, L) cut to the rows' own lengths: (B, T), shorter rows filled up with the token `fill`."""
+    longest = max(lengths)
+    ends = torch.tensor(lengths, device=sequences.device)[:, None]
+    behind = torch.arange(longest, device=sequences.device) >= ends
+    return sequences[:, :longest].masked_fill(behind, fill)
+
+
 def as_texts(name: str, texts: Any) -> list[str]:
     """The texts of an argument; ValueError unless it is a text or a list of at least one."""
     is_list = isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
@@ -1316,22 +1335,9 @@ class TextLatentPipeline(RepositoryPipeline):
                 "what is missing to from_pretrained or to the constructor."
             )
 
-    def check_counts(self, **counts: int) -> None:
-        """Raises ValueError unless each is a positive integer."""
-        for name, value in counts.items():
-            whole = whole_number(value)
-            if whole is None or whole < 1:
-                hint = ""
-                if name == "batch_size" and isinstance(value, (str, list, tuple)):
-                    hint = " A text to be continued goes first: pipe(text) or pipe(prompt=text)."
-                raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
-
     def cut_rows(self, sequences: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Token ids (B, L) cut to the rows' own lengths: (B, T), shorter rows filled up with the end-of-text token."""
-        longest = max(lengths)
-        ends = torch.tensor(lengths, device=sequences.device)[:, None]
-        behind = torch.arange(longest, device=sequences.device) >= ends
-        return sequences[:, :longest].masked_fill(behind, self.fill_token_id or 0)
+        return cut_rows(sequences, lengths, self.fill_token_id or 0)
 
     def pad_rows(self, rows: list[list[int]]) -> torch.Tensor:
         """Token ids (B, T) of rows, shorter ones filled up with the end-of-text token."""
@@ -1518,7 +1524,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
 
     def check_inputs(self, batch_size: int, sampling: Sampling, latents: torch.Tensor | None = None) -> None:
         """Raises ValueError, naming argument, value and remedy, for everything that generation cannot work with."""
-        self.check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
+        check_counts(batch_size=batch_size, num_inference_steps=sampling.num_inference_steps)
         self.check_guidance(sampling.self_condition_scale, sampling.self_condition_decay, sampling.guidance_rescale)
         check_number("guidance_scale", sampling.guidance_scale or 0.0)
         interval = sampling.guidance_interval
@@ -2122,9 +2128,9 @@ class LDLMPipeline(LatentDenoisingPipeline):
         if output_type == "text":
             needed.append("tokenizer")
         self.require_components("generation", *needed)
-        self.check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt)
+        check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt)
         if max_new_tokens is not None:
-            self.check_counts(max_new_tokens=max_new_tokens)
+            check_counts(max_new_tokens=max_new_tokens)
             max_new_tokens = int(max_new_tokens)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -2216,9 +2222,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         """
         self.require_components("generation", "transformer", "scheduler", "token_decoder", "tokenizer")
         self.check_writes_freely("`stream`")
-        self.check_counts(
-            batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens
-        )
+        check_counts(batch_size=batch_size, num_texts_per_prompt=num_texts_per_prompt, max_new_tokens=max_new_tokens)
         prompts, _ = self.tokenize_prompts(prompt, None, batch_size, num_texts_per_prompt)
         arguments = Sampling.of("stream", sampling)
         self.check_inputs(len(prompts), arguments)
@@ -2255,7 +2259,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         """
         self.require_components("infill", "transformer", "tokenizer")
         self.check_writes_freely("`infill`")
-        self.check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
+        check_counts(gap_tokens=gap_tokens, num_texts_per_prompt=num_texts_per_prompt)
         if not isinstance(gap, str) or not gap:
             raise ValueError(f"`gap` must be a text that marks the gaps, got {gap!r}.")
         rows = rows_with_gaps(
@@ -2292,7 +2296,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             "edit", "transformer", "scheduler", "token_decoder", "tokenizer", "token_encoder", "latent_encoder"
         )
         self.check_writes_freely("`edit`")
-        self.check_counts(num_texts_per_prompt=num_texts_per_prompt)
+        check_counts(num_texts_per_prompt=num_texts_per_prompt)
         check_number("strength", strength, highest=1)
         if strength == 0:
             raise ValueError("`strength`=0 changes nothing; it must be a number in (0, 1].")
@@ -2379,7 +2383,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
         self.require_components("steer", "transformer", "scheduler", "token_decoder", "tokenizer")
         name, function = one_reward(reward=reward, token_reward=token_reward, latent_reward=latent_reward)
         check_number("scale", scale)
-        self.check_counts(
+        check_counts(
             num_particles=num_particles,
             reward_every=reward_every,
             batch_size=batch_size,
@@ -2389,7 +2393,7 @@ class LDLMPipeline(LatentDenoisingPipeline):
             raise ValueError(f"`num_particles`={num_particles}: there is nothing to choose from; take 2 or more.")
         prompts, suffixes = self.tokenize_prompts(prompt, suffix, batch_size, num_texts_per_prompt)
         if max_new_tokens is not None:
-            self.check_counts(max_new_tokens=max_new_tokens)
+            check_counts(max_new_tokens=max_new_tokens)
             max_new_tokens = int(max_new_tokens)
             if max(map(len, prompts)) + max_new_tokens > self.sequence_length:
                 raise ValueError(
