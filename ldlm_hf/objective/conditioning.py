@@ -23,16 +23,18 @@ class ConditioningSettings:
         gaps_share: share of texts of which everything is given but some gaps.
         max_gaps: most gaps of such a text; as many of 1 up to this.
         dropout: share of these texts whose denoiser is not told what is given, which classifier-free guidance needs.
+        start_step: optimiser steps of the run before the first such text; a small model has to learn whole texts first.
     """
 
     prefix_share: float = 0.0
     gaps_share: float = 0.0
     max_gaps: int = 4
     dropout: float = 0.1
+    start_step: int = 0
 
     def __post_init__(self) -> None:
         shares = dict.fromkeys(("prefix_share", "gaps_share", "dropout"), "[0, 1]")
-        check_settings(type(self).__init__, vars(self), **shares, max_gaps="[1, inf)")
+        check_settings(type(self).__init__, vars(self), **shares, max_gaps="[1, inf)", start_step="[0, inf)")
         if self.prefix_share + self.gaps_share > 1:
             raise ValueError(
                 f"prefix_share={self.prefix_share} and gaps_share={self.gaps_share} are more than all texts."

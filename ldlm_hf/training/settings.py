@@ -304,6 +304,11 @@ class RunSettings:
                 f"{self.conditioning.prefix_share} and conditioning.gaps_share={self.conditioning.gaps_share}: of a "
                 "pair the source is given, and nothing else; set both shares to 0."
             )
+        if self.conditioning.gives_texts and self.conditioning.start_step >= self.loop.max_steps:
+            raise ValueError(
+                f"conditioning.start_step={self.conditioning.start_step} with loop.max_steps={self.loop.max_steps}: no "
+                "text would be given in part; lower the first, or set conditioning's shares to 0."
+            )
         if self.gives_texts and num_latents not in (None, length):
             raise ValueError(
                 f"model.num_latents={num_latents} with model.sequence_length={length}: no latent belongs to a token, "

@@ -214,13 +214,15 @@ class JointRecipe(PipelineRecipe):
         device: torch.device,
         given: torch.Tensor | None = None,
     ) -> Conditions | None:
-        """What is given of a step's rows: the sources of pairs, or what is drawn; None in a run that gives nothing of
-        any text."""
+        """What is given of a step's rows: the sources of pairs, or what is drawn, which is nothing before
+        `start_step`; None in a run that gives nothing of any text."""
         settings = self.settings.conditioning
         if given is not None:
             return Conditions(given, (randomness.places() < settings.dropout).to(device))
         if not settings.gives_texts:
             return None
+        if randomness.step < settings.start_step:
+            return Conditions(torch.zeros(len(randomness.rows), sequence_length, dtype=torch.bool, device=device))
         drawn = settings.draw(randomness.places().tolist(), randomness.numpy_generators(), sequence_length)
         return drawn.to(device)
 
