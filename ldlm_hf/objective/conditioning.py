@@ -23,7 +23,7 @@ class ConditioningSettings:
         gaps_share: share of texts of which everything is given but some gaps.
         max_gaps: most gaps of such a text; as many of 1 up to this.
         dropout: share of these texts whose denoiser is not told what is given, which classifier-free guidance needs.
-        start_step: optimiser steps of the run before the first such text; a small model has to learn whole texts first.
+        start_step: optimiser steps of the run before the first such text; small models learn whole texts first.
     """
 
     prefix_share: float = 0.0

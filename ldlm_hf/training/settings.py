@@ -306,8 +306,8 @@ class RunSettings:
             )
         if self.conditioning.gives_texts and self.conditioning.start_step >= self.loop.max_steps:
             raise ValueError(
-                f"conditioning.start_step={self.conditioning.start_step} with loop.max_steps={self.loop.max_steps}: no "
-                "text would be given in part; lower the first, or set conditioning's shares to 0."
+                f"conditioning.start_step={self.conditioning.start_step} with loop.max_steps={self.loop.max_steps}: "
+                "no text would be given in part; lower the first, or set conditioning's shares to 0."
             )
         if self.gives_texts and num_latents not in (None, length):
             raise ValueError(

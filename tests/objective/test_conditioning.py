@@ -75,7 +75,9 @@ def test_gaps_are_as_many_as_asked_for_and_anywhere() -> None:
     assert draw_gaps(1, 4, generator).tolist() == [False]
 
 
-@pytest.mark.parametrize("values", [{"prefix_share": 0.7, "gaps_share": 0.4}, {"dropout": 1.5}, {"max_gaps": 0}])
+@pytest.mark.parametrize(
+    "values", [{"prefix_share": 0.7, "gaps_share": 0.4}, {"dropout": 1.5}, {"max_gaps": 0}, {"start_step": -1}]
+)
 def test_impossible_shares_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="|".join(values)):
         ConditioningSettings(**values)

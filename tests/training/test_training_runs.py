@@ -143,6 +143,7 @@ BEYOND_THE_PAPER = [
     "consistency.warmup_steps=2",
     "conditioning.prefix_share=0.25",
     "conditioning.gaps_share=0.25",
+    "conditioning.start_step=2",
     "optimizer.name=muon",
 ]
 
@@ -214,6 +215,23 @@ def test_the_consistency_loss_asks_the_ema_weights(tiny_overrides: list[str], tm
             assert torch.equal(averaged[name], weight)
     assert not torch.equal(recipe.module.averaged_transformer.proj_in.weight, recipe.module.transformer.proj_in.weight)
     assert of_transformer == len(averaged)
+
+
+def test_texts_are_given_in_part_from_the_start_step_on(tiny_overrides: list[str]) -> None:
+    """And the denoiser is told of nothing before, so that DDP finds its embedding of what is given in each pass."""
+    settings = load_settings(RunSettings, None, [*tiny_overrides, *BEYOND_THE_PAPER])
+    recipe = JointRecipe(settings, Accelerator(cpu=True))
+    of_steps = [recipe.conditions(8, RowRandomness(0, step, range(8), 8), torch.device("cpu")) for step in range(4)]
+    assert [int(conditions.given.any(1).sum()) for conditions in of_steps[:2]] == [0, 0]
+    assert all(conditions.given.any(1).sum() >= 3 for conditions in of_steps[2:])
+    assert all(conditions.attention_mask().all() for conditions in of_steps[:2])
+
+
+def test_conditions_that_begin_behind_the_last_step_are_refused() -> None:
+    shares = ["conditioning.prefix_share=0.25", "loop.max_steps=10"]
+    assert load_settings(RunSettings, None, [*shares, "conditioning.start_step=9"]).gives_texts
+    with pytest.raises(ValueError, match=r"conditioning.start_step=10 with loop.max_steps=10"):
+        load_settings(RunSettings, None, [*shares, "conditioning.start_step=10"])
 
 
 def test_the_consistency_loss_is_refused_where_ema_weights_are_sharded(
