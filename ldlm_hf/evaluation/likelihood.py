@@ -17,7 +17,7 @@ from ..objective.likelihood import best_end_time, sum_of_squares
 from ..objective.time_proposals import TimeProposal, build_proposal, stratified_uniforms
 from ..pipelines.pipeline_ldlm import LDLMPipeline
 from .likelihood_report import TERMS, estimate
-from .real_text import held_out_part, held_out_sequences, training_sequences
+from .real_text import held_out_part, held_out_sequences, training_rows
 from .samples import load_pipeline_with_encoders
 
 
@@ -111,7 +111,8 @@ def measure_bound(
     )
     components = {name: part for name, part in pipeline.components.items() if name != "tokenizer"}
     bound = LikelihoodBound(**components, settings=settings)
-    latent_std = fit_noise_levels(bound, training_sequences(corpora.train, options.num_sequences), options).latent_std
+    rows = training_rows(corpora.train, options.num_sequences)
+    latent_std = fit_noise_levels(bound, rows["input_ids"], options).latent_std
     d = pipeline.scheduler.config.tangent_d
     proposal = build_proposal(options.proposal, bound.start, d, latent_std, sampler)
     draws = draw_terms(bound, held_out, proposal, options)

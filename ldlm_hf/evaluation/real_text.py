@@ -138,11 +138,11 @@ def held_out_sequences(dataset: Dataset[dict[str, torch.Tensor]], count: int) ->
     return held_out_rows(dataset, count)["input_ids"]
 
 
-def training_sequences(dataset: Dataset, count: int) -> torch.Tensor:
-    """`count` training sequences (count, L): spread evenly over a data set, or the first ones of a stream."""
+def training_rows(dataset: Dataset, count: int) -> dict[str, torch.Tensor]:
+    """`count` training items as of [`held_out_rows`]: spread evenly over a data set, or the first ones of a stream."""
     if isinstance(dataset, IterableDataset):
-        return torch.stack([item["input_ids"] for item in itertools.islice(dataset, count)])
-    return held_out_sequences(dataset, count)
+        return default_collate(list(itertools.islice(dataset, count)))
+    return held_out_rows(dataset, count)
 
 
 def held_out_part(corpora: TextCorpora) -> TokenChunks:

@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from ldlm_hf import LDLMPipeline
 from ldlm_hf.data import DataSettings, load_corpora
 from ldlm_hf.loading.settings_reader import load_settings
+from ldlm_hf.models.conditions import Conditions
 from ldlm_hf.training.batches import TrainingBatches, global_rows
 from ldlm_hf.training.randomness import RowRandomness
 from ldlm_hf.training.recipes.distillation import DistillationSettings
-from ldlm_hf.training.recipes.joint import JointRecipe
+from ldlm_hf.training.recipes.joint import JointRecipe, measure_latents
 from ldlm_hf.training.settings import RunSettings
 
 
@@ -148,6 +149,19 @@ def test_no_target_leaks_into_what_is_given(recipe: JointRecipe) -> None:
     assert torch.equal(first["given_latents"], last["given_latents"]) and first["given_latents"].any()
     assert not first["given_latents"][:, SOURCE:].any()
     assert torch.equal(first["given"], batch["given"])
+
+
+def test_statistics_of_latents_are_those_that_the_denoiser_is_trained_on(recipe: JointRecipe) -> None:
+    """A source's latents are encoded without its target."""
+    recipe.module.eval()
+    rows = {name: torch.cat([batch[name] for batch in recipe.statistics]) for name in ("input_ids", "given")}
+    mask = Conditions(rows["given"]).attention_mask()
+    with torch.no_grad():
+        hidden_states = recipe.module.token_encoder(rows["input_ids"], attention_mask=mask).hidden_states
+        latents = recipe.module.latent_encoder.map_sequence(hidden_states, attention_mask=mask)
+    mean, std = measure_latents(recipe.module, recipe.statistics, torch.device("cpu"))
+    torch.testing.assert_close(mean, latents.double().mean((0, 1)))
+    torch.testing.assert_close(std, latents.double().std((0, 1), correction=0))
 
 
 def test_held_out_losses_are_of_the_targets(recipe: JointRecipe) -> None:

@@ -23,3 +23,23 @@ def test_what_is_denoised_is_decoded(make_components, random_tokens):
     assert abs(objective(input_ids).total.item() - expected.item()) > 1e-3
     found.total.backward()
     assert {n.split(".")[0] for n, p in objective.named_parameters() if p.grad is not None} == {"token_decoder"}
+
+
+def test_of_pairs_sources_are_encoded_without_their_targets(make_conditional_pipeline, random_tokens):
+    """As in a pipeline's call, so that the token decoder learns to read what it will be given."""
+    parts = {name: part for name, part in make_conditional_pipeline().components.items() if name != "tokenizer"}
+    objective = TokenDecoderObjective(**parts, decoder_noise=0.0)
+    decoded: list[torch.Tensor] = []
+    parts["latent_decoder"].register_forward_pre_hook(lambda _, latents: decoded.append(latents[0]))
+    told: list[dict[str, torch.Tensor]] = []
+    parts["transformer"].register_forward_pre_hook(lambda _, __, keywords: told.append(keywords), with_kwargs=True)
+    sources = random_tokens()
+    given = torch.zeros_like(sources, dtype=torch.bool)
+    given[:, :5] = True
+    others = sources.clone()
+    others[:, 5:] = sources[:, 5:].roll(1, 0)
+    for rows in (sources, others):
+        objective(rows, given=given)
+    assert torch.equal(decoded[0][:, :5], decoded[1][:, :5]) and not torch.equal(decoded[0], decoded[1])
+    objective(sources, given=given, timesteps=torch.full((len(sources),), 0.5))
+    assert told and all(torch.equal(keywords["given"], given) for keywords in told)

@@ -23,7 +23,7 @@ from torch import nn
 
 from ldlm_hf import LDLMPipeline, TangentDDIMScheduler, TangentEulerMaruyamaScheduler
 from ldlm_hf.data import load_corpora
-from ldlm_hf.evaluation.real_text import held_out_part, training_sequences
+from ldlm_hf.evaluation.real_text import held_out_part, training_rows
 from ldlm_hf.evaluation.samples import sample, sample_rows
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training import held_out
@@ -191,7 +191,7 @@ def test_the_encoder_of_a_finished_run_holds_the_statistics_of_its_latents(
     assert pipe.latent_encoder.config.standardize_latents and not pipe.latent_decoder.config.standardize_latents
     settings = load_settings(RunSettings, str(tmp_path / "run" / "settings.yaml"), [])
     corpora = load_corpora(settings.data, pipe.tokenizer, 8)
-    latents = pipe.encode_sequences(training_sequences(corpora.train, 1000))
+    latents = pipe.encode_sequences(training_rows(corpora.train, 1000)["input_ids"])
     torch.testing.assert_close(latents.mean((0, 1)), torch.zeros(24), rtol=0, atol=1e-4)
     torch.testing.assert_close(latents.std((0, 1)), torch.ones(24), rtol=0, atol=1e-2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, broadcast
 from torch import nn
 from torch.utils.data import Dataset
 
-from ...evaluation.real_text import training_sequences
+from ...evaluation.real_text import training_rows
 from ...evaluation.samples import sources_of
 from ...models.conditions import Conditions
 from ...models.statistics import mean_and_std
@@ -90,7 +90,8 @@ class JointRecipe(PipelineRecipe):
             return
         self.statistics = self.statistics_batches(train)
         if not self.module.token_encoder.is_fitted:
-            fit_token_encoder(self.module.token_encoder, self.statistics, self.device)
+            batches = [batch["input_ids"] for batch in self.statistics]
+            fit_token_encoder(self.module.token_encoder, batches, self.device)
         if self.settings.stage == "diffusion" and not self.module.latent_encoder.config.standardize_latents:
             standardize_latents(self.module, self.statistics, self.device)
 
@@ -107,10 +108,11 @@ class JointRecipe(PipelineRecipe):
         for name, parameter in self.module.averaged_transformer.named_parameters():
             parameter.data = weights[f"transformer.{name}"]
 
-    def statistics_batches(self, train: Dataset[dict[str, torch.Tensor]]) -> Sequence[torch.Tensor]:
-        """Token ids (B, L) of the training text that statistics are computed over."""
-        sequences = training_sequences(train, self.settings.model.statistics_sequences)
-        return sequences.split(self.settings.evaluation.batch_size)
+    def statistics_batches(self, train: Dataset[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """Batches of the training text that statistics are computed over."""
+        rows = training_rows(train, self.settings.model.statistics_sequences)
+        parts = zip(*(values.split(self.settings.evaluation.batch_size) for values in rows.values()), strict=True)
+        return [dict(zip(rows, part, strict=True)) for part in parts]
 
     def pipeline(self, snapshot: JointObjective) -> LDLMPipeline | None:
         if snapshot.transformer is not None:
@@ -312,7 +314,9 @@ def fit_token_encoder(token_encoder: LDLMTokenEncoder, batches: Sequence[torch.T
 
 
 @torch.no_grad()
-def standardize_latents(objective: JointObjective, batches: Sequence[torch.Tensor], device: torch.device) -> None:
+def standardize_latents(
+    objective: JointObjective, batches: Sequence[dict[str, torch.Tensor]], device: torch.device
+) -> None:
     """Standardises the latents of a frozen autoencoder (COSMOS, Meshchaninov et al., 2025), the same on all ranks."""
     mean, std = measure_latents(objective, batches, device)
     broadcast([mean, std])
@@ -322,13 +326,17 @@ def standardize_latents(objective: JointObjective, batches: Sequence[torch.Tenso
 
 @torch.no_grad()
 def measure_latents(
-    objective: JointObjective, batches: Sequence[torch.Tensor], device: torch.device
+    objective: JointObjective, batches: Sequence[dict[str, torch.Tensor]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (d_z,) of each dimension of what the latent encoder gives before it standardises."""
+    """Mean and standard deviation (d_z,) of each dimension of what the latent encoder gives before it standardises, of
+    batches of `input_ids` and, for pairs, `given` (B, L)."""
     objective.to(device)
-    encoder = objective.latent_encoder
-    hidden_states = (
-        objective.token_encoder(input_ids.to(device), return_dict=True).hidden_states for input_ids in batches
-    )
-    mean, std, _ = mean_and_std(encoder.map_sequence(some) for some in hidden_states)
+
+    def latents() -> Iterator[torch.Tensor]:
+        for batch in batches:
+            mask = Conditions(batch["given"].to(device)).attention_mask() if "given" in batch else None
+            states = objective.token_encoder(batch["input_ids"].to(device), attention_mask=mask, return_dict=True)
+            yield objective.latent_encoder.map_sequence(states.hidden_states, attention_mask=mask)
+
+    mean, std, _ = mean_and_std(latents())
     return mean, std

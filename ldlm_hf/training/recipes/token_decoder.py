@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ...data import DataSettings
 from ...loading.checks import check_settings
 from ...loading.settings_reader import arguments_of
+from ...models.conditions import Conditions
 from ...models.latent_decoder import LDLMLatentDecoder
 from ...models.latent_encoder import LDLMLatentEncoder
 from ...models.token_decoder import LDLMTokenDecoder, LDLMTokenDecoderConfig
@@ -112,16 +113,19 @@ class TokenDecoderObjective(Objective):
         decoder_noise: float | None = None,
         generator: Generators = None,
         timesteps: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
     ) -> TokenDecoderLosses:
         """Loss and accuracy on token ids (B, L), at the decoder noise of training or another; with `timesteps` (B,) on
-        latents that were noised to these times and denoised.
+        latents that were noised to these times and denoised; `given` (B, L) says which tokens of pairs are a source's.
         """
         noise_level = self.decoder_noise if decoder_noise is None else decoder_noise
+        conditions = None if given is None else Conditions(given)
+        mask = None if conditions is None else conditions.attention_mask()
         with torch.no_grad():
-            hidden_states = self.token_encoder(input_ids, return_dict=True).hidden_states
-            latents = self.latent_encoder(hidden_states, return_dict=True).latents.float()
+            hidden_states = self.token_encoder(input_ids, attention_mask=mask, return_dict=True).hidden_states
+            latents = self.latent_encoder(hidden_states, attention_mask=mask, return_dict=True).latents.float()
             if timesteps is not None:
-                latents = self.denoised(latents, timesteps, generator)
+                latents = self.denoised(latents, timesteps, generator, conditions)
             if noise_level:
                 latents = latents + noise_level * normal_like(latents, generator)
             decoded = latents
@@ -130,12 +134,15 @@ class TokenDecoderObjective(Objective):
         logits = self.token_decoder(decoded, return_dict=True).logits
         return TokenDecoderLosses(*token_cross_entropy(logits, input_ids))
 
-    def denoised(self, latents: torch.Tensor, timesteps: torch.Tensor, generator: Generators) -> torch.Tensor:
+    def denoised(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, generator: Generators, conditions: Conditions | None
+    ) -> torch.Tensor:
         """The denoiser's prediction (B, N, d_z), from its own first estimate where it is used to that."""
         assert self.transformer is not None and self.scheduler is not None
         self_conditioned = [True] * len(latents) if self.transformer.config.self_conditioning else None
         noise = normal_like(latents, generator)
-        denoised = denoise(self.transformer, self.scheduler, latents, timesteps, noise, self_conditioned)
+        given = None if conditions is None else conditions.of_denoiser(latents)
+        denoised = denoise(self.transformer, self.scheduler, latents, timesteps, noise, self_conditioned, given=given)
         return denoised.clean_latents.float()
 
 
@@ -183,13 +190,16 @@ class TokenDecoderRecipe(PipelineRecipe):
         device, timesteps = input_ids.device, None
         if self.settings.denoised_from:
             timesteps = (self.settings.denoised_from * randomness.uniform()).float().to(device, non_blocking=True)
-        loss, accuracy = module(input_ids, generator=randomness.generators(device), timesteps=timesteps)
+        generators = randomness.generators(device)
+        loss, accuracy = module(input_ids, generator=generators, timesteps=timesteps, given=given)
         return StepLosses(total=loss, values={"token_loss": loss, "token_accuracy": accuracy})
 
     def evaluate(self, snapshot: nn.Module, step: int) -> Evaluation:
         loss = correct = 0.0
-        for input_ids in self.held_out.split(self.settings.evaluation.batch_size):
-            token_loss, accuracy = snapshot(input_ids.to(self.device), decoder_noise=0.0)
+        for rows in torch.arange(len(self.held_out)).split(self.settings.evaluation.batch_size):
+            input_ids = self.held_out[rows].to(self.device)
+            given = None if self.held_out_given is None else self.held_out_given[rows].to(self.device)
+            token_loss, accuracy = snapshot(input_ids, decoder_noise=0.0, given=given)
             loss += float(token_loss) * len(input_ids)
             correct += float(accuracy) * len(input_ids)
         count = len(self.held_out)
