@@ -89,6 +89,10 @@ class Task:
         """The places that are written."""
         return slice(self.start, self.stop)
 
+    def reached(self, sequences: torch.Tensor, end_token_id: int) -> torch.Tensor:
+        """Bool (n,), which texts (n, L), filled up with end-of-text tokens, are not over where writing begins."""
+        return sequences[:, self.start] != end_token_id
+
     def given(self, told: str = "all") -> torch.Tensor:
         """Bool (L,), what a model is told: `all` that is given, or the `prefix` alone."""
         places = torch.arange(self.length)
@@ -310,6 +314,8 @@ def write_and_score(
     """What a pipeline writes into real sequences (n, L), with its own guidance, for cards: the task, perplexities of
     what it wrote and of what was really written, and texts, each in the pieces before, within and behind the place."""
     arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps} if takes_steps(pipeline) else {}
+    if pipeline.config.get("ends_texts"):
+        real = real[task.reached(real, pipeline.fill_token_id)]
     written = []
     for indices in torch.arange(len(real)).split(batch_size):
         generators = [sample_generator(seed, index, pipeline.device) for index in indices.tolist()]

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..data import DataSettings
+from ..data.tokenization import END_TOKENS, special_id
 from ..hub.model_card import fenced, marked
 from ..metrics.bert_score import load_matcher
 from ..metrics.judge import load_judge
@@ -26,7 +28,7 @@ from .markdown import cell, markdown_table
 from .options import EvaluationOptions
 from .part_cache import FinishedParts, digest, write_whole
 from .plan import Plan, common_device, load_subjects, make_missing
-from .real_text import load_real_text
+from .real_text import RealText, load_real_text
 from .results import NUM_SHOWN, described_settings, over_seeds, shown_source
 from .run import lock_parts, start_accelerator
 from .scorer import build_scorer
@@ -101,6 +103,8 @@ def evaluate_conditionally(
     task = Task.of(options, subjects[0].sequence_length, subjects[0].source_length)
     with accelerator.main_process_first():
         real = load_real_text(data, tokenizer, task.length, options.num_samples, with_references=options.with_mauve)
+    if data.documents == "separate":
+        real = long_enough(real, task, tokenizer)
     parts = FinishedParts(
         options.output_dir / "parts",
         versions() | {name: version(name) for name in ("evaluate", "mauve-text", "rouge-score")},
@@ -128,6 +132,17 @@ def evaluate_conditionally(
             results = collect(evaluation, options, data, hardware(accelerator.device))
             write(evaluation, options, results, draw)
     accelerator.end_training()
+
+
+def long_enough(real: RealText, task: Task, tokenizer: PreTrainedTokenizerBase) -> RealText:
+    """Real text without the documents that are over before anything is written; ValueError where none is left."""
+    kept = task.reached(real.sequences, special_id(tokenizer, END_TOKENS, "data.append_eos")).nonzero().flatten()
+    if not len(kept):
+        raise ValueError(
+            f"all of the {len(real.texts)} held-out documents end before token {task.start}, where writing begins; "
+            "take longer ones, or give a smaller --prompt_tokens."
+        )
+    return replace(real, sequences=real.sequences[kept], texts=[real.texts[row] for row in kept])
 
 
 def score_missing(evaluation: ConditionalEvaluation, accelerator: Accelerator) -> None:
@@ -163,7 +178,8 @@ def collect(
         entry["sets"].append(way | {"seeds": seeds} | over_seeds(seeds))
     return {
         "settings": described_settings(options, data)
-        | {"task": task.name, "written": [task.start, task.stop], "bert_score": options.bert_score},
+        | {"task": task.name, "written": [task.start, task.stop], "num_texts": len(scorer.real)}
+        | {"bert_score": options.bert_score},
         "sequence_length": task.length,
         "versions": evaluation.parts.versions,
         "hardware": device,
@@ -215,7 +231,7 @@ def results_text(results: dict[str, Any]) -> str:
     start, stop = settings["written"]
     seeds = settings["seeds"]
     lines = [
-        f"{settings['num_samples']:,} held-out texts of {results['sequence_length']} tokens, of which tokens {start} "
+        f"{settings['num_texts']:,} held-out texts of {results['sequence_length']} tokens, of which tokens {start} "
         f"to {stop - 1} were written; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}.",
         "PPL where given: of what is written and all that follows, given what stands before it; elsewhere: the same "
         "written tokens in another text. v: `guidance_scale`. Told the prefix: of what is given, that before the gap. "

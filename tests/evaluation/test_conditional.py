@@ -308,6 +308,21 @@ def test_a_run_ends_with_texts_that_were_given_in_part(
         run_script("train_joint", *tiny_overrides, *judge)
 
 
+def test_documents_that_end_before_the_prompt_are_left_out(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    corpus = tmp_path / "documents.txt"
+    words = random.Random(0)
+    lengths = [2 + index % 6 for index in range(120)]
+    corpus.write_text("".join(" ".join(f"w{words.randint(5, 30)}" for _ in range(n)) + "\n" for n in lengths))
+    own = [f"data.source={corpus}", "data.documents=separate", "data.holdout_documents=60", "--no_mauve"]
+    results = evaluate("--task", "continuation", *own)
+    # of 20 spread evenly over the last 60
+    expected = sum(lengths[60:][round(place)] > 4 for place in torch.linspace(0, 59, 20).tolist())
+    assert 0 < expected < 20 and results["settings"]["num_texts"] == expected
+    assert f"{expected} held-out texts" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="all of the 20 held-out documents end before token 7"):
+        evaluate("--task", "continuation", "--prompt_tokens", "7", *own, folder="other")
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
