@@ -42,6 +42,7 @@ DEMO = [
     "loop.checkpoints_total_limit=3",
     "timestep_sampler.update_every=10",
     "warmup.steps=60",
+    "conditioning.start_step=60",
     "optimizer.lr_decay_steps=20",
     "loop.trackers=[]",
     "evaluation.every=0",

@@ -32,6 +32,7 @@ def command(repository: Path, output_dir: Path, *more: str) -> list[str]:
         "loop.checkpoints_total_limit=null",
         "timestep_sampler.update_every=2",
         "warmup.steps=4",
+        "conditioning.start_step=3",
         "evaluation.every=0",
         "evaluation.num_sequences=16",
         "evaluation.num_samples=2",
