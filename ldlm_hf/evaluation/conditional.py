@@ -281,7 +281,7 @@ class ConditionalScorer:
         return {"perplexity": self.perplexity(sequences), "perplexity_elsewhere": self.perplexity(elsewhere)}
 
     def perplexity(self, sequences: torch.Tensor) -> float | None:
-        """Perplexity of what stands from the written place on, given what stands before it."""
+        """Perplexity of what stands from the written place on, given what is before; None where nothing is."""
         if self.judge is None:
             return None
         contexts, rests = [], []
@@ -292,6 +292,8 @@ class ConditionalScorer:
             )
             contexts.append(text[:same])
             rests.append(text[same:])
+        if not any(map(str.strip, rests)):
+            return None
         return generative_perplexity(rests, self.judge, self.batch_size, contexts=contexts)["perplexity"]
 
     def texts(self, sequences: torch.Tensor) -> list[str]:

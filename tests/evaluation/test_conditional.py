@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,15 @@ def test_texts_are_scored_where_they_stand(tiny_tokenizer: Any, backbone_folders
     assert scorer.score(changed)["given_kept"] == 7 / 8
 
 
+def test_blank_continuations_have_no_perplexity(tiny_tokenizer: Any, backbone_folders: dict[str, Path]) -> None:
+    judge = load_judge(str(backbone_folders["gpt2"]))
+    sequences = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    scorer = ConditionalScorer(Task.continuation(4), sequences, tiny_tokenizer, judge, 2, None, None)
+    sequences = sequences.index_fill(1, torch.tensor([2, 3]), tiny_tokenizer.eos_token_id)
+    scores = scorer.score(sequences)
+    assert (scores["perplexity"], scores["perplexity_elsewhere"], scores["rouge_l"]) == (None, None, 0)
+
+
 def test_a_pipeline_that_takes_no_prompts_is_steered(
     evaluate: Callable[..., Any],
     make_pipeline: Callable[..., LDLMPipeline],
@@ -273,6 +283,10 @@ def test_the_picture_has_a_line_a_way(evaluate: Callable[..., Any]) -> None:
     assert list(drawn[0].get_ydata()) == [one["mean"]["perplexity"] for one in sets]
     level = [line for line in axes.lines if list(line.get_ydata()) == [results["real_text"]["perplexity"]] * 2]
     assert len(level) == 1
+    # blank texts, in one of the sets or in the only one
+    sets[1]["mean"]["perplexity"] = None
+    results["pipelines"][1]["sets"][0]["mean"]["perplexity"] = None
+    assert math.isnan(plot_guidance(results).axes[0].containers[0].lines[0].get_ydata()[1])
 
 
 def test_a_run_ends_with_texts_that_were_given_in_part(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def plot_guidance(results: dict[str, Any]) -> Figure:
         if name != "rouge_l":  # likeness to itself
             axes.axhline(results["real_text"][name], color="0.4", linestyle=":")
         for place, sets in enumerate(lines.values()):
-            means = [one["mean"][name] for one in sets]
+            # blank texts have no perplexity
+            means = [math.nan if one["mean"][name] is None else one["mean"][name] for one in sets]
             if len(sets) == 1:
                 axes.axhline(means[0], color=run_style(place)["color"])
             else:
