@@ -6,13 +6,12 @@ start token (BOS, or a BERT-type tokenizer's CLS, or end-of-text). The loss is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Cache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ..data import DataSettings
 from ..loading.checks import check_settings
@@ -27,7 +26,7 @@ from ..training.randomness import RowRandomness
 from ..training.recipe import Evaluation, PipelineRecipe, StepLosses
 from ..training.settings import EvaluationSettings, LoopSettings, OptimizerSettings, check_decay
 from .backbone_embeddings import start_from_backbone
-from .categorical import draw, word_probabilities
+from .categorical import Generators, draw, row_generators, uniform_like, word_probabilities
 
 
 # 1. Sampling
@@ -43,18 +42,12 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def draw_tokens(
-    logits: torch.Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator | None]
-) -> torch.Tensor:
+def draw_tokens(logits: torch.Tensor, temperature: float, top_p: float, generators: Generators) -> torch.Tensor:
     """One token id for each row of logits (B, V), from softmax(logits / temperature), cut to the most likely tokens
-    that together have a probability of `top_p`; the most likely one at temperature 0. Each row has its own generator,
-    or all of them the first one.
-    """
+    that together have a probability of `top_p`; the most likely one at temperature 0. Each row has a generator."""
     if temperature == 0:
         return logits.argmax(-1)
-    rows = word_probabilities(logits, temperature, top_p)
-    sources = generators if len(generators) == len(rows) else [generators[0]] * len(rows)
-    return torch.stack([draw(row, generator) for row, generator in zip(rows, sources, strict=True)])
+    return draw(word_probabilities(logits, temperature, top_p), uniform_like(logits[:, 0], generators))
 
 
 class AutoregressivePipeline(RepositoryPipeline):
@@ -151,10 +144,9 @@ class AutoregressivePipeline(RepositoryPipeline):
         generators = generator if isinstance(generator, list) else [generator]
         if not all(one is None or isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
-        if len(generators) not in (1, len(prompt_ids)):
-            raise ValueError(f"`generator` is a list of {len(generators)} for {len(prompt_ids)} texts: give each one.")
+        sources = row_generators(generator, len(prompt_ids))
         count = room if max_new_tokens is None else max_new_tokens
-        sequences = self.write(prompt_ids.to(self._execution_device), count, temperature, top_p, generators)
+        sequences = self.write(prompt_ids.to(self._execution_device), count, temperature, top_p, sources)
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True) if output_type == "text" else None
         self.maybe_free_model_hooks()
         return LDLMPipelineOutput(sequences=sequences, texts=texts) if return_dict else (sequences, texts)
@@ -165,7 +157,7 @@ class AutoregressivePipeline(RepositoryPipeline):
         count: int,
         temperature: float,
         top_p: float,
-        generators: Sequence[torch.Generator | None],
+        generators: Generators,
     ) -> torch.Tensor:
         """Token ids (B, P) followed by `count` drawn ones: (B, P + count)."""
         start = prompt_ids.new_full((len(prompt_ids), 1), start_token_id(self.tokenizer))
@@ -173,13 +165,24 @@ class AutoregressivePipeline(RepositoryPipeline):
         self.num_function_evaluations = 0
         with self.progress_bar(total=count) as progress_bar:
             for _ in range(count):
-                output = self.language_model(unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = output.past_key_values
-                unread = draw_tokens(output.logits[:, -1], temperature, top_p, generators)[:, None]
+                unread, cache = self.write_next(unread, cache, temperature, top_p, generators)
                 sequences = torch.cat([sequences, unread], dim=1)
                 self.num_function_evaluations += 1
                 progress_bar.update()
         return sequences
+
+    def write_next(
+        self,
+        unread: torch.Tensor,
+        cache: Cache | None,
+        temperature: float,
+        top_p: float,
+        generators: Generators,
+    ) -> tuple[torch.Tensor, Cache]:
+        """The next token (B, 1), drawn after those that the model has read and `unread` ones (B, n); and the cache."""
+        output = self.language_model(unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens = draw_tokens(output.logits[:, -1], temperature, top_p, generators)
+        return tokens[:, None], output.past_key_values
 
 
 # 2. Training

@@ -19,7 +19,7 @@ from ..loading.checks import check_settings
 from ..objective.base import without_autocast_cache
 from ..training.randomness import RowRandomness
 from ..training.recipe import StepLosses
-from .categorical import Generators, by_slices, cross_entropy, normal, row_generators
+from .categorical import Generators, by_slices, cross_entropy, normal, row_generators, tempered
 from .one_hot_noise import embedded_noise, unwarp_time, warp_time
 from .token_scheduler import TokenScheduler
 from .token_training import (
@@ -41,14 +41,14 @@ EULER_GUARD = 1e-5
 
 def flow_step(sample: torch.Tensor, predicted: torch.Tensor, t: float, next_t: float) -> torch.Tensor:
     """FLM's Euler step in t: z + (t' - t) (p - z) / (1 - t + 1e-5)."""
-    return sample + (next_t - t) / (1 - t + EULER_GUARD) * (predicted - sample)
+    return torch.lerp(sample, predicted, (next_t - t) / (1 - t + EULER_GUARD))
 
 
 def flow_map_jump(
     sample: torch.Tensor, predicted: torch.Tensor, s: float | torch.Tensor, t: float | torch.Tensor
 ) -> torch.Tensor:
     """X_st(z) = ((1 - t) z + (t - s) D(z; s, t)) / (1 - s), exact where D is; s < 1."""
-    return ((1 - t) * sample + (t - s) * predicted) / (1 - s)
+    return torch.lerp(sample, predicted, (t - s) / (1 - s))
 
 
 def landing_time(next_t: float, gamma: float) -> float:
@@ -105,7 +105,7 @@ class FLMScheduler(TokenScheduler):
 
     def predicted(self, logits: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """p (B, L, K), of the sample's type."""
-        return (logits.to(sample.dtype) / self.config.temperature).softmax(-1)
+        return tempered(logits.to(sample.dtype), self.config.temperature).softmax(-1)
 
     def take_step(
         self, logits: torch.Tensor, index: int, sample: torch.Tensor, generators: Generators, **inputs: Any
@@ -154,7 +154,7 @@ class FMLMScheduler(FLMScheduler):
         if gamma == 0:
             return landed
         noise = self.noise(tuple(sample.shape), generators, sample.device).to(sample.dtype)
-        return landed + (next_t - landing) * predicted + gamma * (1 - next_t) * noise
+        return landed.add_(predicted, alpha=next_t - landing).add_(noise, alpha=gamma * (1 - next_t))
 
 
 # 3. Training

@@ -216,11 +216,10 @@ class ReMDMScheduler(MDLMScheduler):
             # words that were given before the first step stay
             self.confidences = torch.full_like(sample, torch.inf, dtype=torch.float64)
         stepped = super().take_step(logits, index, sample, generators)
-        changed = stepped != sample
-        is_word = stepped < logits.shape[-1]
-        drawn_with = (-cross_entropy(logits, stepped.masked_fill(~is_word, 0))).exp().double()
-        confidences = torch.where(changed & is_word, drawn_with, self.confidences)
-        self.confidences = confidences.masked_fill(~is_word, torch.inf)
+        is_mask = stepped == logits.shape[-1]
+        drawn = (stepped != sample) & ~is_mask
+        self.confidences = self.confidences.masked_fill(is_mask, torch.inf)
+        self.confidences[drawn] = (-cross_entropy(logits[drawn][None], stepped[drawn][None]))[0].exp().double()
         return stepped
 
 

@@ -142,7 +142,7 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """What words are drawn from, by logits (..., K): float64 of the same shape."""
+        """What words are drawn from, by logits (..., K): of the same shape, float32 at least."""
         config = self.config
         return word_probabilities(logits, config.temperature, config.top_p, config.keep_crossing)
 

@@ -28,7 +28,6 @@ from .categorical import (
     draw,
     random_words_like,
     row_generators,
-    uniform,
     uniform_like,
 )
 from .noise_schedule import (
@@ -274,35 +273,33 @@ class DuoScheduler(TokenScheduler):
         alpha_t = self.alpha(self.grid[index])
         alpha_s = 1.0 if is_last else self.alpha(self.grid[index + 1])
         kappa = 1.0 if is_last else self.kappa(index)
-        rows = []
-        for row_logits, ids, generator in zip(logits, sample, generators, strict=True):
-            parts = [
-                self.draw_transition(some, some_ids, alpha_t, alpha_s, kappa, generator)
-                for some, some_ids in zip(
-                    row_logits.split(POSITIONS_AT_ONCE), ids.split(POSITIONS_AT_ONCE), strict=True
-                )
-            ]
-            rows.append(torch.cat(parts))
-        return torch.stack(rows)
+        uniforms = torch.stack([uniform_like(sample, generators) for _ in range(3)], dim=-1)  # (B, L, 3)
+        slices = (x.flatten(0, 1).split(POSITIONS_AT_ONCE) for x in (logits, sample, uniforms))
+        parts = [
+            self.draw_transition(some, ids, numbers, alpha_t, alpha_s, kappa)
+            for some, ids, numbers in zip(*slices, strict=True)
+        ]
+        return torch.cat(parts).view(sample.shape)
 
     def draw_transition(
         self,
         logits: torch.Tensor,
         ids: torch.Tensor,
+        uniforms: torch.Tensor,
         alpha_t: float,
         alpha_s: float,
         kappa: float,
-        generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """z_s of some positions (n,), by logits (n, K): where from is drawn first, a word only where it is needed."""
+        """z_s of some positions (n,), by logits (n, K) and three numbers in [0, 1) each (n, 3): where from is drawn
+        first, a word only where it is needed."""
         vocab_size = logits.shape[-1]
         probabilities = self.probabilities(logits)
-        p_i = probabilities.gather(-1, ids[:, None])[:, 0]
+        p_i = probabilities.gather(-1, ids[:, None])[:, 0].double()
         stays, predicted, _ = transition_weights(p_i, alpha_t, alpha_s, vocab_size, kappa)
-        numbers = uniform(ids.shape, generator, ids.device)
-        words = (uniform(ids.shape, generator, ids.device) * vocab_size).long()
+        numbers, any_word, place = uniforms.unbind(-1)
+        words = (any_word * vocab_size).long()
         from_prediction = (numbers >= stays) & (numbers < stays + predicted)
-        words[from_prediction] = draw(probabilities[from_prediction], generator)
+        words[from_prediction] = draw(probabilities[from_prediction], place[from_prediction])
         return torch.where(numbers < stays, ids, words)
 
 

@@ -43,7 +43,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 )
 def test_tokens_have_the_probabilities_of_the_model(temperature: float, top_p: float, expected: list[float]) -> None:
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(20_000, 4)
-    drawn = draw_tokens(logits, temperature, top_p, generators(0))
+    drawn = draw_tokens(logits, temperature, top_p, generators(0) * len(logits))
     shares = drawn.bincount(minlength=4) / len(drawn)
     probabilities = torch.tensor(expected) / sum(expected)
     assert torch.allclose(shares, probabilities, atol=4 * (0.25 / len(drawn)) ** 0.5)
@@ -52,8 +52,8 @@ def test_tokens_have_the_probabilities_of_the_model(temperature: float, top_p: f
 
 def test_the_likeliest_token_always_stays() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]]).expand(50, 3)
-    assert (draw_tokens(logits, 1.0, 1e-9, generators(0)) == 0).all()
-    assert (draw_tokens(logits, 0.0, 1.0, generators(0)) == 0).all()
+    assert (draw_tokens(logits, 1.0, 1e-9, generators(0) * 50) == 0).all()
+    assert (draw_tokens(logits, 0.0, 1.0, generators(0) * 50) == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -19,6 +19,7 @@ from ldlm_hf.baselines.categorical import (
     draw,
     nucleus,
     row_generators,
+    uniform_like,
     word_probabilities,
 )
 from ldlm_hf.baselines.flow_language_model import (
@@ -586,10 +587,37 @@ def test_both_rules_of_the_nucleus() -> None:
     assert nucleus(p, 1.0) is p
 
 
+@pytest.mark.parametrize("keep_crossing", [True, False])
+@pytest.mark.parametrize("top_p", [1e-6, 0.2, 0.7, 0.95])
+def test_the_nucleus_is_that_of_a_stable_sort(top_p: float, keep_crossing: bool) -> None:
+    """Many words are as likely as others, as by logits in bfloat16."""
+    p = torch.randint(-4, 4, (50, 30), generator=one_row()[0]).double().softmax(-1)
+    ordered, places = p.sort(dim=-1, descending=True, stable=True)
+    sums = ordered.cumsum(-1)
+    is_cut = sums.roll(1, dims=-1) >= top_p if keep_crossing else sums > top_p
+    is_cut[:, 0] = False
+    expected = torch.zeros_like(p).scatter_(-1, places, ordered.masked_fill(is_cut, 0))
+    assert torch.allclose(nucleus(p, top_p, keep_crossing), expected / expected.sum(-1, keepdim=True))
+
+
 def test_draws_have_their_law() -> None:
-    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    shares = draw(p.expand(40_000, 3), one_row()[0]).bincount(minlength=3) / 40_000
-    assert torch.allclose(shares.double(), p, atol=0.01)
+    p = torch.tensor([0.0, 0.6, 0.0, 0.3, 0.1, 0.0])
+    uniforms = uniform_like(torch.empty(1, 40_000), one_row())[0]
+    uniforms[:2] = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)  # the least and the largest
+    for scale in (1, 7):  # weights need not sum to 1
+        drawn = draw(scale * p.expand(40_000, 6), uniforms)
+        assert drawn[:2].tolist() == [4, 1]
+        assert torch.allclose(drawn.bincount(minlength=6) / 40_000, p, atol=0.01)
+        assert (p[drawn] > 0).all()
+
+
+def test_unlikely_words_are_drawn() -> None:
+    """Numbers in float32 would leave out what is less likely than 2^-24."""
+    p = torch.tensor([1 - 2**-30, 2**-30])
+    assert draw(p.expand(2, 2), torch.tensor([2**-29, 2**-31], dtype=torch.float64)).tolist() == [0, 1]
+
+
+def test_one_word_is_drawn_at_temperature_zero() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     assert word_probabilities(logits, temperature=0.0).tolist() == [[0, 1, 0]]
 
