@@ -674,13 +674,25 @@ def check_sampling_speed(scale: Scale) -> Part:
 
 def check_peers(scale: Scale) -> Part:
     part = Part(
-        "Seconds of a step for the whole batch, beside samplers of tokens on the same backbone and an autoregressive "
-        "GPT-2 with a KV cache, in turns, medians, bfloat16; then seconds a sample by number of evaluations (NFE).",
-        ["sampler", "L", "batch", "step, s", "of ours", "once, s", *(f"NFE {count}" for count in NFE)],
+        "Seconds of a step for the whole batch, and of the network in it, beside the methods of docs/methods.md, in "
+        "turns, medians, bfloat16; then seconds a sample by number of evaluations (NFE), extrapolated from the step.",
+        [
+            "sampler",
+            "L",
+            "batch",
+            "network, s",
+            "step, s",
+            "network of our step",
+            "step of ours",
+            "once, s",
+            *(f"NFE {count}" for count in NFE),
+        ],
     )
     for length, batch in scale.timed:
         for row in peer_rows(measured(scale, measure_peers, "peers", length, batch), NFE):
-            costs = [f"{row['step_seconds']:.5f}", f"{row['step_ratio']:.2f}", f"{row['once_seconds']:.5f}"]
+            costs = [f"{row[name]:.5f}" for name in ("network_seconds", "step_seconds")]
+            costs += [f"{row[name]:.2f}" for name in ("network_ratio", "step_ratio")]
+            costs += [f"{row['once_seconds']:.5f}"]
             seconds = row["seconds_per_sample"]
             # an autoregressive model has one number of evaluations, L
             times = [f"{seconds[str(count)]:.4g}" if str(count) in seconds else "" for count in NFE]

@@ -3,6 +3,7 @@
     python training/benchmark.py                                        # the paper's geometry, L = 128 and 1,024
     python training/benchmark.py --lengths 1024 --dtypes bfloat16 --profile
     python training/benchmark.py --workloads peers --peer_lengths 1024 --peer_batch_size 16
+    python training/benchmark.py --workloads peers --geometry demo --peer_lengths 32 --dtypes float32
     python training/benchmark.py --geometry tiny --lengths 16 --peer_lengths 16 --peer_batch_size 2 --repeats 1
 
 Weights are random and nothing is downloaded. Three workloads are measured, each as the package runs it:
@@ -22,13 +23,18 @@ for its next tensors, as the training scripts do on the CPU (`ldlm_hf/evaluation
 
 Peak memory is that of a fresh process that did nothing but this workload: resident set on CPU, allocator on CUDA.
 
-**Peers** are models of the same geometry that sample tokens (`token_level_peers.py`): a step of masked and of uniform
-discrete diffusion on the denoiser's own backbone, and an autoregressive GPT-2 with a KV cache, which takes one step a
-token. They are timed in turns with the sampling step and the decode, in one process and at one batch size, and the
-time a sample is (steps x step + what is done once) / batch size for each number of steps (network evaluations, NFE).
+**Peers** are the methods of `ldlm_hf/baselines` with random weights and the sampler settings of their papers: MDLM,
+ReMDM, Duo and its psi-sampler, CANDI, FLM, FMLM, and an autoregressive GPT-2 with a KV cache, which takes one step a
+token. Of each, a step in the middle of 1,024 (for GPT-2, of the text) and the network's evaluation in it are timed, in
+turns with LDLM's step and decode, in one process and at one batch size. `network_ratio` and `step_ratio` are over
+LDLM's step, so their difference is the sampler's part; `twice_ldlm` says whether a step takes at least twice LDLM's,
+which is a call of the pipeline with one step and pays for all that a longer call does once. The time a sample is
+extrapolated, (NFE x step + once) / batch size for each number of network evaluations (NFE); in few steps masked models
+and Duo draw more words a step than in the one that is timed. A flow's sample has a number for each word of the
+vocabulary: at the paper's geometry 3.3 GB for 16 texts, of which a step needs several.
 
-`--compile` compiles the blocks of this package's models and of the diffusing peers, as `loop.compile` does in
-training. The floor stays that of the products as they are dispatched without it.
+`--compile` compiles the blocks of this package's models, as `loop.compile` does in training. The floor stays that of
+the products as they are dispatched without it.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ class AutoregressivePipeline(RepositoryPipeline):
         generators: Generators,
     ) -> tuple[torch.Tensor, Cache]:
         """The next token (B, 1), drawn after those that the model has read and `unread` ones (B, n); and the cache."""
-        output = self.language_model(unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # by position: transformers 5.24 calls it otherwise than earlier versions
+        output = self.language_model(unread, cache, use_cache=True, logits_to_keep=1)
         tokens = draw_tokens(output.logits[:, -1], temperature, top_p, generators)
         return tokens[:, None], output.past_key_values
 

@@ -203,6 +203,7 @@ class TokenDiffusionPipeline(RepositoryPipeline):
         # 3. Denoise
         scheduler, callback = self.scheduler, callback_on_step_end
         scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler.set_begin_index(0)
         self.num_timesteps, self.num_function_evaluations, self._interrupt = len(scheduler.timesteps), 0, False
         embeddings = self.transformer.word_embeddings
         sample = scheduler.start(token_ids, self.transformer.config.vocab_size, generator, embeddings)

@@ -61,6 +61,7 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.grid: list[float] = []
         self.timesteps = torch.empty(0, dtype=torch.float64)
+        self._begin_index: int | None = None
         self._step_index: int | None = None
 
     @classmethod
@@ -75,6 +76,15 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):
     def step_index(self) -> int | None:
         """Number of steps taken on the present grid; None before the first."""
         return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Place on the grid of the first step; None where its time is looked up."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Says where on the grid the first step begins; it is looked up otherwise, which waits for the device."""
+        self._begin_index = begin_index
 
     def time_grid(self, num_steps: int) -> torch.Tensor:
         """`num_steps + 1` times of monotone order, float64, from noise to data."""
@@ -96,16 +106,18 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = num_steps
         self.grid = self.time_grid(num_steps).tolist()
         self.timesteps = torch.tensor(self.evaluation_times(), dtype=torch.float64, device=device)
-        self._step_index = None
+        self._begin_index = self._step_index = None
 
     def index_of(self, timestep: float | torch.Tensor) -> int:
-        """Place on the grid: of a time before the first step, and from there on one after the other.
+        """Place on the grid: of `begin_index` or a time before the first step, and from there on one after the other.
 
         Raises:
             ValueError: `set_timesteps` was not called, a time that is not on the grid, or a grid at its end.
         """
         if self.num_inference_steps is None:
             raise ValueError("step needs a time grid; call set_timesteps(num_inference_steps) first.")
+        if self._step_index is None and self._begin_index is not None:
+            return self._begin_index
         if self._step_index is None:
             places = [i for i, time in enumerate(self.grid) if math.isclose(time, float(timestep), abs_tol=1e-6)]
             if not places:
@@ -164,7 +176,8 @@ class TokenScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): logits of the words;
                 log-probabilities are logits, too.
-            timestep: the time of `sample`; looked up at the first step only, since steps follow one another.
+            timestep: the time of `sample`; looked up at the first step only, since steps follow one another, and not
+                after [`~TokenScheduler.set_begin_index`].
             sample: at that time; its type is the sampler's.
             generator: source of all draws; a list gives each text its own stream.
             return_dict: whether to return a [`TokenSchedulerOutput`] instead of a tuple.

@@ -585,6 +585,10 @@ def test_both_rules_of_the_nucleus() -> None:
     assert torch.allclose(nucleus(p, 0.6, keep_crossing=False), torch.tensor([0.0, 1, 0], dtype=torch.float64))
     assert torch.allclose(nucleus(p, 0.01, keep_crossing=False), torch.tensor([0.0, 1, 0], dtype=torch.float64))
     assert nucleus(p, 1.0) is p
+    # what adds up to exactly so much
+    p = torch.tensor([0.125, 0.5, 0.375])
+    for keep_crossing in (True, False):
+        assert torch.allclose(nucleus(p, 0.875, keep_crossing), torch.tensor([0, 4 / 7, 3 / 7]))
 
 
 @pytest.mark.parametrize("keep_crossing", [True, False])

@@ -416,6 +416,26 @@ def test_steps_that_are_refused() -> None:
         DuoScheduler().give(state, state, state > 0)
 
 
+@pytest.mark.parametrize("scheduler_class", [*DISCRETE, *NEEDS_VOCABULARY])
+def test_steps_begin_where_they_are_told(scheduler_class: type[TokenScheduler]) -> None:
+    def stepped(begin_index: int | None, place: int) -> Any:
+        scheduler = build(scheduler_class)
+        scheduler.set_timesteps(6)
+        assert scheduler.begin_index is None
+        embeddings = torch.randn(K, 4, generator=seeded(2))
+        state = scheduler.start(torch.zeros(1, 50, dtype=torch.long), K, seeded(), embeddings)
+        if begin_index is not None:
+            scheduler.set_begin_index(begin_index)
+        t = scheduler.timesteps[place]
+        logits = fake_logits(torch.zeros(1, 50, dtype=torch.long), K)
+        state = scheduler.step(logits, t, state, generator=seeded(1), embeddings=embeddings).prev_sample
+        assert scheduler.step_index == (place if begin_index is None else begin_index) + 1
+        return torch.cat([part.flatten().double() for part in state]) if isinstance(state, tuple) else state
+
+    assert torch.equal(stepped(3, 3), stepped(None, 3))
+    assert torch.equal(stepped(3, 1), stepped(None, 3))
+
+
 def test_the_network_is_told_the_time_exactly() -> None:
     scheduler = DuoScheduler()
     scheduler.set_timesteps(1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import GPT2Config
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from ldlm_hf import (
     LDLMLatentDecoder,
@@ -25,9 +26,12 @@ from ldlm_hf import (
     LDLMTokenDecoder,
     LDLMTokenDecoderConfig,
     LDLMTransformer1DModel,
+    TokenDiffusionPipeline,
+    TokenDiffusionTransformer,
 )
-from speed import measuring, workloads
+from speed import measuring, samplers, workloads
 from speed.matrix_products import MatrixProductRecorder
+from speed.report import PEERS, section
 from speed.workloads import GEOMETRIES, Case
 
 
@@ -185,7 +189,7 @@ def test_every_field_is_reported(measured: Callable[..., dict[str, Any]], report
 
 def test_printed_tables(report: dict[str, Any]) -> None:
     printed = report["printed"]
-    assert printed.count("\n## ") + printed.startswith("## ") == 5
+    assert printed.count("\n## ") + printed.startswith("## ") == 6
     assert f"| cpu | {report['machine']['cpu']} |" in printed
     assert f"| vector_instructions | {torch.backends.cpu.get_cpu_capability()} |" in printed
     for item in report["measurements"]:
@@ -194,45 +198,113 @@ def test_printed_tables(report: dict[str, Any]) -> None:
         assert printed.count(row) == 1 + len(item["operators"])
 
 
+METHODS = ["MDLM", "ReMDM", "Duo", "Duo, psi-sampler", "CANDI", "FLM", "FMLM"]
+AUTOREGRESSIVE = "autoregressive, KV cache"
+
+
 def test_peers_are_reported(report: dict[str, Any]) -> None:
     ours, *peers = report["peers"]
-    assert ours["sampler"] == "latent diffusion"
-    assert [peer["sampler"] for peer in peers] == ["masked diffusion", "uniform diffusion", "autoregressive, KV cache"]
-    assert ours["once_seconds"] > 0 and ours["step_ratio"] == 1
+    assert ours["sampler"] == "LDLM"
+    assert [peer["sampler"] for peer in peers] == [*METHODS, AUTOREGRESSIVE]
+    assert ours["once_seconds"] > 0 and ours["step_ratio"] == 1 and ours["twice_ldlm"] is None
     assert all(peer["once_seconds"] == 0 for peer in peers)
+    assert [peer["top_p"] for peer in peers] == [1, 0.9, 1, 0.9, 1, None, None, 1]
     for row in report["peers"]:
         assert {"dtype": "bfloat16", "length": 8, "batch_size": 2}.items() <= row.items()
-        assert row["step_seconds"] > 0 and row["step_ratio"] > 0
-        autoregressive = row["sampler"].startswith("autoregressive")
-        assert row["num_steps"] == (8 if autoregressive else None)
-        assert list(row["seconds_per_sample"]) == (["8"] if autoregressive else ["4", "128"])
+        # of one turn
+        for name in ("network", "step"):
+            assert row[f"{name}_ratio"] == pytest.approx(row[f"{name}_seconds"] / ours["step_seconds"])
+            assert row[f"{name}_seconds"] > 0
+        assert list(row["seconds_per_sample"]) == (["8"] if row["sampler"] == AUTOREGRESSIVE else ["4", "128"])
         for num_steps, seconds in row["seconds_per_sample"].items():
             whole_batch = int(num_steps) * row["step_seconds"] + row["once_seconds"]
             assert seconds == pytest.approx(whole_batch / 2)
-        assert f"| {row['sampler']} | bfloat16 | 8 | 2 |" in report["printed"]
+        # in both tables
+        assert report["printed"].count(f"| {row['sampler']} | bfloat16 | 8 | 2 |") == 2
     assert "| NFE 4 | NFE 8 | NFE 128 |" in report["printed"]
 
 
-def test_peers_have_the_denoisers_backbone() -> None:
-    """The same blocks, and beside them an embedding and a vocabulary projection."""
-    peers = workloads.peer_workloads(Case("peers", "tiny", 8, 2, "float32", "cpu", repeats=1))
-    masked, uniform, autoregressive = (model for peer in peers for model in peer.modules)
-    denoiser = workloads.build_denoiser(GEOMETRIES["tiny"], 8)
-    shapes = {name: value.shape for name, value in denoiser.state_dict().items() if not name.startswith("proj_")}
-    for peer in (masked, uniform):
-        added = {name: tuple(value.shape) for name, value in peer.state_dict().items() if name not in shapes}
-        assert {name: peer.state_dict()[name].shape for name in shapes} == shapes
-        assert added == {"embedding.weight": (97, WIDTH), "head.weight": (96, WIDTH)}
-        assert all(parameter.any() for parameter in peer.parameters())
-    config = autoregressive.config
-    assert (config.vocab_size, config.n_embd, config.n_layer, config.n_head) == (96, WIDTH, 2, 2)
+@pytest.mark.parametrize(("seconds", "twice"), [(1.9, False), (2.1, True)])
+def test_twice_the_time_is_said(seconds: float, twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns, the second of which is three times as slow for all methods: ratios are within a turn."""
+    turn = [7.0, 1.0, 1.0, *(1.5, seconds) * 8]
+    clock = iter(turn + [3 * value for value in turn])
+    monkeypatch.setattr(measuring, "elapsed_seconds", lambda run, device: next(clock))
+    ours, *others = measuring.measure_peers(Case("peers", "tiny", 8, 2, "float32", "cpu", repeats=2))
+    assert (ours.step_ratio, ours.twice_ldlm, ours.once_seconds) == (1, None, 14)
+    for other in others:
+        assert other.step_ratio == pytest.approx(seconds) and other.network_ratio == pytest.approx(1.5)
+        assert other.twice_ldlm is twice
+    twice_in_table = section("", PEERS, [asdict(ours), asdict(others[0])]).splitlines()[-1].split(" | ")[-1]
+    assert twice_in_table.strip(" |") == ("yes" if twice else "no")
 
 
-def test_the_papers_autoregressive_peer_is_gpt2_small() -> None:
-    config = workloads.gpt2_config(GEOMETRIES["paper"], 1024)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_step_is_its_pipelines(
+    name: str, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the sample that the pipeline has in the middle of its grid, the same draws lead to the same next one."""
+    case = Case("peers", "tiny", 8, 2, "float32", "cpu", repeats=1, num_steps=8)
+    sampler = next(one for one in samplers.token_samplers(case) if one.name == name)
+    step, seen = sampler.run, []
+
+    def record(pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((timestep, tensors["sample"]))
+        torch.manual_seed(index)
+        return {}
+
+    pipeline = TokenDiffusionPipeline(step.transformer, copy.deepcopy(step.scheduler), tiny_tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(batch_size=2, num_inference_steps=8, output_type="seq", callback_on_step_end=record)
+    step.sample = seen[3][1]
+    for _ in range(2):  # as often as one likes
+        torch.manual_seed(3)
+        torch.testing.assert_close(step(), seen[4][1])
+    assert step.timestep == seen[4][0]
+
+
+def test_samples_have_the_noise_of_the_middle() -> None:
+    case = Case("peers", "tiny", 400, 4, "float32", "cpu", repeats=1)
+    for sampler in samplers.token_samplers(case):
+        sample = sampler.run.sample
+        if sampler.run.scheduler.process == "masked":
+            assert float((sample == 96).double().mean()) == pytest.approx(0.5, abs=0.06)
+        elif sampler.run.scheduler.process == "candi":
+            assert float(sample.revealed.double().mean()) == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_autoregressive_step_reads_one_token_after_half_a_text() -> None:
+    case = Case("peers", "tiny", 16, 3, "float32", "cpu", repeats=1)
+    sampler = samplers.autoregressive_sampler(case)
+    (model,) = sampler.modules
+    read = []
+    model.transformer.h[0].attn.register_forward_hook(lambda module, inputs, output: read.append(output[0].shape[1]))
+    for _ in range(3):
+        assert sampler.run().shape == (3, 1)
+    with MatrixProductRecorder() as recorder:
+        sampler.evaluate()
+    keys = {product.left_shape[2] for product in recorder.counts if len(product.left_shape) == 3} - {16}
+    assert keys == {9}
+    assert read == [1] * 4
+
+
+def test_the_papers_peers_have_170m_parameters_and_gpt2_smalls_sizes() -> None:
+    paper = GEOMETRIES["paper"]
+    with torch.device("meta"):
+        transformer = TokenDiffusionTransformer(samplers.vocab_size_of(paper), **paper.token_transformer)
+        language_model = samplers.build_language_model(paper, 1024)
+    assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(169.6e6, rel=1e-3)
     standard = GPT2Config()
     for name in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"):
-        assert getattr(config, name) == getattr(standard, name)
+        assert getattr(language_model.config, name) == getattr(standard, name)
+
+
+def test_flows_cap_their_logits_and_only_a_flow_map_is_told_two_times() -> None:
+    case = Case("peers", "tiny", 8, 2, "float32", "cpu", repeats=1)
+    configs = {one.name: one.modules[0].config for one in samplers.token_samplers(case)}
+    assert [name for name, config in configs.items() if config.logit_cap == 30] == ["FLM", "FMLM"]
+    assert [name for name, config in configs.items() if config.attention_logit_cap == 50] == ["FLM", "FMLM"]
+    assert [name for name, config in configs.items() if config.next_timestep_conditioning] == ["FMLM"]
 
 
 def test_compiled_blocks_count_the_same_products(
@@ -250,7 +322,7 @@ def test_compiled_blocks_count_the_same_products(
     assert step.flops == measured("sampling step", 8)["flops"]
     assert decode.flops == measured("decode", 8)["flops"]
     timings = measuring.measure_peers(case)
-    assert len(timings) == 4
+    assert len(timings) == 2 + len(METHODS)
     torch._dynamo.reset()
 
 

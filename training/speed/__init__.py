@@ -1,1 +1,1 @@
-"""Speed, against the floor of the matrix products and against token-level peers."""
+"""Speed, against the floor of the matrix products and beside other methods."""

@@ -1,4 +1,4 @@
-"""Times workloads against the floor of their matrix products, and latent diffusion beside its peers."""
+"""Times workloads against the floor of their matrix products, and LDLM beside other methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 
 from ldlm_hf.evaluation.machine import keep_freed_memory
 from speed.matrix_products import MatrixProduct, MatrixProductRecorder, elapsed_seconds, time_product
-from speed.workloads import Case, Workload, peer_workloads, sampling_workloads, training_workloads
+from speed.samplers import autoregressive_sampler, latent_sampler, token_samplers
+from speed.workloads import Case, Workload, sampling_workloads, training_workloads
 
 
 Result = TypeVar("Result")
@@ -124,14 +125,17 @@ def measure_workload(workload: Workload, case: Case) -> Measurement:
 
 @dataclass
 class SamplerTiming:
-    """How long a way of sampling takes; times are in seconds and for a whole batch.
+    """How long a way of sampling takes; times are medians in seconds and for a whole batch.
 
     Attributes:
-        sampler: latent diffusion, or the peer's name.
-        parameters: number of parameters that sampling uses.
-        step_seconds: median time of a step, one network evaluation.
-        once_seconds: median time of what is done once, whatever the number of steps: the decode.
-        step_ratio: median over the turns of the step's time over that of latent diffusion.
+        sampler: LDLM, or the other method's name.
+        top_p: of the most likely words that it draws from; None for methods that know none.
+        parameters: number of parameters that a step uses; of LDLM with its decoders.
+        network_seconds: time of the network's evaluation in a step.
+        step_seconds: time of a step, evaluation and sampler.
+        network_ratio, step_ratio: median over the turns of these times over that of LDLM's step.
+        twice_ldlm: whether a step takes at least twice LDLM's; None for LDLM.
+        once_seconds: time of what is done once, whatever the number of steps: the decode.
         num_steps: the only possible number of steps, one a token; `None` where it can be chosen.
     """
 
@@ -140,54 +144,68 @@ class SamplerTiming:
     device: str
     length: int
     batch_size: int
+    top_p: float | None
     parameters: int
+    network_seconds: float
     step_seconds: float
-    once_seconds: float
+    network_ratio: float
     step_ratio: float
+    twice_ldlm: bool | None
+    once_seconds: float
     num_steps: int | None
 
 
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median over the turns of one time over another."""
+    return statistics.median(time / other for time, other in zip(times, others, strict=True))
+
+
 def measure_peers(case: Case) -> list[SamplerTiming]:
-    """Times latent diffusion and its peers in turns; meant to be called in a fresh process."""
+    """Times LDLM and other methods in turns; meant to be called in a fresh process."""
     torch.manual_seed(0)
     keep_freed_memory()
     device = torch.device(case.device)
-    step, decode = sampling_workloads(case)
-    step.name = "latent diffusion"
-    samplers = [step, *peer_workloads(case)]
+    ours, decode = latent_sampler(case)
+    samplers = [ours, *token_samplers(case), autoregressive_sampler(case)]
     for sampler in samplers:
         if case.compile:
             sampler.compile()
         sampler.run()  # nothing is left to be set up or compiled when the clock runs
     decode.run()
     once: list[float] = []
-    seconds: dict[str, list[float]] = {sampler.name: [] for sampler in samplers}
+    networks: dict[str, list[float]] = {sampler.name: [] for sampler in samplers}
+    steps: dict[str, list[float]] = {sampler.name: [] for sampler in samplers}
     for _ in range(case.repeats):
         once.append(elapsed_seconds(decode.run, device))
         for sampler in samplers:
-            seconds[sampler.name].append(elapsed_seconds(sampler.run, device) / (sampler.num_steps or 1))
-    ours = seconds[step.name]
-    return [
-        SamplerTiming(
-            sampler=sampler.name,
-            dtype=case.dtype,
-            device=case.device,
-            length=case.length,
-            batch_size=case.batch_size,
-            parameters=sampler.num_parameters,
-            step_seconds=statistics.median(seconds[sampler.name]),
-            once_seconds=statistics.median(once) if sampler is step else 0.0,
-            step_ratio=statistics.median(
-                theirs / our for theirs, our in zip(seconds[sampler.name], ours, strict=True)
-            ),
-            num_steps=sampler.num_steps,
+            networks[sampler.name].append(elapsed_seconds(sampler.evaluate, device))
+            steps[sampler.name].append(elapsed_seconds(sampler.run, device))
+    timings = []
+    for sampler in samplers:
+        step_ratio = median_ratio(steps[sampler.name], steps[ours.name])
+        timings.append(
+            SamplerTiming(
+                sampler=sampler.name,
+                dtype=case.dtype,
+                device=case.device,
+                length=case.length,
+                batch_size=case.batch_size,
+                top_p=sampler.top_p,
+                parameters=sampler.num_parameters,
+                network_seconds=statistics.median(networks[sampler.name]),
+                step_seconds=statistics.median(steps[sampler.name]),
+                network_ratio=median_ratio(networks[sampler.name], steps[ours.name]),
+                step_ratio=step_ratio,
+                twice_ldlm=None if sampler is ours else step_ratio >= 2,
+                once_seconds=statistics.median(once) if sampler is ours else 0.0,
+                num_steps=sampler.num_steps,
+            )
         )
-        for sampler in samplers
-    ]
+    return timings
 
 
 def peer_rows(timings: Sequence[SamplerTiming], nfe: Sequence[int]) -> list[dict[str, Any]]:
-    """Each timing with its time a sample for each number of steps that it can take."""
+    """Each timing with its time a sample for each number of steps that it can take, extrapolated from the one step."""
     rows = []
     for timing in timings:
         possible = nfe if timing.num_steps is None else [timing.num_steps]

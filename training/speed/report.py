@@ -29,10 +29,13 @@ WHOLE_SAMPLING = {**CASE, "num_inference_steps": "", "seconds": ".1f", "tokens_p
 PEERS = {
     "sampler": "",
     **CASE,
+    "top_p": "",
     "parameters": ",",
+    "network_seconds": ".4g",
     "step_seconds": ".4g",
+    "network_ratio": ".2f",
     "step_ratio": ".2f",
-    "once_seconds": ".4g",
+    "twice_ldlm": "",
 }
 OPERATORS = {"workload": "", **CASE, "operator": "", "seconds": ".3f", "calls": ""}
 
@@ -53,9 +56,16 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def cell(value: Any, spec: str) -> str:
+    """A value as it is printed."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format(value, spec)
+
+
 def section(title: str, formats: dict[str, str], rows: Sequence[dict[str, Any]]) -> str:
-    """A table under its title; a cell is empty where a row has no such key."""
-    cells = [[format(row[key], spec) if key in row else "" for key, spec in formats.items()] for row in rows]
+    """A table under its title; a cell is empty where a row has no such key, or None."""
+    cells = [["" if row.get(key) is None else cell(row[key], spec) for key, spec in formats.items()] for row in rows]
     return f"## {title}\n\n" + "\n".join(markdown_table(list(formats), cells))
 
 
@@ -70,12 +80,14 @@ def report_text(report: dict[str, Any]) -> str:
         title = "Whole sampling, by arithmetic: steps x sampling step + decode"
         sections.append(section(title, WHOLE_SAMPLING, whole))
     if peers:
+        sections.append(section("A step of each method, and of its network alone, over LDLM's step", PEERS, peers))
         counts = sorted({int(count) for row in peers for count in row["seconds_per_sample"]})
         rows = [
             row | {f"NFE {count}": seconds for count, seconds in row["seconds_per_sample"].items()} for row in peers
         ]
-        title = "Seconds a sample against the number of steps (NFE): latent diffusion and its token-level peers"
-        sections.append(section(title, PEERS | {f"NFE {count}": ".4g" for count in counts}, rows))
+        title = "Seconds a sample, extrapolated: (NFE x step + once) / batch size"
+        columns = {"sampler": "", **CASE, "once_seconds": ".4g"} | {f"NFE {count}": ".4g" for count in counts}
+        sections.append(section(title, columns, rows))
     operators = [item | operator for item in measured for operator in item["operators"]]
     if operators:
         sections.append(section("Operators that take the time", OPERATORS, operators))

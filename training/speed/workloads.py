@@ -1,18 +1,16 @@
-"""What is timed, at a geometry of random weights: sampling, training, and sampling by models of tokens."""
+"""What is timed, at a geometry of random weights: a step of sampling, the decode, and a step of training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from ldlm_hf import (
     JointObjective,
@@ -31,13 +29,6 @@ from ldlm_hf import (
 from ldlm_hf.training.components import compile_blocks
 from ldlm_hf.training.optimizers import build_optimizers
 from ldlm_hf.training.settings import OptimizerSettings
-from speed.token_level_peers import (
-    TokenLevelDenoiser,
-    denoising_step,
-    generate_autoregressively,
-    masked_posterior,
-    uniform_posterior,
-)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,12 +43,14 @@ class Geometry:
         latent: of `LDLMLatentEncoderConfig` and `LDLMLatentDecoderConfig`.
         token_decoder: of `LDLMTokenDecoderConfig`.
         transformer: of `LDLMTransformer1DModel`.
+        token_transformer: of `TokenDiffusionTransformer`, whose sizes the autoregressive model has too.
         backbone: of `GPT2Config`, whose defaults are GPT-2 small.
     """
 
     latent: dict[str, int] = field(default_factory=dict)
     token_decoder: dict[str, int] = field(default_factory=dict)
     transformer: dict[str, int] = field(default_factory=dict)
+    token_transformer: dict[str, int] = field(default_factory=dict)
     backbone: dict[str, int] = field(default_factory=dict)
 
 
@@ -65,10 +58,26 @@ TINY_LAYERS = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size":
 GEOMETRIES = {
     # the third-to-last hidden state of GPT-2 small leaves block 10, and the two blocks behind it are not run
     "paper": Geometry(backbone={"n_layer": 10}),
+    # ldlm-demo, and mdlm_demo.yaml of the methods that it is compared with
+    "demo": Geometry(
+        latent={
+            "hidden_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 768,
+            "latent_size": 32,
+            "token_hidden_size": 384,
+        },
+        token_decoder={"hidden_size": 384, "num_hidden_layers": 0, "token_hidden_size": 384, "vocab_size": 30522},
+        transformer={"in_channels": 32, "num_layers": 4, "num_attention_heads": 4},
+        token_transformer={"num_layers": 4, "num_attention_heads": 6},
+        backbone={"vocab_size": 30522, "n_embd": 384, "n_layer": 4, "n_head": 12},
+    ),
     "tiny": Geometry(
         latent=TINY_LAYERS | {"num_hidden_layers": 2, "latent_size": 32},
         token_decoder=TINY_LAYERS | {"num_hidden_layers": 1, "vocab_size": 96},
         transformer={"in_channels": 32, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16},
+        token_transformer={"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16},
         backbone={"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0},
     ),
 }
@@ -79,14 +88,15 @@ class Case:
     """What one fresh process measures.
 
     Attributes:
-        workload: `sampling` (its step and the decode), `training`, or `peers` (sampling and the peers').
+        workload: `sampling` (its step and the decode), `training`, or `peers` (sampling and other methods').
         geometry: a name in `GEOMETRIES`.
         length: tokens L, and as many latents.
         batch_size: sequences of a step.
         dtype: `float32` or `bfloat16`.
-        repeats: turns of workload and products.
+        repeats: turns of workload and products, or of all methods.
         profile: also list the operators that take the time.
         compile: compile the models' blocks first.
+        num_steps: of the other methods' grids, in whose middle their step is taken; 1,024 in the paper's Table 3.
     """
 
     workload: str
@@ -98,6 +108,7 @@ class Case:
     repeats: int
     profile: bool = False
     compile: bool = False
+    num_steps: int = 1024
 
     @property
     def sizes(self) -> Geometry:
@@ -110,15 +121,13 @@ class Workload:
 
     Attributes:
         name: what the report calls it.
-        run: does it once; a sampler with `num_steps` samples whole.
+        run: does it once.
         modules: those that it needs in memory.
-        num_steps: the only possible number of steps of a sampler; `None` where it can be chosen, and `run` is one.
     """
 
     name: str
     run: Callable[[], object]
     modules: list[nn.Module]
-    num_steps: int | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -226,60 +235,3 @@ def training_workloads(case: Case) -> list[Workload]:
         optimizer.zero_grad(set_to_none=True)
 
     return [Workload("training step", step, [objective])]
-
-
-def denoiser_config(geometry: Geometry) -> FrozenDict:
-    """The denoiser's configuration, defaults included."""
-    with torch.device("meta"):
-        return LDLMTransformer1DModel(**geometry.transformer).config
-
-
-def gpt2_config(geometry: Geometry, length: int) -> GPT2Config:
-    """A GPT-2 as deep and as wide as the denoiser: GPT-2 small at the paper's geometry."""
-    config = denoiser_config(geometry)
-    return GPT2Config(
-        vocab_size=LDLMTokenDecoderConfig(**geometry.token_decoder).vocab_size,
-        n_positions=length,
-        n_embd=config.num_attention_heads * config.attention_head_dim,
-        n_layer=config.num_layers,
-        n_head=config.num_attention_heads,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-
-
-def build_token_denoiser(geometry: Geometry, length: int) -> TokenLevelDenoiser:
-    """A denoiser of tokens with the backbone of that of latents, and the token decoder's vocabulary."""
-    config = denoiser_config(geometry)
-    width = config.num_attention_heads * config.attention_head_dim
-    denoiser = TokenLevelDenoiser(
-        vocab_size=LDLMTokenDecoderConfig(**geometry.token_decoder).vocab_size,
-        hidden_size=width,
-        num_layers=config.num_layers,
-        num_heads=config.num_attention_heads,
-        intermediate_size=int(width * config.mlp_ratio),
-        sequence_length=length,
-    )
-    randomize_zero_weights(denoiser)
-    return denoiser
-
-
-def peer_workloads(case: Case) -> list[Workload]:
-    """A step of each discrete diffusion model, and all tokens of the autoregressive one."""
-    dtype, device = DTYPES[case.dtype], torch.device(case.device)
-    vocab_size = LDLMTokenDecoderConfig(**case.sizes.token_decoder).vocab_size
-    words = torch.randint(vocab_size, (case.batch_size, case.length), device=device)
-    half_masked = words.masked_fill(torch.rand(words.shape, device=device) < 0.5, vocab_size)
-    workloads = []
-    for name, posterior, token_ids in (
-        ("masked diffusion", masked_posterior, half_masked),
-        ("uniform diffusion", uniform_posterior, words),
-    ):
-        denoiser = build_token_denoiser(case.sizes, case.length).to(device, dtype).eval()
-        # a step in the middle, of 128; no step of either method costs more or less than another
-        step = partial(denoising_step, denoiser, posterior, token_ids, 0.5, 0.5 - 1 / 128)
-        workloads.append(Workload(name, step, [denoiser]))
-    language_model = GPT2LMHeadModel(gpt2_config(case.sizes, case.length)).to(device, dtype).eval()
-    generate = partial(generate_autoregressively, language_model, case.batch_size, case.length)
-    workloads.append(Workload("autoregressive, KV cache", generate, [language_model], num_steps=case.length))
-    return workloads
