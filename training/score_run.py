@@ -44,10 +44,15 @@ def load_run_settings(folder: Path, overrides: list[str]) -> TrainingSettings:
     (settings_class,) = [one for one in classes if saved.keys() <= {field.name for field in fields(one)}]
     # settings that came after the run have the values that say what it did
     earlier = saved_values(settings_class, saved)
-    added = [f"{key}={json.dumps(earlier[key])}" for key in earlier.keys() - flatten(saved).keys()]
+    added = [f"{key}={typed(earlier[key])}" for key in earlier.keys() - flatten(saved).keys()]
     changes = [*added, *overrides, f"loop.output_dir={folder}"]
     settings: TrainingSettings = load_settings(settings_class, str(folder / "settings.yaml"), changes)
     return settings
+
+
+def typed(value: Any) -> str:
+    """A value as one types it in a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def main() -> None:

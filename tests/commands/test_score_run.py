@@ -50,16 +50,18 @@ def test_what_was_trained_cannot_change(
         run_script("score_run", str(tmp_path), "evaluation.num_samples=4")
 
 
-def test_a_run_from_before_there_was_a_prefix_stays_one_without(
+def test_a_run_from_before_there_was_a_setting_has_its_default(
     run_script: Callable[..., None], tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     run_script("train_joint", *tiny_overrides, "model.prefix=false", "evaluation.num_samples=0")
     file = tmp_path / "run" / "settings.yaml"
     saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    del saved["model"]["prefix"], saved["consistency"]
+    del saved["model"]["prefix"], saved["consistency"], saved["data"]["documents"], saved["data"]["source_column"]
     file.write_text(yaml.safe_dump(saved), encoding="utf-8")
     run_script("score_run", str(tmp_path / "run"), "evaluation.num_samples=4")
     saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    # of the prefix what there was before
     assert saved["model"]["prefix"] is False and saved["consistency"]["weight"] == 0
+    assert saved["data"]["documents"] == "packed" and saved["data"]["source_column"] is None
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["changed_settings"]["model.prefix"] is False and results["sample_scores"]["num_texts"] == 4
