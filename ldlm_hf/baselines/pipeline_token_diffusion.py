@@ -8,6 +8,7 @@ import torch
 from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
+from ..loading.lora import LDLMLoraLoaderMixin
 from ..loading.repository import RepositoryPipeline
 from ..pipelines.pipeline_output import LDLMPipelineOutput
 from ..pipelines.prompts import (
@@ -35,7 +36,7 @@ TOKEN_SCHEDULERS = (
 )
 
 
-class TokenDiffusionPipeline(RepositoryPipeline):
+class TokenDiffusionPipeline(RepositoryPipeline, LDLMLoraLoaderMixin):
     r"""
     Pipeline for text generation with MDLM, ReMDM, Duo, psi-samplers, CANDI, FLM or FMLM, which is called like
     [`LDLMPipeline`].
@@ -208,6 +209,7 @@ class TokenDiffusionPipeline(RepositoryPipeline):
         embeddings = self.transformer.word_embeddings
         sample = scheduler.start(token_ids, self.transformer.config.vocab_size, generator, embeddings)
         seen: Any = None
+        self.transformer.forget_cache()
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
@@ -215,7 +217,8 @@ class TokenDiffusionPipeline(RepositoryPipeline):
                 if has_given:
                     sample = scheduler.give(sample, token_ids, given)
                 if not (reuse_predictions and seen is not None and torch.equal(seen, sample)):
-                    logits = self.transformer(**scheduler.model_inputs(sample, t)).logits
+                    with self.transformer.caching(1):
+                        logits = self.transformer(**scheduler.model_inputs(sample, t)).logits
                     self.num_function_evaluations += 1
                 seen = sample
                 sample = scheduler.step(logits, t, sample, generator=generator, embeddings=embeddings).prev_sample

@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..loading.checks import check_settings
-from ..loading.safe_loading import SafeLoadingMixin
+from ..models.denoiser import DenoiserMixin
 from ..models.layers import (
     AdaLayerNormModulation,
     DiffusionTransformerBlock,
@@ -71,7 +71,7 @@ class RotaryAttnProcessor(LDLMAttnProcessor):
     ) -> torch.Tensor:
         """(B, L, D) → (B, L, D)"""
         projected = attention.to_qkv(hidden_states).chunk(3, dim=-1)
-        query, key, value = (split_heads(part, attention.num_heads) for part in projected)
+        query, key, value = (split_heads(part, attention.heads) for part in projected)
         query, key = rotate(query), rotate(key)
         if self.logit_cap is None:
             attended = attend(query, key, value, attention_mask, self._attention_backend)
@@ -128,7 +128,7 @@ class TokenDiffusionTransformerOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class TokenDiffusionTransformer(SafeLoadingMixin, ModelMixin, ConfigMixin):
+class TokenDiffusionTransformer(DenoiserMixin, ModelMixin, ConfigMixin):
     r"""
     The backbone that MDLM, Duo, CANDI and FLM share: DiT blocks with rotary positions between a word embedding and a
     vocabulary head. At the defaults and `vocab_size=50257` it has the 169.6M parameters of their papers, to 0.02%:

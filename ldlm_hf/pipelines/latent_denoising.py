@@ -257,7 +257,8 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         nothing = torch.zeros_like(self_condition)
         condition = nothing if step.self_condition_weight == 0 else self_condition
         if step.num_function_evaluations == 1:
-            return self.transformer(latents, step.time, condition, **step.conditions, **given).sample
+            with self.transformer.caching(1):
+                return self.transformer(latents, step.time, condition, **step.conditions, **given).sample
         # the predictions that are asked for, each by its self-condition and by what it is told of given latents
         asked = [(condition, given)]
         if step.self_condition_weight not in (0, 1):
@@ -267,7 +268,8 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         told = {name: torch.cat([arguments[name] for _, arguments in asked]) for name in given}
         conditions = torch.cat([one for one, _ in asked])
         latents = torch.cat([latents] * len(asked))
-        predictions = self.transformer(latents, step.time, conditions, **step.conditions, **told).sample
+        with self.transformer.caching(len(asked)):
+            predictions = self.transformer(latents, step.time, conditions, **step.conditions, **told).sample
         parts = list(predictions.chunk(len(asked)))
         contrast = None
         if step.guidance_scale != 1:
@@ -303,6 +305,7 @@ class LatentDenoisingPipeline(TextLatentPipeline):
         # the last prediction of the clean latents is the next step's self-condition
         clean_latents = torch.zeros_like(latents) if self_condition is None else self_condition
         steps = self.denoising_steps(solver, sampling)
+        self.transformer.forget_cache()
         call.num_timesteps = len(solver.times)
         with self._calls.running(call), self.progress_bar(total=call.num_timesteps) as progress_bar:
             for i, step in enumerate(steps):
