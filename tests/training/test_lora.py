@@ -13,6 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from ldlm_hf import LDLMPipeline
+from ldlm_hf.loading.settings_reader import load_settings
+from ldlm_hf.training.recipes.lora import LoraRunSettings
 
 
 Run = Callable[..., None]
@@ -94,6 +96,11 @@ def test_it_learns_the_new_text_and_leaves_an_adapter_with_a_card(
     assert "diffusion loss without adapter" in card
     assert "- lora" in card and str(tmp_path) not in card
 
+    run_script("score_run", str(run), "evaluation.num_samples=2")
+    again = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert again["samples"] == results["samples"][:2] and again["held_out"] == losses
+    assert not (run / "pipeline").exists()
+
     pipeline = load(tmp_path / "trained")
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
     pipeline.load_lora_weights(run / "lora")
@@ -164,6 +171,8 @@ def test_the_demos_settings_are_those_of_its_base(repository: Path) -> None:
         yaml.safe_load((repository / "training" / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
         for name in ("lora_demo", "ldlm-demo")
     )
+    settings = load_settings(LoraRunSettings, str(repository / "training" / "configs" / "lora_demo.yaml"), [])
+    assert (repository / settings.data.source).is_file()
     assert demo["base_data"] == base["data"]
     for key in ("backbone", "sequence_length", "statistics_sequences"):
         assert demo["model"][key] == base["model"][key]
