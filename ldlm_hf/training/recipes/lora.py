@@ -36,9 +36,9 @@ class LoraSettings:
     Attributes:
         rank: of B A.
         alpha: its scale, times the rank.
-        target_modules: ends of the names of linear layers. Attention has `to_qkv`, one projection for queries, keys and
-            values, and `to_out`; others are `feed_forward.linear_in`, `feed_forward.linear_out`, `modulation.linear`,
-            `proj_in` and `proj_out`.
+        target_modules: ends of the names of linear layers. Attention has `to_qkv`, one projection for queries, keys
+            and values, and `to_out`; others are `feed_forward.linear_in`, `feed_forward.linear_out`,
+            `modulation.linear`, `proj_in` and `proj_out`.
     """
 
     rank: int = 8
