@@ -230,10 +230,10 @@ class RepositoryPipeline(DiffusionPipeline):
         models = dict(adapted_components(self))
         adapters = {name: one for part, model in models.items() for name, one in adapters_to_save(part, model).items()}
         index_file = Path(save_directory, self.config_name)
-        superseded = saved_adapters(read_json(index_file)) if index_file.is_file() else {}
+        before = saved_adapters(read_json(index_file)) if index_file.is_file() else {}
         with without_adapters(models.values()):
             super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        files = write_adapters(self, adapters, Path(save_directory), superseded)
+        files = write_adapters(self, adapters, Path(save_directory), before, is_variant=variant is not None)
         write_repository_code(self, save_directory, files)
         card, loaded_from = Path(save_directory, CARD), self.config.get("_name_or_path")
         if loaded_from is not None and Path(loaded_from, CARD).is_file() and not card.exists():

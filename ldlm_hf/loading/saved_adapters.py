@@ -89,24 +89,28 @@ def lora_file_name(adapter: str, is_only_one: bool) -> str:
 
 
 def write_adapters(
-    pipeline: Any, adapters: Mapping[str, Any], folder: Path, superseded: Mapping[str, str]
+    pipeline: Any, adapters: Mapping[str, Any], folder: Path, before: Mapping[str, str], is_variant: bool
 ) -> dict[str, str]:
-    """Writes a pipeline's adapters into its folder, and removes those of the pipeline that lay there before; adapter →
-    file."""
+    """Writes a pipeline's adapters into its folder; adapter → file, of those `before`, too, where other weights of the
+    same pipeline are saved beside its first ones. No file is removed."""
     files = {name: lora_file_name(name, len(adapters) == 1) for name in adapters}
     for name, (weights, metadata) in adapters.items():
         pipeline.save_lora_weights(
             folder, weights, weight_name=files[name], transformer_lora_adapter_metadata=metadata
         )
-    for file in set(superseded.values()) - set(files.values()):
-        (folder / file).unlink(missing_ok=True)
+    others = {name: file for name, file in before.items() if file not in files.values()}
+    if others and not is_variant:
+        LORA_LOGGER.warning(
+            f"Adapters of the pipeline that was saved here before stay in their files, {', '.join(others.values())}: "
+            "remove them if they do not belong to this one."
+        )
     if files:
         LORA_LOGGER.warning(
             f"The adapters of this pipeline are saved in files of their own, and not loaded with it: after "
             f"from_pretrained, {loading_commands(files)}. Which of them are active, and the weights of set_adapters, "
             "are not saved."
         )
-    return files
+    return others | files if is_variant else files
 
 
 def saved_adapters(model_index: Mapping[str, Any]) -> dict[str, str]:

@@ -1367,24 +1367,28 @@ def lora_file_name(adapter: str, is_only_one: bool) -> str:
 
 
 def write_adapters(
-    pipeline: Any, adapters: Mapping[str, Any], folder: Path, superseded: Mapping[str, str]
+    pipeline: Any, adapters: Mapping[str, Any], folder: Path, before: Mapping[str, str], is_variant: bool
 ) -> dict[str, str]:
-    """Writes a pipeline's adapters into its folder, and removes those of the pipeline that lay there before; adapter →
-    file."""
+    """Writes a pipeline's adapters into its folder; adapter → file, of those `before`, too, where other weights of the
+    same pipeline are saved beside its first ones. No file is removed."""
     files = {name: lora_file_name(name, len(adapters) == 1) for name in adapters}
     for name, (weights, metadata) in adapters.items():
         pipeline.save_lora_weights(
             folder, weights, weight_name=files[name], transformer_lora_adapter_metadata=metadata
         )
-    for file in set(superseded.values()) - set(files.values()):
-        (folder / file).unlink(missing_ok=True)
+    others = {name: file for name, file in before.items() if file not in files.values()}
+    if others and not is_variant:
+        LORA_LOGGER.warning(
+            f"Adapters of the pipeline that was saved here before stay in their files, {', '.join(others.values())}: "
+            "remove them if they do not belong to this one."
+        )
     if files:
         LORA_LOGGER.warning(
             f"The adapters of this pipeline are saved in files of their own, and not loaded with it: after "
             f"from_pretrained, {loading_commands(files)}. Which of them are active, and the weights of set_adapters, "
             "are not saved."
         )
-    return files
+    return others | files if is_variant else files
 
 
 def saved_adapters(model_index: Mapping[str, Any]) -> dict[str, str]:
@@ -1611,10 +1615,10 @@ class RepositoryPipeline(DiffusionPipeline):
         models = dict(adapted_components(self))
         adapters = {name: one for part, model in models.items() for name, one in adapters_to_save(part, model).items()}
         index_file = Path(save_directory, self.config_name)
-        superseded = saved_adapters(read_json(index_file)) if index_file.is_file() else {}
+        before = saved_adapters(read_json(index_file)) if index_file.is_file() else {}
         with without_adapters(models.values()):
             super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        files = write_adapters(self, adapters, Path(save_directory), superseded)
+        files = write_adapters(self, adapters, Path(save_directory), before, is_variant=variant is not None)
         write_repository_code(self, save_directory, files)
         card, loaded_from = Path(save_directory, CARD), self.config.get("_name_or_path")
         if loaded_from is not None and Path(loaded_from, CARD).is_file() and not card.exists():

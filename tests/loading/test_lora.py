@@ -248,10 +248,16 @@ def test_a_pipeline_is_saved_with_its_adapters_beside_it(
             loaded.load_lora_weights(tmp_path, weight_name=file, adapter_name=name)
         assert torch.equal(sample(loaded), expected)
 
+    # of what lies there already nothing is removed, and a variant is of the same pipeline
     loaded.unload_lora_weights()
-    loaded.save_pretrained(tmp_path)
-    assert "_lora_weights" not in json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
-    assert not list(tmp_path.glob("pytorch_lora_weights*"))
+    for variant, listed in (("fp16", files), (None, None)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            loaded.save_pretrained(tmp_path, variant=variant)
+        assert ("stay in their files" in caplog.text) == (variant is None)
+        index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+        assert index.get("_lora_weights") == listed
+        assert all((tmp_path / file).is_file() for file in files.values())
 
 
 def test_fused_adapters_are_saved_in_the_weights(make_pipeline: Callable, tmp_path: Path) -> None:
