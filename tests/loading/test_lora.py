@@ -185,7 +185,13 @@ def test_a_file_has_diffusers_layout_and_gives_the_same_samples(make_pipe: Calla
     torch.testing.assert_close(found, saved, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"r": 5}])
+EVERY_LAYER = ["to_qkv", "to_out", "linear", "linear_1", "linear_2", "linear_in", "linear_out", "proj_in", "proj_out"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"r": 5}, {"target_modules": EVERY_LAYER}],
+)
 def test_kinds_of_lora_load_as_they_were(make_pipeline: Callable, tmp_path: Path, settings: dict[str, Any]) -> None:
     pipe = make_pipeline()
     add_adapter(pipe.transformer, **settings)

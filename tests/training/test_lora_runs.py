@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from ldlm_hf import LDLMPipeline
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training.recipes.lora import LoraRunSettings
+from loopback_hub import LoopbackHub
 
 
 Run = Callable[..., None]
@@ -163,6 +167,34 @@ def test_a_flow_map_is_refused(run_script: Run, lora: list[str], tmp_path: Path)
     student.save_pretrained(config_file.parent)
     with pytest.raises(ValueError, match="distilled student"):
         run_script("train_lora", *lora)
+
+
+LOAD = """
+import sys
+from ldlm_hf import LDLMPipeline
+
+pipe = LDLMPipeline.from_pretrained(sys.argv[1])
+pipe.load_lora_weights("org/adapter", adapter_name="sorted")
+print(pipe.get_active_adapters(), pipe(num_inference_steps=2).sequences.shape)
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_is_pushed_and_loads_from_the_hub(lora: list[str], tmp_path: Path, repository: Path) -> None:
+    with LoopbackHub({"hf_org": "org"}) as hub:
+        environment = os.environ | hub.environment(tmp_path / "home", token="hf_org")
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)}
+
+        def run(*arguments: str) -> str:
+            command = [sys.executable, *arguments]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+            return done.stdout
+
+        pushing = ["--push_to_hub", "--hub_model_id", "org/adapter"]
+        assert "/org/adapter/commit/" in run(str(repository / "training/train_lora.py"), *lora, *pushing)
+        assert 'pipe.load_lora_weights("org/adapter")' in (tmp_path / "lora/lora/README.md").read_text("utf-8")
+        assert "['sorted'] torch.Size([1, 8])" in run("-c", LOAD, str(tmp_path / "trained"))
 
 
 def test_the_demos_settings_are_those_of_its_base(repository: Path) -> None:
