@@ -22,11 +22,12 @@ from ldlm_hf.loading.settings_reader import flatten, load_settings, saved_values
 from ldlm_hf.training.finish import describe, score_run
 from ldlm_hf.training.recipes.distillation import DistillationRecipe
 from ldlm_hf.training.recipes.joint import JointRecipe
+from ldlm_hf.training.recipes.lora import LoraRecipe, LoraRunSettings
 from ldlm_hf.training.recipes.token_decoder import TokenDecoderRecipe
 from ldlm_hf.training.settings import TrainingSettings
 
 
-RECIPES = (JointRecipe, DistillationRecipe, TokenDecoderRecipe)
+RECIPES = (JointRecipe, DistillationRecipe, TokenDecoderRecipe, LoraRecipe)
 
 
 def load_run_settings(folder: Path, overrides: list[str]) -> TrainingSettings:
@@ -41,7 +42,8 @@ def load_run_settings(folder: Path, overrides: list[str]) -> TrainingSettings:
         if not override.startswith("evaluation."):
             raise ValueError(f"{override}: the run is over; settings of `evaluation` are all that can still change.")
     classes: list[type[Any]] = [recipe.settings_class for recipe in RECIPES]
-    (settings_class,) = [one for one in classes if saved.keys() <= {field.name for field in fields(one)}]
+    # those of an adapter are those of joint training, and more
+    settings_class = min((one for one in classes if saved.keys() <= names(one)), key=lambda one: len(names(one)))
     # settings that came after the run have the values that say what it did
     earlier = saved_values(settings_class, saved)
     added = [f"{key}={typed(earlier[key])}" for key in earlier.keys() - flatten(saved).keys()]
@@ -55,6 +57,20 @@ def typed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def names(settings_class: type[Any]) -> set[str]:
+    """The sections and settings of a run."""
+    return {field.name for field in fields(settings_class)}
+
+
+def load_result(run: Path, settings: TrainingSettings) -> LDLMPipeline:
+    """The pipeline of a run, or the one that its adapter is for, with it."""
+    if not isinstance(settings, LoraRunSettings):
+        return LDLMPipeline.from_pretrained(run / "pipeline", dtype=torch.float32)
+    pipeline = LDLMPipeline.from_pretrained(settings.components, dtype=torch.float32)
+    pipeline.load_lora_weights(run / LoraRecipe.result_folder)
+    return pipeline
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
@@ -62,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = load_run_settings(arguments.run, arguments.overrides)
     results = RunResults.load(arguments.run / "results.json")
-    pipeline = LDLMPipeline.from_pretrained(arguments.run / "pipeline", dtype=torch.float32)
+    pipeline = load_result(arguments.run, settings)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = load_held_out(settings.data, pipeline.tokenizer, results.sequence_length)
     (arguments.run / "settings.yaml").write_text(to_yaml(settings), encoding="utf-8")

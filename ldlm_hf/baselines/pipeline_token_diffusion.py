@@ -8,6 +8,7 @@ import torch
 from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
+from ..loading.lora import LDLMLoraLoaderMixin
 from ..loading.repository import RepositoryPipeline
 from ..pipelines.pipeline_output import LDLMPipelineOutput
 from ..pipelines.prompts import (
@@ -35,7 +36,7 @@ TOKEN_SCHEDULERS = (
 )
 
 
-class TokenDiffusionPipeline(RepositoryPipeline):
+class TokenDiffusionPipeline(RepositoryPipeline, LDLMLoraLoaderMixin):
     r"""
     Pipeline for text generation with MDLM, ReMDM, Duo, psi-samplers, CANDI, FLM or FMLM, which is called like
     [`LDLMPipeline`].

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..loading.checks import check_settings
+from ..loading.lora import LoraModelMixin
 from ..loading.safe_loading import SafeLoadingMixin
 from ..models.layers import (
     AdaLayerNormModulation,
@@ -71,7 +73,7 @@ class RotaryAttnProcessor(LDLMAttnProcessor):
     ) -> torch.Tensor:
         """(B, L, D) → (B, L, D)"""
         projected = attention.to_qkv(hidden_states).chunk(3, dim=-1)
-        query, key, value = (split_heads(part, attention.num_heads) for part in projected)
+        query, key, value = (split_heads(part, attention.heads) for part in projected)
         query, key = rotate(query), rotate(key)
         if self.logit_cap is None:
             attended = attend(query, key, value, attention_mask, self._attention_backend)
@@ -128,7 +130,7 @@ class TokenDiffusionTransformerOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class TokenDiffusionTransformer(SafeLoadingMixin, ModelMixin, ConfigMixin):
+class TokenDiffusionTransformer(SafeLoadingMixin, LoraModelMixin, AttentionMixin, ModelMixin, ConfigMixin):
     r"""
     The backbone that MDLM, Duo, CANDI and FLM share: DiT blocks with rotary positions between a word embedding and a
     vocabulary head. At the defaults and `vocab_size=50257` it has the 169.6M parameters of their papers, to 0.02%:

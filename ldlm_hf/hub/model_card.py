@@ -3,8 +3,8 @@
     python -m ldlm_hf.hub.model_card RUN [--output FOLDER] [--license ID] [--language CODE] [--model_id OWNER/NAME]
 
 reads `settings.yaml`, `metrics.jsonl` and `results.json` of the folder RUN and writes `README.md`, with its pictures
-beside it, into the pipeline's folder `RUN/pipeline` or another. Every number of a card comes from these files. What
-was not measured is left out, and the card says so.
+beside it, into the pipeline's folder `RUN/pipeline`, an adapter's `RUN/lora`, or another. Every number of a card comes
+from these files. What was not measured is left out, and the card says so.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def card_data(run: Run) -> ModelCardData:
         license=results.license,
         library_name="diffusers",
         pipeline_tag="text-generation",
-        tags=["ldlm", "text-diffusion"] if run.is_latent_diffusion else None,
+        tags=[*(["ldlm", "text-diffusion"] if run.is_latent_diffusion else []), *(["lora"] if run.adapter else [])]
+        or None,
         base_model=base_models or None,
         datasets=[results.corpus.name] if results.corpus.is_hub_id else None,
         model_name=run.name if measured else None,
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = read_run(options.run)
     stated = {name: getattr(options, name) for name in ("license", "language", "model_id")}
     results = replace(run.results, **{name: value for name, value in stated.items() if value is not None})
-    folder = options.output or options.run / "pipeline"
+    folder = options.output or options.run / run.result_folder
     write_card(replace(run, name=options.name or run.name, results=results), folder)
     print(folder / "README.md")
 

@@ -197,6 +197,16 @@ class Run:
         """The method that the denoiser was distilled by; None if it was not."""
         return self.settings.get("method")
 
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """The settings of the adapter of a pipeline that was trained; None where whole weights were."""
+        return self.settings.get("lora")
+
+    @property
+    def result_folder(self) -> str:
+        """Where the run's folder has what was trained, and its card."""
+        return "pipeline" if self.adapter is None else "lora"
+
 
 def read_run(folder: str | Path) -> Run:
     """Reads a run's own files.

@@ -26,7 +26,17 @@ from .safe_loading import (
     check_serialization,
     component_classes,
     is_loaded,
+    read_json,
     weights_patterns,
+)
+from .saved_adapters import (
+    LORA_INDEX_KEY,
+    adapted_components,
+    adapters_to_save,
+    name_adapters,
+    saved_adapters,
+    without_adapters,
+    write_adapters,
 )
 
 
@@ -40,14 +50,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
-    """Puts the code of a pipeline and of its components beside its saved weights, and their places into its index.
+def write_repository_code(
+    pipeline: DiffusionPipeline, folder: str | os.PathLike, adapters: dict[str, str] | None = None
+) -> None:
+    """Puts the code of a pipeline and of its components beside its saved weights, and their places and those of its
+    adapters into its index.
 
     The paths on this machine that diffusers notes in configurations are left out.
     """
     folder = Path(folder)
     index = json.loads((folder / pipeline.config_name).read_text(encoding="utf-8"))
     index.pop("_name_or_path", None)
+    index.pop(LORA_INDEX_KEY, None)
+    if adapters:
+        index[LORA_INDEX_KEY] = adapters
     for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
         component_class = uncompiled_class(getattr(pipeline, name, None))
         if write_component_code(component_class, folder, name):
@@ -67,10 +83,11 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
 
 def check_saveable(pipeline: DiffusionPipeline) -> None:
     """Raises ValueError for a component that would not be saved, or not load with the pipeline again."""
+    adapted = dict(adapted_components(pipeline))
     for name, component in pipeline.components.items():
         if component is None:
             continue
-        if isinstance(component, nn.Module):
+        if isinstance(component, nn.Module) and name not in adapted:
             check_adapters(name, component)
         component_class = uncompiled_class(component)
         is_ours = class_source(component_class) is not None
@@ -175,6 +192,7 @@ class RepositoryPipeline(DiffusionPipeline):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         check_model_index(cls, config_dict)
+        name_adapters(config_dict)
         return super().extract_init_dict(config_dict, **kwargs)
 
     def save_pretrained(
@@ -194,6 +212,9 @@ class RepositoryPipeline(DiffusionPipeline):
         Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
         one file or several; those of other variants stay.
 
+        LoRA adapters of the denoiser are saved in files of their own, as `save_lora_weights` writes them, and a
+        warning says how to load them; those that are fused are part of the weights.
+
         Args:
             push_to_hub: upload the folder, as it is then.
             kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
@@ -201,13 +222,19 @@ class RepositoryPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a variant
-                with other signs than letters, digits, - and _, a component with adapters of peft, or one of another
-                class than those that the constructor names.
+                with other signs than letters, digits, - and _, a component with other adapters of peft, or one of
+                another class than those that the constructor names.
         """
         check_serialization(safe_serialization, use_flashpack, variant)
         check_saveable(self)
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        write_repository_code(self, save_directory)
+        models = dict(adapted_components(self))
+        adapters = {name: one for part, model in models.items() for name, one in adapters_to_save(part, model).items()}
+        index_file = Path(save_directory, self.config_name)
+        before = saved_adapters(read_json(index_file)) if index_file.is_file() else {}
+        with without_adapters(models.values()):
+            super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        files = write_adapters(self, adapters, Path(save_directory), before, is_variant=variant is not None)
+        write_repository_code(self, save_directory, files)
         card, loaded_from = Path(save_directory, CARD), self.config.get("_name_or_path")
         if loaded_from is not None and Path(loaded_from, CARD).is_file() and not card.exists():
             shutil.copyfile(Path(loaded_from, CARD), card)

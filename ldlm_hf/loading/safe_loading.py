@@ -179,11 +179,18 @@ def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: 
 
 def check_adapters(name: str, model: nn.Module) -> None:
     """Raises ValueError for a model that peft has wrapped, or put adapters into."""
-    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+    if any(map(is_of_peft, model.modules())):
         raise ValueError(
             f"{name} holds adapters of peft, which do not load with a model: merge them into it (`merge_and_unload()` "
-            "of the PeftModel returns the model), or save them alone by the PeftModel's own `save_pretrained`."
+            "of the PeftModel returns the model; `fuse_lora()` and then `unload_lora()` of a denoiser), or save them "
+            "alone (`save_pretrained` of the PeftModel, `save_lora_adapter` of a denoiser). A pipeline's "
+            "`save_pretrained` saves both the denoiser and its LoRA adapters."
         )
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is a wrapper or a layer of peft."""
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def is_class(name: Any, library: ModuleType, base_class: type) -> bool:

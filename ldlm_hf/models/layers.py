@@ -142,7 +142,7 @@ class LDLMAttnProcessor:
     ) -> torch.Tensor:
         """(B, L, D) → (B, L, D), with a mask as that of [`attend`]."""
         projected = attention.to_qkv(hidden_states).chunk(3, dim=-1)
-        query, key, value = (split_heads(part, attention.num_heads) for part in projected)
+        query, key, value = (split_heads(part, attention.heads) for part in projected)
         query, key = attention.norm_q(query), attention.norm_k(key)
         return attention.to_out(attend(query, key, value, attention_mask, self._attention_backend))
 
@@ -159,14 +159,19 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = LDLMAttnProcessor
     _available_processors = [LDLMAttnProcessor]
-    _supports_qkv_fusion = False  # there is one projection already
+    # as of diffusers' own with one projection: `fuse_qkv_projections` leaves them as they are
+    _supports_qkv_fusion = False
+    is_cross_attention = False
 
     def __init__(self, hidden_size: int, num_heads: int, bias: bool, qk_norm: bool = False):
         super().__init__()
-        self.num_heads = num_heads
+        # diffusers' names
+        self.heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.use_bias = bias
         self.to_qkv = Linear(hidden_size, 3 * hidden_size, bias=bias)
-        self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.to_out = Linear(hidden_size, hidden_size, bias=bias)
         self.processor = LDLMAttnProcessor()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -14,6 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..loading.checks import check_settings
+from ..loading.lora import LoraModelMixin
 from ..loading.safe_loading import SafeLoadingMixin
 from .layers import (
     AdaLayerNormModulation,
@@ -34,7 +36,7 @@ class LDLMTransformer1DModelOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
+class LDLMTransformer1DModel(SafeLoadingMixin, LoraModelMixin, AttentionMixin, ModelMixin, ConfigMixin):
     r"""
     The denoiser of LDLM (Section 4.2 of the paper, sizes in App. C): DiT blocks with adaLN-zero over the
     noisy latents, which enter together with the self-condition through one linear layer.
@@ -270,7 +272,7 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
             some = slice(first, first + self._times_modulated_at_once)
             ends = None if next_timesteps is None else next_timesteps[some]
             weights = None if guidance is None else guidance[some]
-            if any(hasattr(module, "_diffusers_hook") for module in self.blocks.modules()):
+            if any(map(is_group_offloaded, self.blocks.modules())):
                 yield from [None] * len(timesteps[some])
             else:
                 yield from self._modulate_times(timesteps[some], ends, weights).split(1)
@@ -331,3 +333,9 @@ class LDLMTransformer1DModel(SafeLoadingMixin, ModelMixin, ConfigMixin):
                 f"modulation of shape {tuple(modulation.shape)} must be one of those that this denoiser's "
                 f"`modulations` gives, of shape {expected_modulation}."
             )
+
+
+def is_group_offloaded(module: nn.Module) -> bool:
+    """Whether a module's weights are at hand in its own turn only."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None

@@ -14,6 +14,7 @@ from diffusers.utils import logging, replace_example_docstring
 from transformers import PreTrainedTokenizerBase
 
 from ..loading.checks import whole_number
+from ..loading.lora import LDLMLoraLoaderMixin
 from ..models.conditions import Conditions
 from ..models.latent_decoder import LDLMLatentDecoder
 from ..models.latent_encoder import LDLMLatentEncoder
@@ -57,7 +58,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class LDLMPipeline(LatentDenoisingPipeline):
+class LDLMPipeline(LatentDenoisingPipeline, LDLMLoraLoaderMixin):
     r"""
     Pipeline for text generation with a Latent Diffusion Language Model: denoises latents from pure noise, then decodes
     the clean prediction to tokens once (Section 4.3 of the paper).
@@ -66,9 +67,12 @@ class LDLMPipeline(LatentDenoisingPipeline):
     and fills gaps. With any transformer [`~LDLMPipeline.edit`] changes texts, and [`~LDLMPipeline.steer`] writes those
     that a reward prefers.
 
-    Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
-    one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
-    callback, and elsewhere those of the call that began last, as are the timesteps of `scheduler`.
+    Adapters of the transformer load as in the pipelines of diffusers ([`~LDLMLoraLoaderMixin.load_lora_weights`]).
+
+    Threads may call one pipeline at the same time, unless its weights are offloaded or outputs of its layers cached:
+    the hooks that do this know of one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those
+    of its own call within a callback, and elsewhere those of the call that began last, as are the timesteps of
+    `scheduler`.
 
     Any component may be `None`: what needs it then raises a ValueError that names it, and everything else works. So a
     pipeline without `transformer` and `scheduler` encodes and decodes.

@@ -284,9 +284,9 @@ def trained_components(objective: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Number of a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def count_parameters(module: nn.Module, trained_only: bool = False) -> int:
+    """Number of a module's parameters, or of those that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained_only)
 
 
 def compile_blocks(model: nn.Module, batch_sizes_vary: bool = False, **kwargs: Any) -> None:

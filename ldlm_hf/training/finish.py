@@ -119,7 +119,8 @@ def score_run(
         )
     run_results.save(output_dir / "results.json")
     # from the files, as the command that writes a card again does
-    card = write_card(read_run(output_dir), output_dir / "pipeline")
+    run = read_run(output_dir)
+    card = write_card(run, output_dir / run.result_folder)
     print(card.text)
 
 

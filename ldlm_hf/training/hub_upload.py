@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..hub.publish import publish
+from ..loading.repository import upload_repository
+from ..pipelines.pipeline_ldlm import LDLMPipeline
 
 
 CHECKPOINTS_BRANCH = "checkpoints"
@@ -57,6 +59,9 @@ class HubUploads:
         self.upload = None
 
     def push_pipeline(self, folder: Path) -> None:
-        """Uploads the finished pipeline with its card and its code."""
+        """Uploads the finished pipeline with its card and its code, or an adapter with its card."""
         self.finish()
+        if not (folder / LDLMPipeline.config_name).is_file():
+            print(upload_repository(folder, self.model_id, "Upload adapter", private=self.private).commit_url)
+            return
         print(publish(folder, self.model_id, private=self.private).commit_url)

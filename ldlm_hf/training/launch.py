@@ -66,7 +66,7 @@ def run(recipe_class: type[PipelineRecipe], description: str) -> None:
     # after the constructor, so that a folder is left as it was where a checkpoint is refused
     if arguments.overwrite_output_dir and checkpoint is None and accelerator.is_main_process:
         delete_run(Path(settings.loop.output_dir))
-    folder = Path(settings.loop.output_dir) / "pipeline"
+    folder = Path(settings.loop.output_dir) / recipe.result_folder
     evaluation = loop.run(save=lambda snapshot: recipe.save(snapshot, folder))
     if evaluation is None or not accelerator.is_main_process:
         return
@@ -160,7 +160,8 @@ def print_overview(
     tokens = settings.loop.batch_size * sequence_length
     accelerator.print(to_yaml(settings))
     for name, module in trained_components(objective):
-        accelerator.print(f"{name}: {human_count(count_parameters(module))} parameters ({count_parameters(module):,})")
+        count = count_parameters(module, trained_only=True)
+        accelerator.print(f"{name}: {human_count(count)} parameters ({count:,})")
     accelerator.print(
         f"{tokens:,} tokens a step: {device_batch_size} sequences a device, {accelerator.num_processes} devices, "
         f"{accumulation_steps} accumulated passes, {sequence_length} tokens a sequence; "

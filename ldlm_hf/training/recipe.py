@@ -109,6 +109,7 @@ class PipelineRecipe(Recipe):
 
     Attributes:
         settings_class: what the script's file and command line are read as.
+        result_folder: of the run's folder, where `save` writes to.
         tokenizer: of the text; set by `load`, as `module` and the next one.
         sequence_length: tokens L of the text's chunks.
         held_out: held-out sequences that are evaluated on, (n, L); set by `build`.
@@ -116,6 +117,7 @@ class PipelineRecipe(Recipe):
     """
 
     settings_class: ClassVar[type]
+    result_folder: ClassVar[str] = "pipeline"
     tokenizer: PreTrainedTokenizerBase
     sequence_length: int
     held_out: torch.Tensor

@@ -315,6 +315,10 @@ class RunSettings:
                 "so no part of a text can be given; set conditioning's shares to 0 and data.source_column to null, or "
                 "model.num_latents to null."
             )
+        self.check_stage()
+
+    def check_stage(self) -> None:
+        """Raises ValueError for a stage that does not go with what there is to train on."""
         if self.stage == ("autoencoder" if self.components else "diffusion"):
             raise ValueError(
                 f"components={self.components!r} with stage={self.stage!r}: the stage 'diffusion' trains on the "

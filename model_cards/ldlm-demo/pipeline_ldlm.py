@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -15,10 +16,15 @@ from dataclasses import fields
 from dataclasses import replace
 from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.callbacks import PipelineCallback
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import logging
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.hub_utils import load_or_create_model_card
 from diffusers.utils.hub_utils import populate_model_card
@@ -27,8 +33,12 @@ from functools import partial
 from huggingface_hub import CommitInfo
 from huggingface_hub import create_branch
 from huggingface_hub import create_repo
+from huggingface_hub import hf_hub_download
 from huggingface_hub import upload_folder
 from pathlib import Path
+from safetensors import SafetensorError
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +52,7 @@ from typing import get_origin
 from typing import get_type_hints
 import copy
 import diffusers
+import importlib
 import inspect
 import json
 import math
@@ -128,6 +139,558 @@ def whole_number(value: Any) -> int | None:
     except TypeError:
         is_whole = isinstance(value, numbers.Real) and float(value).is_integer()
         return int(float(value)) if is_whole else None
+
+
+# from ldlm_hf/loading/safe_loading.py:
+#
+# Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
+# of what can be loaded so.
+#
+# By default diffusers and transformers unpickle weights where there are no safetensors, start missing tensors at random
+# with a warning, and build whatever size a configuration asks for. Here
+#
+# * weights come from safetensors files only, that lie beside the configuration;
+# * a configuration cannot ask for more than the weights can fill: headers are read first, and the model is built without
+#   memory (on the meta device) under a limit that follows from them, before anything is loaded;
+# * every tensor of the model must be in the files and the other way round, each with its shape.
+#
+# So memory stays below a small multiple of the size of the files. Repositories carry copies of this code.
+
+
+COMPONENT_LIBRARY = "ldlm_hf"
+
+
+MAX_JSON_BYTES = 2**20
+
+
+MAX_JSON_DEPTH = 32
+
+
+# of a file with an entry for each tensor, 256 bytes for each of the most that a model may have, or each special token
+MAX_TABLE_BYTES = 2**23
+
+
+MAX_TENSORS = 2**15
+
+
+def check_size(path: Path, max_bytes: int) -> None:
+    """Raises OSError unless there is such a file, no pipe or device, and ValueError if it is too large."""
+    if not path.is_file():
+        raise OSError(f"{path}: there is no such file.")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size} bytes; a file of this kind has at most {max_bytes}.")
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object of bounded size and depth.
+
+    Raises:
+        OSError: no such file.
+        ValueError: too large, nested too deep, or no JSON object.
+    """
+    path = Path(path)
+    check_size(path, max_bytes)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {reprlib.repr(content)} where a JSON object is due.")
+    if any(depth > MAX_JSON_DEPTH for _, _, depth in nested_settings(content)):
+        raise ValueError(f"{path} is nested more than {MAX_JSON_DEPTH} deep.")
+    return content
+
+
+def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any, int]]:
+    """Key, value and depth of every value in a tree of dictionaries and lists; an element has its list's key."""
+    items = settings.items() if isinstance(settings, Mapping) else ((key, value) for value in settings)
+    for name, value in items:
+        yield name, value, depth
+        if isinstance(value, (Mapping, list, tuple)):
+            yield from nested_settings(value, name, depth + 1)
+
+
+def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
+    """Raises ValueError unless each component of a model_index.json is one of the pipeline's, of a class it loads."""
+    parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
+    for name, entry in model_index.items():
+        if name.startswith("_"):
+            continue
+        if name not in parameters:
+            raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
+        if name in getattr(pipeline_class, "saved_settings", ()):
+            hint = get_type_hints(pipeline_class.__init__)[name]  # type: ignore[misc]
+            if not has_type(entry, hint):
+                kind = "true or false" if hint is bool else "a number"
+                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be {kind}.")
+            continue
+        if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
+            raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")
+        library, class_name = entry
+        if library is None and class_name is None:
+            continue
+        expected = component_classes(pipeline_class, name)
+        if not is_loaded(expected, library, class_name):
+            raise ValueError(
+                f"model_index.json: {name}={reprlib.repr(entry)} is not what {pipeline_class.__name__} loads as its "
+                f"{name}, {' | '.join(expected)}. Load a component of another class yourself, and give all components "
+                "to the constructor."
+            )
+
+
+def component_classes(pipeline_class: type[Any], name: str) -> list[str]:
+    """Names of the classes that a pipeline loads as a component: those of its constructor's annotation, or for any
+    `SchedulerMixin` those that `pipeline_class.scheduler_classes` lists.
+    """
+    annotation = inspect.signature(pipeline_class.__init__).parameters[name].annotation
+    classes = re.findall(r"\w+", str(annotation))
+    return [*pipeline_class.scheduler_classes, "None"] if "SchedulerMixin" in classes else classes
+
+
+def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
+    """Whether a class of a library is one of those that [`component_classes`] names."""
+    if library == COMPONENT_LIBRARY:
+        return class_name != "None" and class_name in classes
+    if library == "diffusers":
+        return class_name in classes and is_class(class_name, diffusers, diffusers.SchedulerMixin)
+    if library == "transformers" and "PreTrainedTokenizerBase" in classes:
+        return is_class(class_name, transformers, transformers.PreTrainedTokenizerBase)
+    if library == "transformers":
+        return class_name in classes and is_class(class_name, transformers, transformers.PreTrainedModel)
+    return False
+
+
+def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: str | None) -> None:
+    """Raises ValueError where weights would be written in a form, or under a name, that is never loaded."""
+    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+        raise ValueError(f"variant={variant!r} must be letters, digits, - and _, such as fp16, or None.")
+    if not safe_serialization or use_flashpack:
+        raise ValueError(
+            f"safe_serialization={safe_serialization}, use_flashpack={use_flashpack}: models of {COMPONENT_LIBRARY} "
+            "are loaded from safetensors only; leave both out."
+        )
+
+
+def check_adapters(name: str, model: nn.Module) -> None:
+    """Raises ValueError for a model that peft has wrapped, or put adapters into."""
+    if any(map(is_of_peft, model.modules())):
+        raise ValueError(
+            f"{name} holds adapters of peft, which do not load with a model: merge them into it (`merge_and_unload()` "
+            "of the PeftModel returns the model; `fuse_lora()` and then `unload_lora()` of a denoiser), or save them "
+            "alone (`save_pretrained` of the PeftModel, `save_lora_adapter` of a denoiser). A pipeline's "
+            "`save_pretrained` saves both the denoiser and its LoRA adapters."
+        )
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is a wrapper or a layer of peft."""
+    return type(module).__module__.partition(".")[0] == "peft"
+
+
+def is_class(name: Any, library: ModuleType, base_class: type) -> bool:
+    """Whether a library has a class of this name that is derived from `base_class`."""
+    found = getattr(library, str(name), None)
+    return inspect.isclass(found) and issubclass(found, base_class)
+
+
+def weights_patterns(weights_name: str, variant: str | None) -> tuple[str, str, str]:
+    """Patterns of the names of a variant's weights: in one file, in several, and the index of these."""
+    stem, infix = weights_name.removesuffix(".safetensors"), "" if variant is None else f".{variant}"
+    digits = 5 * "[0-9]"
+    return (
+        f"{stem}{infix}.safetensors",
+        f"{stem}{infix}-{digits}-of-{digits}.safetensors",
+        f"{stem}.safetensors.index{infix}.json",
+    )
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a safetensors file, by its header; the weights are not read."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+    if header_size > MAX_TABLE_BYTES:
+        raise ValueError(
+            f"{path} would have a header of {header_size} bytes, more than the {MAX_TABLE_BYTES} that are read. "
+            "Whatever its name, it is no safetensors file, or a broken one."
+        )
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = list(tensors.keys())
+            if len(names) > MAX_TENSORS:
+                raise ValueError(f"{path} holds {len(names)} tensors; a model has at most {MAX_TENSORS}.")
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no valid safetensors file: {error}. Download it again.") from error
+
+
+# from ldlm_hf/loading/lora_file.py:
+#
+# What a LoRA adapter's file holds, `pytorch_lora_weights.safetensors` in diffusers' layout, and what it may.
+#
+# diffusers builds an adapter from what a file's metadata say: regular expressions, ranks, modules to import. Here the
+# tensors alone decide which layers have an adapter and of which rank, metadata give its scale, and anything else that
+# would change what a layer computes is refused.
+
+
+# of `load_lora_weights`: where a file is
+LORA_SOURCE_ARGUMENTS = (
+    "weight_name",
+    "subfolder",
+    "use_safetensors",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+)
+
+
+LORA_TENSOR = re.compile(
+    r"(?P<layer>\w+(\.\w+)*)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
+)
+
+
+LORA_LAYER_PATTERN = re.compile(r"\^?\w+(\.\w+)*")
+
+
+# fields of peft's LoraConfig that say how large an adapter is beside its weights, what tensors show anyway, and what
+# counts in training only
+LORA_SCALES = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+
+
+LORA_UNREAD_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_bias",
+        "lora_dropout",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_dora",
+    }
+)
+
+
+# 1. Reading a file
+
+
+def find_lora(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
+    """The local file of an adapter: `source` itself, or in its folder or repository on the Hub `weight_name`, which is
+    `pytorch_lora_weights.safetensors` by default.
+
+    Raises:
+        ValueError: another kind of file than safetensors is asked for.
+        OSError: there is no such file.
+    """
+    name = arguments.get("weight_name") or LORA_WEIGHT_NAME_SAFE
+    path = Path(source)
+    for asked in (name, path.name if path.is_file() else name):
+        if arguments.get("use_safetensors") is False or not asked.endswith(".safetensors"):
+            raise ValueError(
+                f"{asked}: adapters are loaded from safetensors only, since pickled weights can run any code; leave "
+                "use_safetensors out, and name a .safetensors file."
+            )
+    subfolder = arguments.get("subfolder") or ""
+    if not path.exists():
+        hub = {key: value for key, value in arguments.items() if key not in LORA_SOURCE_ARGUMENTS[:3]}
+        return Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **hub))
+    file = path if path.is_file() else path / subfolder / name
+    if not file.is_file():
+        raise OSError(f"{file}: there is no such file; name that of the adapter by weight_name.")
+    return file
+
+
+def read_lora(
+    source: str | os.PathLike[str] | dict[str, torch.Tensor], arguments: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Tensors and metadata of an adapter's file, or of a dictionary of tensors, which has none.
+
+    Raises:
+        ValueError: no safetensors, or metadata that are no JSON object.
+        OSError: there is no such file.
+    """
+    if isinstance(source, dict):
+        return dict(source), None
+    file = find_lora(source, arguments)
+    read_header(file)
+    with safe_open(file, framework="pt") as tensors:
+        text = (tensors.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    return load_file(file), None if text is None else parse_metadata(text, file)
+
+
+def parse_metadata(text: str, file: Path) -> dict[str, Any]:
+    """A JSON object of bounded depth."""
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {LORA_ADAPTER_METADATA_KEY} is not valid JSON: {error}") from error
+    if not isinstance(metadata, dict) or any(depth > MAX_JSON_DEPTH for _, _, depth in nested_settings(metadata)):
+        raise ValueError(f"{file}: {LORA_ADAPTER_METADATA_KEY}={reprlib.repr(metadata)} must be a flat JSON object.")
+    return metadata
+
+
+# 2. What it would make of a model
+
+
+def lora_config(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Arguments of peft's LoraConfig for an adapter of a model; names are those within the model.
+
+    Raises:
+        ValueError: tensors that fit no linear layer of it, or metadata of another kind of adapter.
+    """
+    ranks: dict[str, int] = {}
+    parts: dict[str, set[str]] = {}
+    for name, tensor in weights.items():
+        match = LORA_TENSOR.fullmatch(name)
+        layer = None if match is None else find_linear(model, match["layer"])
+        if match is None or layer is None:
+            raise ValueError(
+                f"{reprlib.repr(name)} is no LoRA weight of a linear layer of {type(model).__name__}; those are named "
+                "LAYER.lora_A.weight and LAYER.lora_B.weight, as save_lora_weights writes them."
+            )
+        parts.setdefault(match["layer"], set()).add(match["part"])
+        if match["part"] == "lora_A.weight":
+            ranks[match["layer"]] = tensor.shape[0] if tensor.ndim else 0
+    for name, found in parts.items():
+        if not found >= {"lora_A.weight", "lora_B.weight"}:
+            raise ValueError(f"{name} lacks one of lora_A.weight and lora_B.weight; an adapter has both.")
+        layer = find_linear(model, name)
+        assert layer is not None
+        shapes = {
+            "lora_A.weight": (ranks[name], layer.in_features),
+            "lora_B.weight": (layer.out_features, ranks[name]),
+            "lora_B.bias": (layer.out_features,),
+            "lora_magnitude_vector": (layer.out_features,),
+        }
+        for part in found:
+            shape = tuple(weights[f"{name}.{part}"].shape)
+            if shape != shapes[part] or not ranks[name]:
+                raise ValueError(
+                    f"{name}.{part} of shape {shape} does not fit the layer, where it has the shape {shapes[part]}: "
+                    "the adapter is of another model."
+                )
+    alphas, use_rslora = lora_alphas(ranks, metadata)
+    rank, alpha = most_common(ranks), most_common(alphas)
+    every_part = set().union(*parts.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{layer}": value for layer, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{layer}": value for layer, value in alphas.items() if value != alpha},
+        "target_modules": sorted(ranks),
+        "use_rslora": use_rslora,
+        "use_dora": "lora_magnitude_vector" in every_part,
+        "lora_bias": "lora_B.bias" in every_part,
+    }
+
+
+def find_linear(model: nn.Module, name: str) -> nn.Linear | None:
+    """A linear layer of a model by its name, or that within an adapter's layer; None for what is none."""
+    layer = model
+    for part in name.split("."):
+        child = getattr(layer, part, None)
+        if not isinstance(child, nn.Module) or is_of_peft(layer):
+            return None
+        layer = child
+    layer = base_layer(layer) or layer
+    return layer if isinstance(layer, nn.Linear) else None
+
+
+def base_layer(layer: Any) -> nn.Module | None:
+    """The layer that adapters have wrapped; None for one without any."""
+    return layer.get_base_layer() if is_of_peft(layer) and hasattr(layer, "get_base_layer") else None
+
+
+def most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def lora_alphas(ranks: Mapping[str, int], metadata: Mapping[str, Any] | None) -> tuple[dict[str, float], bool]:
+    """alpha of each layer's adapter, whose scale is alpha / r, and whether it is alpha / sqrt r instead.
+
+    Without metadata alpha is the rank, as in diffusers.
+
+    Raises:
+        ValueError: metadata of adapters that compute something else than LoRA does.
+    """
+    if metadata is None:
+        return dict(ranks), False
+    for key, value in metadata.items():
+        allowed = {
+            "peft_type": ("LORA",),
+            "bias": ("none",),
+            # the others change the layer's own weights
+            "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+        }.get(key)
+        is_known = value in allowed if allowed else key in LORA_SCALES or key in LORA_UNREAD_FIELDS or not value
+        if not is_known:
+            raise ValueError(
+                f"The adapter's metadata have {key}={reprlib.repr(value)}, which is not of a plain LoRA; train it "
+                "without that."
+            )
+    alpha: Any = metadata.get("lora_alpha")
+    pattern = metadata.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict) or not all(LORA_LAYER_PATTERN.fullmatch(name) for name in pattern):
+        raise ValueError(
+            f"The adapter's metadata have alpha_pattern={reprlib.repr(pattern)}; names of layers are due."
+        )
+    for value in [alpha, *pattern.values()]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(
+                f"The adapter's metadata have alpha={reprlib.repr(value)}, which must be a finite number."
+            )
+
+    def alpha_of(layer: str) -> float:
+        for name, value in pattern.items():
+            if layer == name.removeprefix("^") or layer.endswith(f".{name}"):
+                return value
+        return alpha
+
+    return {layer: alpha_of(layer) for layer in ranks}, metadata.get("use_rslora") is True
+
+
+# from ldlm_hf/loading/lora.py:
+#
+# LoRA adapters of a denoiser and of its pipeline, by diffusers' mixins and loaded safely.
+
+
+class LDLMLoraLoaderMixin(LoraBaseMixin):
+    """Loads and saves adapters of a pipeline's `transformer`, as the pipelines of diffusers do.
+
+    What is not here is [`~diffusers.loaders.lora_base.LoraBaseMixin`]'s: `set_adapters`, `get_active_adapters`,
+    `get_list_adapters`, `disable_lora`, `enable_lora`, `delete_adapters`, `unload_lora_weights`.
+    """
+
+    _lora_loadable_modules = ["transformer"]
+    transformer_name = "transformer"
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Tensors of an adapter's file by their names, which begin with `transformer.`, and with
+        `return_lora_metadata` its metadata beside them; arguments and errors as of
+        [`~LDLMLoraLoaderMixin.load_lora_weights`]."""
+        weights, metadata = read_lora(pretrained_model_name_or_path_or_dict, kwargs)
+        for name in weights:
+            if not name.startswith(f"{cls.transformer_name}."):
+                raise ValueError(
+                    f"{reprlib.repr(name)}: names of an adapter's weights begin with {cls.transformer_name}., as "
+                    "save_lora_weights writes them."
+                )
+        return (weights, metadata) if return_lora_metadata else weights
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Loads an adapter and makes it the active one.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a folder, a file, a repository on the Hub, or tensors by name.
+            adapter_name: what it is called in this pipeline; `default_0`, `default_1`, ... by default.
+            hotswap: put the weights into the adapter of this name, in place.
+            low_cpu_mem_usage: do not give the adapter first values.
+            kwargs: `weight_name` (`pytorch_lora_weights.safetensors` by default), `subfolder`, and for the Hub
+                `revision`, `cache_dir`, `token`, `force_download` and `local_files_only`.
+
+        Raises:
+            ValueError: peft is missing, or an adapter that is no safetensors file or does not fit the transformer.
+            OSError: there is no such file.
+        """
+        weights, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        transformer = getattr(self, self.transformer_name)
+        if transformer is None:
+            raise ValueError("load_lora_weights needs the component transformer, which this pipeline lacks.")
+        transformer.load_lora_adapter(
+            weights,
+            prefix=self.transformer_name,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            hotswap=hotswap,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            _pipeline=self,
+        )
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike[str],
+        transformer_lora_layers: dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes an adapter's file, with the arguments of diffusers' pipelines.
+
+        Args:
+            save_directory: its folder.
+            transformer_lora_layers: what peft's `get_peft_model_state_dict(pipe.transformer)` gives.
+            is_main_process: whether this process writes.
+            weight_name: `pytorch_lora_weights.safetensors` by default.
+            save_function: writes tensors by name into a file, in place of safetensors' own.
+            safe_serialization: only True.
+            transformer_lora_adapter_metadata: what `pipe.transformer.peft_config["default"].to_dict()` gives, without
+                which the scale alpha / r is taken for 1.
+
+        Raises:
+            ValueError: no weights, or a file that would not be loaded.
+        """
+        if not safe_serialization or not (weight_name or LORA_WEIGHT_NAME_SAFE).endswith(".safetensors"):
+            raise ValueError(
+                f"safe_serialization={safe_serialization}, weight_name={weight_name!r}: adapters are loaded from "
+                "safetensors only."
+            )
+        if not transformer_lora_layers:
+            raise ValueError("transformer_lora_layers holds no weights of an adapter.")
+        if is_main_process:
+            cls._save_lora_weights(
+                save_directory,
+                {cls.transformer_name: transformer_lora_layers},
+                {cls.transformer_name: transformer_lora_adapter_metadata},
+                weight_name=weight_name,
+                save_function=save_function,
+            )
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds active adapters, or those that are named, to the weights of the transformer."""
+        super().fuse_lora(components or [self.transformer_name], lora_scale, safe_fusing, adapter_names, **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        """Takes adapters off the weights of the transformer again."""
+        super().unfuse_lora(components or [self.transformer_name], **kwargs)
 
 
 # from ldlm_hf/models/conditions.py:
@@ -727,109 +1290,129 @@ def class_source(cls: type) -> str | None:
     return vars(cls).get("_repository_code")
 
 
-# from ldlm_hf/loading/safe_loading.py:
+# from ldlm_hf/loading/saved_adapters.py:
 #
-# Loading of what others have published, so that a repository can be wrong or hostile without doing harm; and saving
-# of what can be loaded so.
+# Saving a pipeline that has adapters: its weights without them, and each of them in a file beside.
 #
-# By default diffusers and transformers unpickle weights where there are no safetensors, start missing tensors at random
-# with a warning, and build whatever size a configuration asks for. Here
-#
-# * weights come from safetensors files only, that lie beside the configuration;
-# * a configuration cannot ask for more than the weights can fill: headers are read first, and the model is built without
-#   memory (on the meta device) under a limit that follows from them, before anything is loaded;
-# * every tensor of the model must be in the files and the other way round, each with its shape.
-#
-# So memory stays below a small multiple of the size of the files. Repositories carry copies of this code.
+# peft is imported by name where it is needed. An `import` statement anywhere in a repository's code makes the loaders of
+# diffusers and transformers ask for the package, and sampling without adapters needs no peft.
 
 
-COMPONENT_LIBRARY = "ldlm_hf"
+LORA_LOGGER = logging.get_logger(__name__)
 
 
-def check_model_index(pipeline_class: type, model_index: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each component of a model_index.json is one of the pipeline's, of a class it loads."""
-    parameters = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
-    for name, entry in model_index.items():
-        if name.startswith("_"):
-            continue
-        if name not in parameters:
-            raise ValueError(f"model_index.json names a component {name!r}, which {pipeline_class.__name__} lacks.")
-        if name in getattr(pipeline_class, "saved_settings", ()):
-            hint = get_type_hints(pipeline_class.__init__)[name]  # type: ignore[misc]
-            if not has_type(entry, hint):
-                kind = "true or false" if hint is bool else "a number"
-                raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be {kind}.")
-            continue
-        if not (isinstance(entry, (list, tuple)) and len(entry) == 2):
-            raise ValueError(f"model_index.json: {name}={reprlib.repr(entry)} must be [library, class].")
-        library, class_name = entry
-        if library is None and class_name is None:
-            continue
-        expected = component_classes(pipeline_class, name)
-        if not is_loaded(expected, library, class_name):
-            raise ValueError(
-                f"model_index.json: {name}={reprlib.repr(entry)} is not what {pipeline_class.__name__} loads as its "
-                f"{name}, {' | '.join(expected)}. Load a component of another class yourself, and give all components "
-                "to the constructor."
-            )
+# in `model_index.json`: adapter → the file beside it
+LORA_INDEX_KEY = "_lora_weights"
 
 
-def component_classes(pipeline_class: type[Any], name: str) -> list[str]:
-    """Names of the classes that a pipeline loads as a component: those of its constructor's annotation, or for any
-    `SchedulerMixin` those that `pipeline_class.scheduler_classes` lists.
+LORA_NAME = re.compile(r"[\w-]+")
+
+
+def adapted_components(pipeline: Any) -> Iterator[tuple[str, Any]]:
+    """Components with adapters that a pipeline can save, compiled or not, by their names."""
+    for name in getattr(pipeline, "_lora_loadable_modules", ()):
+        component = getattr(pipeline, name, None)
+        component = getattr(component, "_orig_mod", component)
+        if isinstance(component, PeftAdapterMixin) and any(map(is_of_peft, component.modules())):
+            yield name, component
+
+
+def adapters_to_save(name: str, model: Any) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """Tensors and metadata of a model's adapters by their names, without those that are fused into its weights.
+
+    Raises:
+        ValueError: adapters that would not load again.
     """
-    annotation = inspect.signature(pipeline_class.__init__).parameters[name].annotation
-    classes = re.findall(r"\w+", str(annotation))
-    return [*pipeline_class.scheduler_classes, "None"] if "SchedulerMixin" in classes else classes
+    fused = {one for layer in model.modules() for one in getattr(layer, "merged_adapters", ())}
+    found = {}
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if adapter in fused:
+            continue
+        weights = importlib.import_module("peft.utils").get_peft_model_state_dict(model, adapter_name=adapter)
+        metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        try:
+            if not LORA_NAME.fullmatch(adapter):
+                raise ValueError("a file is named after it, so it must be letters, digits, - and _.")
+            lora_config(model, weights, metadata)
+        except ValueError as error:
+            raise ValueError(f"The adapter {adapter!r} of {name} would not load again: {error}") from error
+        found[adapter] = weights, metadata
+    if not hasattr(model, "peft_config"):
+        check_adapters(name, model)  # it does not say what they are
+    return found
 
 
-def is_loaded(classes: list[str], library: Any, class_name: Any) -> bool:
-    """Whether a class of a library is one of those that [`component_classes`] names."""
-    if library == COMPONENT_LIBRARY:
-        return class_name != "None" and class_name in classes
-    if library == "diffusers":
-        return class_name in classes and is_class(class_name, diffusers, diffusers.SchedulerMixin)
-    if library == "transformers" and "PreTrainedTokenizerBase" in classes:
-        return is_class(class_name, transformers, transformers.PreTrainedTokenizerBase)
-    if library == "transformers":
-        return class_name in classes and is_class(class_name, transformers, transformers.PreTrainedModel)
-    return False
+@contextmanager
+def without_adapters(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts the layers that adapters have wrapped back into models, for as long as these are saved."""
+    wrapped = [
+        (parent, name, layer)
+        for model in models
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if base_layer(layer) is not None and not is_of_peft(parent)
+    ]
+    try:
+        for parent, name, layer in wrapped:
+            setattr(parent, name, base_layer(layer))
+        yield
+    finally:
+        for parent, name, layer in wrapped:
+            setattr(parent, name, layer)
 
 
-def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: str | None) -> None:
-    """Raises ValueError where weights would be written in a form, or under a name, that is never loaded."""
-    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
-        raise ValueError(f"variant={variant!r} must be letters, digits, - and _, such as fp16, or None.")
-    if not safe_serialization or use_flashpack:
-        raise ValueError(
-            f"safe_serialization={safe_serialization}, use_flashpack={use_flashpack}: models of {COMPONENT_LIBRARY} "
-            "are loaded from safetensors only; leave both out."
+def lora_file_name(adapter: str, is_only_one: bool) -> str:
+    """Where an adapter lies beside the `model_index.json` of its pipeline."""
+    return LORA_WEIGHT_NAME_SAFE if is_only_one else LORA_WEIGHT_NAME_SAFE.replace(".", f"_{adapter}.")
+
+
+def write_adapters(
+    pipeline: Any, adapters: Mapping[str, Any], folder: Path, before: Mapping[str, str], is_variant: bool
+) -> dict[str, str]:
+    """Writes a pipeline's adapters into its folder; adapter → file, of those `before`, too, where other weights of the
+    same pipeline are saved beside its first ones. No file is removed."""
+    files = {name: lora_file_name(name, len(adapters) == 1) for name in adapters}
+    for name, (weights, metadata) in adapters.items():
+        pipeline.save_lora_weights(
+            folder, weights, weight_name=files[name], transformer_lora_adapter_metadata=metadata
+        )
+    others = {name: file for name, file in before.items() if file not in files.values()}
+    if others and not is_variant:
+        LORA_LOGGER.warning(
+            f"Adapters of the pipeline that was saved here before stay in their files, {', '.join(others.values())}: "
+            "remove them if they do not belong to this one."
+        )
+    if files:
+        LORA_LOGGER.warning(
+            f"The adapters of this pipeline are saved in files of their own, and not loaded with it: after "
+            f"from_pretrained, {loading_commands(files)}. Which of them are active, and the weights of set_adapters, "
+            "are not saved."
+        )
+    return others | files if is_variant else files
+
+
+def saved_adapters(model_index: Mapping[str, Any]) -> dict[str, str]:
+    """Adapter → file beside a `model_index.json` that names them."""
+    files = model_index.get(LORA_INDEX_KEY)
+    return {
+        name: file
+        for name, file in (files.items() if isinstance(files, dict) else ())
+        if LORA_NAME.fullmatch(name) and file in (lora_file_name(name, True), lora_file_name(name, False))
+    }
+
+
+def name_adapters(model_index: Mapping[str, Any]) -> None:
+    """Says which adapters a pipeline was saved with, since they are not loaded with it."""
+    if files := saved_adapters(model_index):
+        LORA_LOGGER.warning(
+            f"This pipeline was saved with adapters, which are not loaded with it: {loading_commands(files)}."
         )
 
 
-def check_adapters(name: str, model: nn.Module) -> None:
-    """Raises ValueError for a model that peft has wrapped, or put adapters into."""
-    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
-        raise ValueError(
-            f"{name} holds adapters of peft, which do not load with a model: merge them into it (`merge_and_unload()` "
-            "of the PeftModel returns the model), or save them alone by the PeftModel's own `save_pretrained`."
-        )
-
-
-def is_class(name: Any, library: ModuleType, base_class: type) -> bool:
-    """Whether a library has a class of this name that is derived from `base_class`."""
-    found = getattr(library, str(name), None)
-    return inspect.isclass(found) and issubclass(found, base_class)
-
-
-def weights_patterns(weights_name: str, variant: str | None) -> tuple[str, str, str]:
-    """Patterns of the names of a variant's weights: in one file, in several, and the index of these."""
-    stem, infix = weights_name.removesuffix(".safetensors"), "" if variant is None else f".{variant}"
-    digits = 5 * "[0-9]"
-    return (
-        f"{stem}{infix}.safetensors",
-        f"{stem}{infix}-{digits}-of-{digits}.safetensors",
-        f"{stem}.safetensors.index{infix}.json",
+def loading_commands(files: Mapping[str, str]) -> str:
+    """How a pipeline is given its adapters again."""
+    return ", ".join(
+        f"pipe.load_lora_weights(FOLDER, weight_name={file!r}, adapter_name={name!r})" for name, file in files.items()
     )
 
 
@@ -852,14 +1435,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
-    """Puts the code of a pipeline and of its components beside its saved weights, and their places into its index.
+def write_repository_code(
+    pipeline: DiffusionPipeline, folder: str | os.PathLike, adapters: dict[str, str] | None = None
+) -> None:
+    """Puts the code of a pipeline and of its components beside its saved weights, and their places and those of its
+    adapters into its index.
 
     The paths on this machine that diffusers notes in configurations are left out.
     """
     folder = Path(folder)
     index = json.loads((folder / pipeline.config_name).read_text(encoding="utf-8"))
     index.pop("_name_or_path", None)
+    index.pop(LORA_INDEX_KEY, None)
+    if adapters:
+        index[LORA_INDEX_KEY] = adapters
     for name in [key for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None]:
         component_class = uncompiled_class(getattr(pipeline, name, None))
         if write_component_code(component_class, folder, name):
@@ -879,10 +1468,11 @@ def write_repository_code(pipeline: DiffusionPipeline, folder: str | os.PathLike
 
 def check_saveable(pipeline: DiffusionPipeline) -> None:
     """Raises ValueError for a component that would not be saved, or not load with the pipeline again."""
+    adapted = dict(adapted_components(pipeline))
     for name, component in pipeline.components.items():
         if component is None:
             continue
-        if isinstance(component, nn.Module):
+        if isinstance(component, nn.Module) and name not in adapted:
             check_adapters(name, component)
         component_class = uncompiled_class(component)
         is_ours = class_source(component_class) is not None
@@ -987,6 +1577,7 @@ class RepositoryPipeline(DiffusionPipeline):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         check_model_index(cls, config_dict)
+        name_adapters(config_dict)
         return super().extract_init_dict(config_dict, **kwargs)
 
     def save_pretrained(
@@ -1006,6 +1597,9 @@ class RepositoryPipeline(DiffusionPipeline):
         Weights of the same variant that the folder, or the repository, holds already are replaced, whether they are
         one file or several; those of other variants stay.
 
+        LoRA adapters of the denoiser are saved in files of their own, as `save_lora_weights` writes them, and a
+        warning says how to load them; those that are fused are part of the weights.
+
         Args:
             push_to_hub: upload the folder, as it is then.
             kwargs: `repo_id` (the folder's name by default), `commit_message`, `private`, `token`, `revision` and
@@ -1013,13 +1607,19 @@ class RepositoryPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: what could not be loaded again: `safe_serialization=False`, `use_flashpack=True`, a variant
-                with other signs than letters, digits, - and _, a component with adapters of peft, or one of another
-                class than those that the constructor names.
+                with other signs than letters, digits, - and _, a component with other adapters of peft, or one of
+                another class than those that the constructor names.
         """
         check_serialization(safe_serialization, use_flashpack, variant)
         check_saveable(self)
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        write_repository_code(self, save_directory)
+        models = dict(adapted_components(self))
+        adapters = {name: one for part, model in models.items() for name, one in adapters_to_save(part, model).items()}
+        index_file = Path(save_directory, self.config_name)
+        before = saved_adapters(read_json(index_file)) if index_file.is_file() else {}
+        with without_adapters(models.values()):
+            super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        files = write_adapters(self, adapters, Path(save_directory), before, is_variant=variant is not None)
+        write_repository_code(self, save_directory, files)
         card, loaded_from = Path(save_directory, CARD), self.config.get("_name_or_path")
         if loaded_from is not None and Path(loaded_from, CARD).is_file() and not card.exists():
             shutil.copyfile(Path(loaded_from, CARD), card)
@@ -1834,7 +2434,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class LDLMPipeline(LatentDenoisingPipeline):
+class LDLMPipeline(LatentDenoisingPipeline, LDLMLoraLoaderMixin):
     r"""
     Pipeline for text generation with a Latent Diffusion Language Model: denoises latents from pure noise, then decodes
     the clean prediction to tokens once (Section 4.3 of the paper).
@@ -1843,9 +2443,12 @@ class LDLMPipeline(LatentDenoisingPipeline):
     and fills gaps. With any transformer [`~LDLMPipeline.edit`] changes texts, and [`~LDLMPipeline.steer`] writes those
     that a reward prefers.
 
-    Threads may call one pipeline at the same time, unless its weights are offloaded: the hooks that move them know of
-    one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those of its own call within a
-    callback, and elsewhere those of the call that began last, as are the timesteps of `scheduler`.
+    Adapters of the transformer load as in the pipelines of diffusers ([`~LDLMLoraLoaderMixin.load_lora_weights`]).
+
+    Threads may call one pipeline at the same time, unless its weights are offloaded or outputs of its layers cached:
+    the hooks that do this know of one call only. `num_timesteps`, `num_function_evaluations` and `interrupt` are those
+    of its own call within a callback, and elsewhere those of the call that began last, as are the timesteps of
+    `scheduler`.
 
     Any component may be `None`: what needs it then raises a ValueError that names it, and everything else works. So a
     pipeline without `transformer` and `scheduler` encodes and decodes.

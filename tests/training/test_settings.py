@@ -25,6 +25,7 @@ from ldlm_hf.evaluation.real_text import load_data_settings
 from ldlm_hf.evaluation.samplers import Sampler
 from ldlm_hf.loading.settings_reader import differences, load_settings, to_yaml
 from ldlm_hf.training.recipes.distillation import DistillationSettings
+from ldlm_hf.training.recipes.lora import LoraSettings
 from ldlm_hf.training.recipes.token_decoder import TokenDecoderSettings
 from ldlm_hf.training.settings import (
     EvaluationSettings,
@@ -95,6 +96,7 @@ SECTIONS = [
     TokenDecoderSettings,
     DistillationSettings,
     LikelihoodSettings,
+    LoraSettings,
     # what the sections of `model` are handed to
     LDLMLatentEncoderConfig,
     LDLMLatentDecoderConfig,

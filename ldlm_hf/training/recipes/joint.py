@@ -85,15 +85,19 @@ class JointRecipe(PipelineRecipe):
         super().build(train, held_out)
         if self.settings.gives_texts:
             self.module.token_encoder.to(self.device).check_masks()
-        is_done = self.module.token_encoder.is_fitted and self.module.latent_encoder.config.standardize_latents
-        if self.settings.stage == "diffusion" and is_done:
+        is_fitted, standardizes = self.module.token_encoder.is_fitted, self.standardizes_latents()
+        if self.settings.stage == "diffusion" and is_fitted and not standardizes:
             return
         self.statistics = self.statistics_batches(train)
-        if not self.module.token_encoder.is_fitted:
+        if not is_fitted:
             batches = [batch["input_ids"] for batch in self.statistics]
             fit_token_encoder(self.module.token_encoder, batches, self.device)
-        if self.settings.stage == "diffusion" and not self.module.latent_encoder.config.standardize_latents:
+        if standardizes:
             standardize_latents(self.module, self.statistics, self.device)
+
+    def standardizes_latents(self) -> bool:
+        """Whether the latents of a frozen autoencoder are standardised before its denoiser is trained."""
+        return self.settings.stage == "diffusion" and not self.module.latent_encoder.config.standardize_latents
 
     def complete(self, snapshot: nn.Module) -> None:
         """Measures the latents' statistics, which differ between EMA weights, over the run's statistics_sequences."""

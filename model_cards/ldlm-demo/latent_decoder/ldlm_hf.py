@@ -229,7 +229,7 @@ class LDLMAttnProcessor:
     ) -> torch.Tensor:
         """(B, L, D) → (B, L, D), with a mask as that of [`attend`]."""
         projected = attention.to_qkv(hidden_states).chunk(3, dim=-1)
-        query, key, value = (split_heads(part, attention.num_heads) for part in projected)
+        query, key, value = (split_heads(part, attention.heads) for part in projected)
         query, key = attention.norm_q(query), attention.norm_k(key)
         return attention.to_out(attend(query, key, value, attention_mask, self._attention_backend))
 
@@ -246,14 +246,19 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = LDLMAttnProcessor
     _available_processors = [LDLMAttnProcessor]
-    _supports_qkv_fusion = False  # there is one projection already
+    # as of diffusers' own with one projection: `fuse_qkv_projections` leaves them as they are
+    _supports_qkv_fusion = False
+    is_cross_attention = False
 
     def __init__(self, hidden_size: int, num_heads: int, bias: bool, qk_norm: bool = False):
         super().__init__()
-        self.num_heads = num_heads
+        # diffusers' names
+        self.heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.use_bias = bias
         self.to_qkv = Linear(hidden_size, 3 * hidden_size, bias=bias)
-        self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.to_out = Linear(hidden_size, hidden_size, bias=bias)
         self.processor = LDLMAttnProcessor()
 
@@ -593,11 +598,18 @@ def check_serialization(safe_serialization: bool, use_flashpack: bool, variant: 
 
 def check_adapters(name: str, model: nn.Module) -> None:
     """Raises ValueError for a model that peft has wrapped, or put adapters into."""
-    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+    if any(map(is_of_peft, model.modules())):
         raise ValueError(
             f"{name} holds adapters of peft, which do not load with a model: merge them into it (`merge_and_unload()` "
-            "of the PeftModel returns the model), or save them alone by the PeftModel's own `save_pretrained`."
+            "of the PeftModel returns the model; `fuse_lora()` and then `unload_lora()` of a denoiser), or save them "
+            "alone (`save_pretrained` of the PeftModel, `save_lora_adapter` of a denoiser). A pipeline's "
+            "`save_pretrained` saves both the denoiser and its LoRA adapters."
         )
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module is a wrapper or a layer of peft."""
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 class SafeLoadingMixin:
