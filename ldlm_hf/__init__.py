@@ -21,19 +21,15 @@ from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
 
 from .registration import register
-from .schedulers import SCHEDULERS
+from .schedulers import SCHEDULERS, TOKEN_SCHEDULERS
 
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "baselines.autoregressive": ["AutoregressivePipeline"],
-    "baselines.candi": ["CANDIScheduler"],
-    "baselines.flow_language_model": ["FLMScheduler", "FMLMScheduler"],
-    "baselines.masked": ["MDLMScheduler", "ReMDMScheduler"],
     "baselines.pipeline_token_diffusion": ["TokenDiffusionPipeline"],
     "baselines.token_transformer": ["TokenDiffusionTransformer"],
-    "baselines.uniform": ["DuoScheduler", "PsiScheduler"],
     "data": ["DataSettings", "load_corpora"],
     "loading.pretrained_sources": ["resolve_pretrained_source"],
     "metrics": ["GenerativePerplexity", "Mauve", "NGramDiversity", "Repetition", "TokenEntropy"],
@@ -64,6 +60,7 @@ _MODULES = {
 }
 _MODULE_OF_NAME = {name: module for module, names in _MODULES.items() for name in names}
 _MODULE_OF_NAME |= {name: f"schedulers.{module}" for name, module in SCHEDULERS.items()}
+_MODULE_OF_NAME |= {name: f"baselines.{module}" for name, module in TOKEN_SCHEDULERS.items()}
 
 if TYPE_CHECKING:
     from .baselines.autoregressive import AutoregressivePipeline

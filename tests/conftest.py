@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ldlm_hf import (
+    FMLMScheduler,
     LDLMLatentDecoder,
     LDLMLatentDecoderConfig,
     LDLMLatentEncoder,
@@ -40,6 +41,8 @@ from ldlm_hf import (
     LDLMTokenEncoder,
     LDLMTransformer1DModel,
     TangentEulerMaruyamaScheduler,
+    TokenDiffusionPipeline,
+    TokenDiffusionTransformer,
 )
 from loopback_hub import LoopbackHub
 
@@ -273,3 +276,25 @@ def run_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return json.loads(result.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def make_token_pipeline(tiny_tokenizer: Any, randomize: Callable[..., Any]) -> Callable[[Any], TokenDiffusionPipeline]:
+    """A tiny token-level pipeline of random weights for a scheduler, with L = 8 tokens."""
+
+    def build(scheduler: Any) -> TokenDiffusionPipeline:
+        torch.manual_seed(0)
+        transformer = TokenDiffusionTransformer(
+            vocab_size=VOCAB_SIZE,
+            process=scheduler.process,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            sample_size=SEQUENCE_LENGTH,
+            next_timestep_conditioning=isinstance(scheduler, FMLMScheduler),
+        )
+        pipe = TokenDiffusionPipeline(randomize(transformer, 0.1).eval(), scheduler, tiny_tokenizer)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build

@@ -10,32 +10,16 @@ from __future__ import annotations
 
 import sys
 
-from ldlm_hf.baselines.autoregressive import AutoregressiveRecipe
-from ldlm_hf.baselines.candi import CANDIRecipe
-from ldlm_hf.baselines.flow_language_model import FLMRecipe, FMLMRecipe
-from ldlm_hf.baselines.masked import MDLMRecipe
-from ldlm_hf.baselines.uniform import DCDRecipe, DuoRecipe
+from ldlm_hf.baselines.recipes import RECIPES
 from ldlm_hf.training.launch import parse_arguments, run
-from ldlm_hf.training.recipe import PipelineRecipe
-
-
-METHODS: dict[str, type[PipelineRecipe]] = {
-    "autoregressive": AutoregressiveRecipe,
-    "mdlm": MDLMRecipe,
-    "duo": DuoRecipe,
-    "duo_dcd": DCDRecipe,
-    "candi": CANDIRecipe,
-    "flm": FLMRecipe,
-    "fmlm": FMLMRecipe,
-}
 
 
 def main() -> None:
     if sys.argv[1:2] in (["-h"], ["--help"]):
         parse_arguments(__doc__)
-    if len(sys.argv) < 2 or sys.argv[1] not in METHODS:
-        raise SystemExit(f"train_baseline.py: name the method first, one of {', '.join(METHODS)}.")
-    run(METHODS[sys.argv.pop(1)], __doc__)
+    if len(sys.argv) < 2 or sys.argv[1] not in RECIPES:
+        raise SystemExit(f"train_baseline.py: name the method first, one of {', '.join(RECIPES)}.")
+    run(RECIPES[sys.argv.pop(1)], __doc__)
 
 
 if __name__ == "__main__":

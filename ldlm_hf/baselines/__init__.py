@@ -5,6 +5,5 @@
 base of their samplers (`token_scheduler`) and of their training (`token_training`). What several methods need of
 mathematics is in `categorical`, `noise_schedule` and `one_hot_noise`.
 
-A new one is a file here, one line in `_MODULES` of the package, which names what others may import, and one in
-`training/train_baseline.py`; a new sampler is named in `TOKEN_SCHEDULERS`, too.
+A new method is a file here and a line in `recipes.RECIPES`; a new sampler is a line in `schedulers.TOKEN_SCHEDULERS`.
 """

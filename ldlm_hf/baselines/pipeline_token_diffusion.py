@@ -21,19 +21,9 @@ from ..pipelines.prompts import (
     tokenize_suffix,
 )
 from ..pipelines.sampling import StepCallback, check_counts
+from ..schedulers import TOKEN_SCHEDULERS
 from .categorical import row_generators
 from .token_transformer import TokenDiffusionTransformer
-
-
-TOKEN_SCHEDULERS = (
-    "MDLMScheduler",
-    "ReMDMScheduler",
-    "DuoScheduler",
-    "PsiScheduler",
-    "CANDIScheduler",
-    "FLMScheduler",
-    "FMLMScheduler",
-)
 
 
 class TokenDiffusionPipeline(RepositoryPipeline, LDLMLoraLoaderMixin):
@@ -54,7 +44,7 @@ class TokenDiffusionPipeline(RepositoryPipeline, LDLMLoraLoaderMixin):
         ValueError: components that do not fit each other.
     """
 
-    scheduler_classes = TOKEN_SCHEDULERS
+    scheduler_classes = tuple(TOKEN_SCHEDULERS)
     model_cpu_offload_seq = "transformer"
     _callback_tensor_inputs = ["sample", "logits"]
 

@@ -2,11 +2,13 @@
 
 own                                             the pipeline's scheduler as it is
 TangentDDIMScheduler:eta=1.0,time_grid=log_snr  another one, and what differs from the pipeline's configuration
+ReMDMScheduler:eta=0.015,top_p=0.9              one of the methods that LDLM is compared with
 own:self_condition_scale=1.5                    arguments of the pipeline's call
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -15,17 +17,24 @@ import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..loading.settings_reader import parse_value, to_config, under
-from ..schedulers import DIFFUSERS_SCHEDULERS, SCHEDULERS
+from ..schedulers import DIFFUSERS_SCHEDULERS, SCHEDULERS, TOKEN_SCHEDULERS
 from ..schedulers.discrete import diffusers_config
-from ..schedulers.scheduling_tangent import TangentScheduler
 
 
 OWN = "own"
-# diffusers has its own, and by registration ours
-SCHEDULER_CLASSES: dict[str, type[Any]] = {
-    name: getattr(diffusers, name) for name in (*SCHEDULERS, *DIFFUSERS_SCHEDULERS)
-}
-CALL_ARGUMENTS = ("self_condition_scale", "self_condition_decay", "guidance_rescale", "guidance_scale")
+KNOWN_SCHEDULERS = (*SCHEDULERS, *DIFFUSERS_SCHEDULERS, *TOKEN_SCHEDULERS)
+# of LDLM's pipeline, and of the autoregressive one
+GUIDANCE = ("self_condition_scale", "self_condition_decay", "guidance_rescale", "guidance_scale")
+CALL_ARGUMENTS = (*GUIDANCE, "temperature", "top_p")
+
+
+def scheduler_class(name: str) -> type[Any]:
+    """A scheduler's class by its name."""
+    if name in TOKEN_SCHEDULERS:
+        # their modules import this one
+        return getattr(importlib.import_module(f"..baselines.{TOKEN_SCHEDULERS[name]}", __package__), name)
+    # diffusers has its own, and by registration ours
+    return getattr(diffusers, name)
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,10 @@ class Sampler:
     def parse(cls, text: str) -> Sampler:
         """Reads `NAME[:key=value,...]`; ValueError for an unknown scheduler or setting, or a pair without value."""
         name, _, pairs = text.partition(":")
-        if name != OWN and name not in SCHEDULER_CLASSES:
-            known = ", ".join([OWN, *SCHEDULER_CLASSES])
+        if name not in (OWN, *KNOWN_SCHEDULERS):
+            known = ", ".join([OWN, *KNOWN_SCHEDULERS])
             raise ValueError(f"sampler {text!r}: unknown scheduler {name!r}; known: {known}.")
-        constructor = None if name == OWN else SCHEDULER_CLASSES[name].__init__
+        constructor = None if name == OWN else scheduler_class(name).__init__
         own_settings = [] if constructor is None else list(inspect.signature(constructor).parameters)[1:]
         hints = {} if constructor is None else get_type_hints(constructor)
         settings: list[tuple[str, Any]] = []
@@ -64,16 +73,34 @@ class Sampler:
         return cls(text, name, tuple(settings), tuple(arguments))
 
     def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
-        """The scheduler in the place of a pipeline's own; ValueError for settings that it refuses."""
+        """The scheduler in the place of a pipeline's own; ValueError for settings that it refuses, or one for noise of
+        another kind."""
         if self.scheduler == OWN:
             return scheduler
-        scheduler_class, changes = SCHEDULER_CLASSES[self.scheduler], dict(self.settings)
-        if issubclass(scheduler_class, TangentScheduler):
-            return scheduler_class.from_config(scheduler.config, **changes)
-        return scheduler_class.from_config(diffusers_config(scheduler, **changes))
+        chosen, changes = scheduler_class(self.scheduler), dict(self.settings)
+        kinds = [getattr(one, "process", "latent") for one in (chosen, scheduler)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"sampler {self.text!r}: a {self.scheduler} takes off {kinds[0]} noise, and the pipeline, whose own "
+                f"scheduler is a {type(scheduler).__name__}, was trained with {kinds[1]} noise."
+            )
+        if self.scheduler in DIFFUSERS_SCHEDULERS:
+            return chosen.from_config(diffusers_config(scheduler, **changes))
+        if self.scheduler in TOKEN_SCHEDULERS:
+            # methods have defaults of their own
+            defaults = inspect.signature(type(scheduler).__init__).parameters
+            changed = {name: scheduler.config[name] for name in list(defaults)[1:]}
+            changed = {name: value for name, value in changed.items() if value != defaults[name].default}
+            return chosen.from_config(changed, **changes)
+        return chosen.from_config(scheduler.config, **changes)
 
     def apply(self, pipeline: DiffusionPipeline) -> None:
-        """Gives a pipeline the scheduler; ValueError for settings that it refuses, or a pipeline without any."""
+        """Gives a pipeline the scheduler; ValueError for settings that it refuses, and for a pipeline without any or
+        whose call lacks the arguments."""
+        taken = inspect.signature(type(pipeline).__call__).parameters
+        for name, _ in self.arguments:
+            if name not in taken:
+                raise ValueError(f"sampler {self.text!r}: the call of a {type(pipeline).__name__} has no {name}.")
         if self.scheduler == OWN:
             return
         if pipeline.components.get("scheduler") is None:

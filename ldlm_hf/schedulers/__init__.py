@@ -1,7 +1,7 @@
 """Noise processes and samplers, as diffusers schedulers on the tangent schedule.
 
 A new solver is one file with a subclass of `TangentScheduler`, and one line in `SCHEDULERS`, which registers and
-exports it, lets pipelines load it, and makes it known to the command line.
+exports it, lets pipelines load it, and makes it known to the command line. `TOKEN_SCHEDULERS` does that for others.
 """
 
 from __future__ import annotations
@@ -18,3 +18,14 @@ SCHEDULERS = {
 
 # those of diffusers that `diffusers_config` puts on the tangent schedule
 DIFFUSERS_SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+
+# samplers of the methods that LDLM is compared with: class → module of the folder `baselines`
+TOKEN_SCHEDULERS = {
+    "MDLMScheduler": "masked",
+    "ReMDMScheduler": "masked",
+    "DuoScheduler": "uniform",
+    "PsiScheduler": "uniform",
+    "CANDIScheduler": "candi",
+    "FLMScheduler": "flow_language_model",
+    "FMLMScheduler": "flow_language_model",
+}

@@ -13,7 +13,7 @@ import torch
 
 from ..data import DataSettings
 from ..evaluation.machine import multiplies_in_bfloat16
-from ..evaluation.samplers import OWN, Sampler
+from ..evaluation.samplers import GUIDANCE, OWN, Sampler
 from ..loading.checks import check_settings
 from ..loading.settings_reader import added, arguments_of
 from ..models.latent_decoder import LDLMLatentDecoderConfig
@@ -344,6 +344,10 @@ def check_shifts(data: DataSettings, loop: LoopSettings) -> None:
 def check_guidance(evaluation: EvaluationSettings, has_self_condition: bool, takes_prompts: bool = False) -> None:
     """Raises ValueError for a finished pipeline that is to be guided by what it is not told."""
     for name, _ in Sampler.parse(evaluation.sampler).arguments:
+        if name not in GUIDANCE:
+            raise ValueError(
+                f"evaluation.sampler={evaluation.sampler!r}: {name} is for autoregressive pipelines; leave it out."
+            )
         if name == "guidance_scale" and not takes_prompts:
             raise ValueError(
                 f"evaluation.sampler={evaluation.sampler!r}: guidance_scale is the weight of prompts, which this run "

@@ -39,24 +39,8 @@ TAKES_PROMPTS = ("MDLM", "ReMDM", "CANDI")
 
 
 @pytest.fixture
-def make(tiny_tokenizer: Any, randomize: Callable[..., Any]) -> Callable[..., TokenDiffusionPipeline]:
-    def build(method: str = "MDLM") -> TokenDiffusionPipeline:
-        torch.manual_seed(0)
-        scheduler = SCHEDULERS[method]()
-        transformer = TokenDiffusionTransformer(
-            vocab_size=K,
-            process=scheduler.process,
-            num_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            sample_size=L,
-            next_timestep_conditioning=method == "FMLM",
-        )
-        pipe = TokenDiffusionPipeline(randomize(transformer, 0.1).eval(), scheduler, tiny_tokenizer)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return build
+def make(make_token_pipeline: Callable[[Any], TokenDiffusionPipeline]) -> Callable[..., TokenDiffusionPipeline]:
+    return lambda method="MDLM": make_token_pipeline(SCHEDULERS[method]())
 
 
 def generators(*seeds: int) -> list[torch.Generator]:

@@ -16,12 +16,12 @@ from ldlm_hf import FMLMScheduler, TokenDiffusionPipeline, TokenDiffusionTransfo
 from ldlm_hf.baselines.candi import CANDINoiseSettings, CANDIObjective
 from ldlm_hf.baselines.flow_language_model import FLMObjective
 from ldlm_hf.baselines.masked import MDLMObjective
+from ldlm_hf.baselines.recipes import RECIPES
 from ldlm_hf.baselines.token_training import TokenDiffusionObjective
 from ldlm_hf.baselines.uniform import CurriculumSettings, DuoObjective
 from ldlm_hf.loading.settings_reader import load_settings
 from ldlm_hf.training.flops import count_flops
 from ldlm_hf.training.settings import RunSettings
-from train_baseline import METHODS as METHOD_RECIPES
 
 
 K, L, WORDS = 40, 8, 7
@@ -259,7 +259,7 @@ def test_settings_of_methods_are_checked(run_script: Callable[..., None], comman
 @pytest.mark.parametrize("method", ["autoregressive", *METHODS, "fmlm"])
 def test_demos_are_of_one_text(method: str, repository: Path) -> None:
     settings = load_settings(
-        METHOD_RECIPES[method].settings_class, str(repository / f"training/configs/{method}_demo.yaml"), []
+        RECIPES[method].settings_class, str(repository / f"training/configs/{method}_demo.yaml"), []
     )
     ldlm = load_settings(RunSettings, str(repository / "training/configs/demo.yaml"), [])
     assert settings.data == ldlm.data and settings.loop.batch_size == 32
@@ -269,7 +269,7 @@ def test_demos_are_of_one_text(method: str, repository: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_papers_runs(method: str, name: str, repository: Path) -> None:
     path = str(repository / f"training/configs/token_diffusion_{name}.yaml")
-    settings = load_settings(METHOD_RECIPES[method].settings_class, path, [])
+    settings = load_settings(RECIPES[method].settings_class, path, [])
     ldlm = load_settings(RunSettings, str(repository / f"training/configs/{name}.yaml"), [])
     assert settings.data == ldlm.data and settings.model.sequence_length == ldlm.model.sequence_length
     assert (settings.loop.max_steps, settings.loop.batch_size) == (1_000_000, 512)

@@ -620,6 +620,8 @@ def test_samplers_in_one_table(run: Callable, pipeline_folder: Path, tmp_path: P
         ("TangentDDIMScheduler:eta=2.0", r"eta=2\.0 must lie in \[0, 1\]"),
         ("TangentDDIMScheduler:time_grid=learned", "needs timestep_cdf"),
         ("TangentDPMSolverMultistepScheduler", "num_inference_steps=1 is below solver_order=2"),
+        ("MDLMScheduler", "takes off masked noise, and the pipeline, .* a Tangent.*, was trained with latent noise"),
+        ("own:temperature=0.5", "the call of a LDLMPipeline has no temperature"),
     ],
 )
 def test_bad_samplers(run: Callable, tmp_path: Path, sampler: str, message: str) -> None:

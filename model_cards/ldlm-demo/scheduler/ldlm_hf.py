@@ -157,7 +157,7 @@ def nested_settings(settings: Any, key: str = "", depth: int = 0) -> Iterator[tu
 # Noise processes and samplers, as diffusers schedulers on the tangent schedule.
 #
 # A new solver is one file with a subclass of `TangentScheduler`, and one line in `SCHEDULERS`, which registers and
-# exports it, lets pipelines load it, and makes it known to the command line.
+# exports it, lets pipelines load it, and makes it known to the command line. `TOKEN_SCHEDULERS` does that for others.
 
 
 # class → module of this package
