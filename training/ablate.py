@@ -17,11 +17,20 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ablations.definitions import Ablations, check_known, read_ablations, selected_rows
-from ablations.execution import CommandRunner, check_evaluation, evaluation_command, run_all, training_command
-from ablations.runs import Plan, with_needs
+from ablations.execution import (
+    CommandRunner,
+    check_evaluation,
+    evaluate,
+    evaluation_command,
+    run_all,
+    train,
+    training_command,
+)
+from ablations.runs import AblationRun, Plan, with_needs
 from ablations.tables import write_table
 from ldlm_hf.evaluation.folder_lock import lock_folder
 from ldlm_hf.loading.settings_reader import positive
@@ -74,6 +83,13 @@ def build_plan(ablations: Ablations, options: argparse.Namespace) -> Plan:
     )
 
 
+def work_on(scored: set[AblationRun], plan: Plan, runner: CommandRunner, run: AblationRun) -> None:
+    """Trains a run, and evaluates it if it is to be scored."""
+    train(run, plan.accelerate, runner)
+    if run in scored:
+        evaluate(run, plan, runner)
+
+
 def main(arguments: Sequence[str], runner: CommandRunner | None = None) -> int:
     """Runs the command line; the exit status. The runner, if not the usual one, is what runs the commands."""
     options = parse_arguments(arguments)
@@ -88,19 +104,19 @@ def main(arguments: Sequence[str], runner: CommandRunner | None = None) -> int:
     scored = set() if options.train_only else {run for run in selected if run.has_pipeline}
     if options.print_commands:
         for run in runs:
-            print(shlex.join(training_command(run, plan)))
+            print(shlex.join(training_command(run, plan.accelerate)))
             if run in scored:
                 print(shlex.join(evaluation_command(run, plan)))
         return 0
     if scored:
-        check_evaluation(plan.evaluation)
+        check_evaluation(plan.evaluation.judge, plan.evaluation.num_samples)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if options.jobs > 1 else {})
     remedy = "wait for that call of ablate.py and all that it has started, or name another --output_dir."
     with lock_folder(plan.root, remedy) as lock:
         runner = runner or CommandRunner(environment, lock)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, runner.stop)
-        problems = run_all(runs, scored, plan, options.jobs, runner)
+        problems = run_all(runs, partial(work_on, scored, plan, runner), options.jobs, runner)
         for table in [] if options.train_only else options.table:
             command = shlex.join(["python", "training/ablate.py", *arguments])
             print(f"table {table}: {write_table(table, plan, options.seeds, problems, command)}")

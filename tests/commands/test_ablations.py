@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from torch import nn
 
 from ablate import main
 from ablations.definitions import JOINT, TOKEN_DECODER, EvaluationPlan, read_ablations
-from ablations.execution import CommandRunner, execute, run_all, training_command
+from ablations.execution import CommandRunner, execute, run_all, train, training_command
 from ablations.runs import AblationRun, Plan, check_finished, dotted_values, read_scores, times
 from ablations.tables import described
 from ldlm_hf.evaluation.folder_lock import lock_folder
@@ -189,40 +187,14 @@ def tiny_plan(tiny_config: Path, tmp_path: Path) -> Plan:
     return plan_of("tiny", config=tiny_config, root=str(tmp_path / "ablations"))
 
 
-class InThisProcess(CommandRunner):
-    """Runs scripts in this process, and keeps their commands."""
-
-    def __init__(self, run_script: Callable):
-        self.run_script = run_script
-        self.launched: list[list[str]] = []
-
-    def run(self, command: list[str], log: Path) -> int:
-        self.launched.append(command)
-        script, *arguments = command[command.index("--config_file") + 2 :]
-        with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            try:
-                self.run_script(Path(script).stem, *arguments)
-            except Exception:
-                traceback.print_exc()
-                return 1
-        return 0
-
-
 @pytest.fixture
-def runner(run_script: Callable, monkeypatch: pytest.MonkeyPatch) -> InThisProcess:
-    # scripts have their signals handled, which threads must not
-    monkeypatch.setattr(signal, "signal", lambda number, handler: handler)
-    return InThisProcess(run_script)
-
-
-@pytest.fixture
-def launched(runner: InThisProcess) -> list[list[str]]:
+def launched(runner: Any) -> list[list[str]]:
     """Commands that `ablate` has run."""
     return runner.launched
 
 
 @pytest.fixture
-def ablate(tiny_config: Path, runner: InThisProcess, tmp_path: Path) -> Ablate:
+def ablate(tiny_config: Path, runner: Any, tmp_path: Path) -> Ablate:
     """`ablate.py` on the base `tiny`, its commands run in this process."""
 
     def run(*arguments: str) -> int:
@@ -599,7 +571,7 @@ def test_a_run_that_was_stopped_goes_on_and_feeds_a_token_decoder(
     plan = plan_of("tiny", 1.0, "loop.checkpointing_steps=2", config=tiny_config, root=str(tmp_path / "ablations"))
     run = plan.run("default", 0)
     # as if killed between step 2 and the end: the checkpoint of step 2 is all that there is
-    run_script("train_joint", *training_command(run, plan)[5:], "loop.max_steps=2")
+    run_script("train_joint", *training_command(run, plan.accelerate)[5:], "loop.max_steps=2")
     (run.folder / "settings.yaml").write_text(to_yaml(run.settings), encoding="utf-8")
     for name in ("pipeline", "results.json"):
         path = run.folder / name
@@ -664,6 +636,11 @@ def test_tables_name_overrides_without_folders(tmp_path: Path) -> None:
     assert described(overrides) == [long, "data.source=corpus.txt", "loop.trackers=[]", "a=b=c"]
 
 
+def train_with(plan: Plan, runner: CommandRunner) -> Callable[[AblationRun], None]:
+    """What [`run_all`] has done with each run."""
+    return lambda run: train(run, plan.accelerate, runner)
+
+
 class Sleeper(CommandRunner):
     """Trains nothing, so that its runs count as failed; one of them cannot be started."""
 
@@ -690,7 +667,9 @@ def test_as_many_runs_at_a_time_as_asked_for(tiny_plan: Plan, jobs: int) -> None
     runner = Sleeper()
     names = ["cosmos_autoencoder", "cosmos", "default", "token_decoder_head", "uniform"]
     runs = [tiny_plan.run(name, 0) for name in names]
-    problems = {run.row: problem for run, problem in run_all(runs, set(runs), tiny_plan, jobs, runner).items()}
+    problems = {
+        run.row: problem for run, problem in run_all(runs, train_with(tiny_plan, runner), jobs, runner).items()
+    }
     assert runner.most == jobs
     assert set(problems) == set(names)
     for name, needed in (("cosmos", "cosmos_autoencoder"), ("token_decoder_head", "default")):
@@ -765,7 +744,7 @@ def test_a_request_to_stop_reaches_what_is_just_being_started(
     monkeypatch.setattr(subprocess, "Popen", start_and_stop)
     with lock_folder(tmp_path) as lock:
         runner = CommandRunner(os.environ, lock)
-        problems = run_all(runs, set(), tiny_plan, 1, runner)
+        problems = run_all(runs, train_with(tiny_plan, runner), 1, runner)
     assert problems[runs[0]] == "stopped before its end; the same call goes on with it"
     assert problems[runs[1]] == "stopped before it began"
     assert [process.returncode for process in started] == [-signal.SIGTERM]

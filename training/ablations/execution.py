@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
 
-from ablations.definitions import EvaluationPlan
 from ablations.runs import AblationRun, Plan, check_finished, read_scores
 from ldlm_hf.evaluation.real_text import check_mauve_size
 from ldlm_hf.training.launch import check_judge
@@ -24,17 +23,18 @@ TRAINING = Path(__file__).resolve().parents[1]
 POLLING_INTERVAL = 0.2
 
 
-def launch_command(plan: Plan, script: str) -> list[str]:
-    """The beginning of every command."""
-    accelerate = os.path.relpath(plan.directory / plan.base.accelerate)
-    return ["accelerate", "launch", "--config_file", accelerate, os.path.relpath(TRAINING / script)]
+def launch_command(accelerate: Path, script: str) -> list[str]:
+    """The beginning of every command: how accelerate launches a script, with its first arguments."""
+    config = os.path.relpath(accelerate)
+    name, *arguments = script.split()
+    return ["accelerate", "launch", "--config_file", config, os.path.relpath(TRAINING / name), *arguments]
 
 
-def training_command(run: AblationRun, plan: Plan) -> list[str]:
+def training_command(run: AblationRun, accelerate: Path) -> list[str]:
     """Trains a run, or goes on with it from its last checkpoint; one that was stopped before its first starts anew."""
     config = [] if run.config is None else ["--config", os.path.relpath(run.config)]
     flags = ["--resume_from_checkpoint", "latest", "--overwrite_output_dir"]
-    return [*launch_command(plan, run.script), *config, *flags, *run.overrides]
+    return [*launch_command(accelerate, run.script), *config, *flags, *run.overrides]
 
 
 def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:
@@ -56,18 +56,18 @@ def evaluation_command(run: AblationRun, plan: Plan) -> list[str]:
     }
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     data = [override for override in run.overrides if override.startswith("data.")]
-    return [*launch_command(plan, "evaluate.py"), *arguments, *data]
+    return [*launch_command(plan.accelerate, "evaluate.py"), *arguments, *data]
 
 
-def check_evaluation(evaluation: EvaluationPlan) -> None:
+def check_evaluation(judge: str | None, num_samples: int) -> None:
     """Raises OSError or ValueError, before any run is trained, where it could not be scored afterwards."""
-    if evaluation.judge is None:
+    if judge is None:
         return
-    check_mauve_size(evaluation.num_samples)
+    check_mauve_size(num_samples)
     try:
-        check_judge(EvaluationSettings(judge=evaluation.judge, num_samples=evaluation.num_samples))
+        check_judge(EvaluationSettings(judge=judge, num_samples=num_samples))
     except OSError as error:
-        raise OSError(f"{error} Of ablations, this is --judge JUDGE|none.") from error
+        raise OSError(f"{error} Of this command, that is --judge JUDGE|none.") from error
 
 
 class CommandRunner:
@@ -127,23 +127,23 @@ def signal_group(process: subprocess.Popen, number: int) -> bool:
 
 
 def run_all(
-    runs: Sequence[AblationRun], scored: set[AblationRun], plan: Plan, jobs: int, runner: CommandRunner
+    runs: Sequence[AblationRun], work: Callable[[AblationRun], None], jobs: int, runner: CommandRunner
 ) -> dict[AblationRun, str | None]:
     """Works on runs, `jobs` at a time, each after what it needs; what each has failed by, if anything.
 
-    Each run comes after all that it needs; those of `scored` are evaluated, too.
+    Each run comes after all that it needs. `work` raises OSError or ValueError where it has failed.
     """
     futures: dict[AblationRun, Future[str | None]] = {}
     with ThreadPoolExecutor(max_workers=jobs) as threads:
         # those that need nothing first, so that few threads wait for others
         for run in sorted(runs, key=lambda run: run.needs is not None):
             needed = None if run.needs is None else futures[run.needs]
-            futures[run] = threads.submit(work_on, run, needed, run in scored, plan, runner)
+            futures[run] = threads.submit(work_on, run, needed, work, runner)
     return {run: future.result() for run, future in futures.items()}
 
 
 def work_on(
-    run: AblationRun, needed: Future[str | None] | None, is_scored: bool, plan: Plan, runner: CommandRunner
+    run: AblationRun, needed: Future[str | None] | None, work: Callable[[AblationRun], None], runner: CommandRunner
 ) -> str | None:
     """Works on one run, unless what it needs has failed; prints and returns what it has failed by, if anything."""
     needed_problem = None if needed is None else needed.result()
@@ -153,23 +153,27 @@ def work_on(
     try:
         if run.needs is not None and needed_problem is not None:
             raise ValueError(f"needs {run.needs.name}, which failed")
-        train_and_evaluate(run, plan, is_scored, runner)
+        work(run)
     except (OSError, ValueError) as error:
         problem = "stopped before its end; the same call goes on with it" if runner.is_stopped else str(error)
     print(f"{run.name}: {'done' if problem is None else 'FAILED: ' + problem}", flush=True)
     return problem
 
 
-def train_and_evaluate(run: AblationRun, plan: Plan, is_scored: bool, runner: CommandRunner) -> None:
-    """Runs the commands that a run still needs; OSError or ValueError where one has failed."""
+def train(run: AblationRun, accelerate: Path, runner: CommandRunner) -> None:
+    """Trains a run, unless it is trained already; OSError or ValueError where that has failed."""
     if check_finished(run):
         print(f"{run.name}: is trained already", flush=True)
-    else:
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        ending = execute("training", training_command(run, plan), run, runner)
-        if not check_finished(run):
-            raise ValueError(ending)
-    if is_scored and read_scores(run, plan.evaluation) is None:
+        return
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    ending = execute("training", training_command(run, accelerate), run, runner)
+    if not check_finished(run):
+        raise ValueError(ending)
+
+
+def evaluate(run: AblationRun, plan: Plan, runner: CommandRunner) -> None:
+    """Evaluates a trained run, unless that is done already; OSError or ValueError where it has failed."""
+    if read_scores(run, plan.evaluation) is None:
         ending = execute("evaluation", evaluation_command(run, plan), run, runner)
         if read_scores(run, plan.evaluation) is None:
             raise ValueError(ending)

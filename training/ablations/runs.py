@@ -31,6 +31,9 @@ SCALED_STEPS = (
     "optimizer.lr_decay_steps",
     "timestep_sampler.update_every",
     "evaluation.every",
+    "conditioning.start_step",
+    "curriculum.steps",
+    "noise.round_steps",
 )
 SCALED_DECAYS = ("optimizer.ema_decay", "timestep_sampler.ema_decay")
 # settings of each run that the command line has options for
@@ -187,6 +190,11 @@ class Plan:
     def base(self) -> Base:
         """The base."""
         return self.ablations.bases[self.base_name]
+
+    @property
+    def accelerate(self) -> Path:
+        """How commands are launched."""
+        return self.directory / self.base.accelerate
 
     @property
     def config(self) -> Path:

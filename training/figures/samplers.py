@@ -124,13 +124,7 @@ def report(
         "Highest MAUVE, whatever the entropy:",
         "\n".join(markdown_table(heading, best_rows(samplers, budgets, "mauve") + anchors)),
     ]
-    for name, score in MAIN_COLUMNS.items():
-        rows = [
-            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), name) for budget in budgets]]
-            for sampler in samplers
-        ]
-        table = markdown_table(["evaluations, at most", *map(str, budgets)], rows)
-        sections += [f"## {score.heading}", f"Real text: {of_real_text[name]}.", "\n".join(table)]
+    sections += score_tables(samplers, budgets, first["real_text"])
     seeds = sorted({len(one["seeds"]) for sampler in samplers for one in sampler.sets.values()})
     sections.append(
         f"- Mean ± standard deviation over {' or '.join(map(str, seeds))} sampling seeds of "
@@ -139,6 +133,20 @@ def report(
         f"- Judge: `{first['judge']['name']}`. Guidance takes two evaluations in each step but the first."
     )
     return "\n\n".join(sections)
+
+
+def score_tables(samplers: Sequence[ScoredSampler], budgets: Sequence[int], real_text: dict[str, Any]) -> list[str]:
+    """Sections with a table of each score over the evaluations."""
+    sections = []
+    for name, score in MAIN_COLUMNS.items():
+        rows = [
+            [f"`{sampler.label}`", *[score_cell(sampler.within(budget), name) for budget in budgets]]
+            for sampler in samplers
+        ]
+        table = markdown_table(["evaluations, at most", *map(str, budgets)], rows)
+        of_real_text = cell(real_text.get(name), None, score.digits)
+        sections += [f"## {score.heading}", f"Real text: {of_real_text}.", "\n".join(table)]
+    return sections
 
 
 def plot_samplers(
