@@ -256,7 +256,7 @@ def test_settings_of_methods_are_checked(run_script: Callable[..., None], comman
         run_script("train_baseline", "flm", *command, "caps.logits=-1.0")
 
 
-@pytest.mark.parametrize("method", ["autoregressive", *METHODS, "fmlm"])
+@pytest.mark.parametrize("method", ["autoregressive", *METHODS, "fmlm", "duo_dcd"])
 def test_demos_are_of_one_text(method: str, repository: Path) -> None:
     settings = load_settings(
         RECIPES[method].settings_class, str(repository / f"training/configs/{method}_demo.yaml"), []
