@@ -25,12 +25,13 @@ from typing import Any
 
 from ablations.definitions import check_known
 from ablations.execution import CommandRunner, check_evaluation, execute, run_all, train, training_command
-from ablations.runs import with_needs
+from ablations.runs import AblationRun, with_needs
 from ldlm_hf.evaluation.folder_lock import lock_folder
 from ldlm_hf.loading.settings_reader import positive
+from ldlm_hf.training.flops import human_flops
 from methods.definitions import read_methods
 from methods.report import write_report
-from methods.runs import Evaluation, MethodPlan, evaluations
+from methods.runs import Evaluation, MethodPlan, MethodRun, evaluations
 
 
 CONFIG = Path(__file__).resolve().parent / "configs/methods.yaml"
@@ -49,8 +50,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--print_commands", action="store_true", help="print the commands and do nothing")
     add("--num_samples", type=positive, help="texts of one sampling seed; by default, as of the next ones, the base's")
     add("--sampling_seeds", type=positive, help="sampling seeds of each run")
-    add("--steps", type=positive, nargs="+", help="sampling steps")
-    add("--frontier_steps", type=positive, help="sampling steps of the frontier over temperatures and noise")
+    add("--nfe", type=positive, nargs="+", help="evaluations of the network for a sample, at most")
+    add("--frontier_nfe", type=positive, help="the same for the frontier over temperatures and noise")
     add("--judge", help="causal language model (Hub id, folder, package:NAME/FILE.gguf), or none")
     add("--config", type=Path, default=CONFIG, help="file of the methods")
     add("overrides", nargs="*", metavar="section.key=value", help="settings of all runs")
@@ -69,7 +70,7 @@ def build_plan(options: argparse.Namespace) -> MethodPlan:
     base = methods.bases[options.base]
     if options.base_steps is not None:
         base = methods.bases[options.base] = replace(base, steps=options.base_steps)
-    names = ("num_samples", "sampling_seeds", "steps", "frontier_steps", "judge")
+    names = ("num_samples", "sampling_seeds", "nfe", "frontier_nfe", "judge")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     changes: dict[str, Any] = {name: None if one == "none" else one for name, one in given.items()}
     evaluation = replace(base.evaluation, **changes)
@@ -77,6 +78,13 @@ def build_plan(options: argparse.Namespace) -> MethodPlan:
     return MethodPlan(
         methods, options.config.parent, options.base, options.equal, tuple(options.overrides), evaluation, root
     )
+
+
+def work_on(plan: MethodPlan, runner: CommandRunner, run: AblationRun) -> None:
+    """Trains a run; ValueError where it was distilled from other weights than there are."""
+    assert isinstance(run, MethodRun)
+    run.check_teacher()
+    train(run, plan.accelerate, runner)
 
 
 def evaluate(one: Evaluation, runner: CommandRunner) -> None:
@@ -100,6 +108,8 @@ def main(arguments: Sequence[str], runner: CommandRunner | None = None) -> int:
     for run in runs:
         # settings that are refused stop all of it before any of it
         _ = run.settings
+    for name, flops in plan.step_flops.items():
+        print(f"{name}: {plan.steps(name):,} steps of {human_flops(flops)}", file=sys.stderr)
     if options.print_commands:
         for run in runs:
             print(shlex.join(training_command(run, plan.accelerate)))
@@ -113,7 +123,7 @@ def main(arguments: Sequence[str], runner: CommandRunner | None = None) -> int:
         runner = runner or CommandRunner(environment, lock)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, runner.stop)
-        problems = run_all(runs, partial(train, accelerate=plan.accelerate, runner=runner), options.jobs, runner)
+        problems = run_all(runs, partial(work_on, plan, runner), options.jobs, runner)
         with ThreadPoolExecutor(max_workers=options.jobs) as threads:
             list(threads.map(lambda one: evaluate(one, runner), wanted))
         # all that there is, of earlier calls too

@@ -517,6 +517,9 @@ class DCDObjective(DuoObjective):
         self.teacher = teacher.requires_grad_(False)
         self.noise = noise
 
+    def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        return {**super().example_inputs(batch_size, sequence_length), "length": self.noise.first_length}
+
     def renew_teacher(self) -> None:
         """Makes the student the teacher."""
         self.teacher.load_state_dict(self.transformer.state_dict())

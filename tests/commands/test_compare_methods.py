@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,8 @@ def config(tiny_overrides: list[str], backbone_folders: dict[str, Path], tmp_pat
         "evaluation": {
             "num_samples": 20,
             "sampling_seeds": 1,
-            "steps": [2, 4],
-            "frontier_steps": 3,
+            "nfe": [2, 4],
+            "frontier_nfe": 3,
             "judge": str(backbone_folders["gpt2"]),
             "batch_size": 20,
         },
@@ -54,7 +55,7 @@ def config(tiny_overrides: list[str], backbone_folders: dict[str, Path], tmp_pat
             method["configs"]["tiny"] = str(file)
         if name == "ldlm":
             # a run of four steps has learned no times
-            method["sampler"], method["frontier"] = "own", ["own:self_condition_scale=2"]
+            method.update(sampler="own", nfe=[1, 0], frontier=["own:self_condition_scale=2"])
     file = tmp_path / "methods.yaml"
     OmegaConf.save(loaded, file)
     return file
@@ -149,7 +150,7 @@ def test_a_comparison(compare: Callable[..., int], runner: Any, tmp_path: Path) 
     assert costs["fmlm"]["started_from"] == "flm" and costs["fmlm"]["seconds"] > 0
     entries = {one["pipelines"][0]["name"]: one["pipelines"][0]["sets"] for one in values["evaluations"]}
     assert set(entries) == {"LDLM", "autoregressive", "ReMDM", "Duo, psi-sampler", "FMLM, distilled from FLM"}
-    assert [one["nfe"] for one in entries["ReMDM"]] == [3, 5] and [
+    assert [one["nfe"] for one in entries["ReMDM"]] == [2, 4] and [
         one["nfe"] for one in entries["autoregressive"]
     ] == [8]
     text = (folder / "methods.md").read_text(encoding="utf-8")
@@ -164,7 +165,7 @@ def test_a_comparison(compare: Callable[..., int], runner: Any, tmp_path: Path) 
     launched = len(runner.launched)
     assert compare("--methods", *names) == 0 and len(runner.launched) == launched
     # and what is asked for anew is measured on the weights that are there
-    assert compare("--methods", "remdm", "--steps", "2") == 0
+    assert compare("--methods", "remdm", "--nfe", "2") == 0
     assert [Path(command[command.index("--config_file") + 2]).stem for command in runner.launched[launched:]] == [
         "evaluate"
     ]
@@ -175,7 +176,7 @@ def test_one_that_fails_leaves_the_others(compare: Callable[..., int], config: P
     folder = plan.run("mdlm", 0).folder
     folder.mkdir(parents=True)
     (folder / "settings.yaml").write_text("loop: {max_steps: 99}\n", encoding="utf-8")
-    more = ("--methods", "mdlm", "autoregressive", "--steps", "2", "--judge", "none")
+    more = ("--methods", "mdlm", "autoregressive", "--nfe", "2", "--judge", "none")
     assert compare(*more) == 1
     assert (tmp_path / "methods/tiny-equal-flops/autoregressive/seed-0/pipeline/README.md").is_file()
     text = (tmp_path / "methods/tiny-equal-flops/methods.md").read_text(encoding="utf-8")
@@ -205,6 +206,33 @@ def test_files_that_name_what_is_not_there(tmp_path: Path, change: Callable[[Any
     OmegaConf.save(loaded, tmp_path / "methods.yaml")
     with pytest.raises(ValueError, match=message):
         read_methods(tmp_path / "methods.yaml")
+
+
+def test_as_many_evaluations_for_all() -> None:
+    """Each takes the most steps that 8 evaluations of its network allow."""
+    methods = read_methods(SHIPPED).methods
+    steps = {name: methods[name].steps_within(8) for name in ("ldlm", "ldlm_paper", "mdlm", "psi", "candi", "flm")}
+    assert steps == {"ldlm": 4, "ldlm_paper": 8, "mdlm": 7, "psi": 7, "candi": 8, "flm": 8}
+    assert methods["mdlm"].steps_within(1) == 1
+
+
+@pytest.mark.parametrize("key", ["loop.seed", "loop.output_dir", "loop.max_steps"])
+def test_what_differs_from_run_to_run_is_no_override(config: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} differs from run to run: use --"):
+        plan_of(config, f"{key}=3")
+
+
+def test_a_student_of_other_weights_is_found_out(config: Path, tmp_path: Path) -> None:
+    run = plan_of(config, "--output_dir", str(tmp_path / "methods")).run("fmlm", 0)
+    assert run.needs is not None
+    for place, one in enumerate((run.needs, run)):
+        one.pipeline.mkdir(parents=True)
+        (one.pipeline / "README.md").touch()
+        os.utime(one.pipeline / "README.md", (place, place))
+    run.check_teacher()
+    os.utime(run.needs.pipeline / "README.md", (2, 2))
+    with pytest.raises(ValueError, match="was distilled from flm .* before that was trained anew"):
+        run.check_teacher()
 
 
 def test_unknown_methods_are_refused(compare: Callable[..., int], config: Path) -> None:

@@ -30,14 +30,14 @@ class MethodEvaluation:
 
     num_samples: int = 1000  # of each sampling seed
     sampling_seeds: int = 5
-    steps: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256, 512, 1024])
-    frontier_steps: int = 1024
+    nfe: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64, 128, 256, 512, 1024])  # evaluations, at most
+    frontier_nfe: int = 1024
     judge: str | None = "openai-community/gpt2-large"
     batch_size: int = 16
     judge_batch_size: int = 8
 
     def __post_init__(self) -> None:
-        positive = ("num_samples", "sampling_seeds", "frontier_steps", "batch_size", "judge_batch_size")
+        positive = ("num_samples", "sampling_seeds", "frontier_nfe", "batch_size", "judge_batch_size")
         check_settings(type(self).__init__, vars(self), **dict.fromkeys(positive, "[1, inf)"))
 
 
@@ -65,7 +65,13 @@ class Method:
     steps_share: float = 1.0  # of the steps of that one
     weights: str | None = None  # the method whose weights are sampled
     sampler: str = OWN
+    nfe: list[int] = field(default_factory=lambda: [1, 0])  # [a, b]: N steps are a N + b evaluations of the network
     frontier: list[str] = field(default_factory=list)  # further samplers
+
+    def steps_within(self, nfe: int) -> int:
+        """The most steps, one at least, in so many evaluations of the network."""
+        of_step, further = self.nfe
+        return max(1, (nfe - further) // of_step)
 
 
 @dataclass

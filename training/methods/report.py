@@ -53,11 +53,12 @@ def write_report(wanted: Sequence[Evaluation], plan: MethodPlan, command: str) -
         save_figure(plot_pareto(of_steps), plan.root / "methods")
         samplers = scored_samplers(of_steps)
         sections += score_tables(samplers, budgets_of(samplers), of_steps[0]["real_text"])
+        sections.append("## Seconds of sampling a text\n\n" + "\n".join(time_table(of_steps)))
         sections.append("![Gen. PPL against entropy](methods.png)")
     if frontiers and plan.evaluation.judge is not None:
         save_figure(plot_frontier(frontiers), plan.root / "frontier")
         sections.append(
-            f"## Temperature and noise\n\nOther samplers with {plan.evaluation.frontier_steps} steps.\n\n"
+            f"## Temperature and noise\n\nOther samplers in {plan.evaluation.frontier_nfe} evaluations.\n\n"
             "![Gen. PPL against entropy by sampler](frontier.png)"
         )
     sections.append("## What was measured\n\n" + "\n".join(f"- {line}" for line in notes(wanted, done)))
@@ -108,6 +109,18 @@ def cost_table(costs: Sequence[dict[str, Any]]) -> list[str]:
     ]
     header = ["method", "seed", "parameters", "a step", "steps", "all steps", "time", "on"]
     return markdown_table(header, rows)
+
+
+def time_table(of_steps: Sequence[dict[str, Any]]) -> list[str]:
+    """Table 3, right: what sampling has cost, in batches as the evaluation had them."""
+    samplers = scored_samplers(of_steps)
+    budgets = budgets_of(samplers)
+    count = of_steps[0]["settings"]["num_samples"]
+    rows = []
+    for sampler in samplers:
+        sets = [sampler.within(budget) for budget in budgets]
+        rows.append([sampler.label, *("" if one is None else f"{one['mean']['seconds'] / count:.3g}" for one in sets)])
+    return markdown_table(["evaluations, at most", *map(str, budgets)], rows)
 
 
 def equality(plan: MethodPlan) -> str:

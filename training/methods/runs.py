@@ -23,6 +23,10 @@ from ldlm_hf.training.settings import TrainingSettings
 from methods.definitions import SCRIPTS, Method, MethodBase, MethodEvaluation, Methods
 
 
+# settings of each run that the command line has options for
+OWN_SETTINGS = {"loop.seed": "--seeds", "loop.output_dir": "--output_dir", "loop.max_steps": "--base_steps"}
+
+
 @dataclass(frozen=True)
 class MethodRun(AblationRun):
     """A method with a seed: one training run and its folder."""
@@ -31,6 +35,16 @@ class MethodRun(AblationRun):
     def settings(self) -> Any:
         """The merged settings; errors are those of `load_settings`."""
         return load_settings(SCRIPTS[self.script].settings_class, str(self.config), self.overrides)
+
+    def check_teacher(self) -> None:
+        """Raises ValueError for a distilled method whose teacher was trained anew since."""
+        if self.needs is None:
+            return
+        own, taught_by = (one.pipeline / "README.md" for one in (self, self.needs))
+        if own.is_file() and taught_by.is_file() and own.stat().st_mtime < taught_by.stat().st_mtime:
+            raise ValueError(
+                f"{self.folder} was distilled from {self.needs.name} before that was trained anew; delete it."
+            )
 
     @cached_property
     def flops_of_step(self) -> float:
@@ -60,6 +74,10 @@ class MethodPlan:
     overrides: tuple[str, ...]  # for all runs, over their configurations
     evaluation: MethodEvaluation
     root: Path  # of the runs' folders
+
+    def __post_init__(self) -> None:
+        for key in sorted(OWN_SETTINGS.keys() & {override.partition("=")[0] for override in self.overrides}):
+            raise ValueError(f"{key} differs from run to run: use {OWN_SETTINGS[key]} instead of an override.")
 
     @property
     def base(self) -> MethodBase:
@@ -188,13 +206,12 @@ def evaluations(plan: MethodPlan, names: Sequence[str], seeds: Sequence[int]) ->
     found = []
     for name in names:
         method = plan.methods.methods[name]
+        steps = tuple(dict.fromkeys(method.steps_within(nfe) for nfe in plan.evaluation.nfe))
         for seed in seeds:
-            one = Evaluation(
-                name, plan.run(name, seed), "steps", (method.sampler,), tuple(plan.evaluation.steps), plan
-            )
+            one = Evaluation(name, plan.run(name, seed), "steps", (method.sampler,), steps, plan)
             found.append(one)
             if method.frontier:
                 samplers = (method.sampler, *method.frontier)
-                steps = (plan.evaluation.frontier_steps,)
-                found.append(replace(one, kind="frontier", samplers=samplers, steps=steps))
+                at = (method.steps_within(plan.evaluation.frontier_nfe),)
+                found.append(replace(one, kind="frontier", samplers=samplers, steps=at))
     return found
