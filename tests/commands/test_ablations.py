@@ -332,6 +332,7 @@ def test_the_demos_default_row_at_half_scale_is_this_command() -> None:
         "objective.token_share=0.25",
         "conditioning.prefix_share=0",
         "conditioning.gaps_share=0",
+        "conditioning.start_step=1000",
         "evaluation.sampler=own",
         "optimizer.lr_decay_steps=0",
         "loop.batch_size=16",
@@ -388,7 +389,9 @@ def test_scale_shrinks_steps_and_time_constants_together(base: str, scale: float
     whole, part = plan_of(base), plan_of(base, scale)
     steps = ["loop.max_steps", "loop.checkpointing_steps", "optimizer.lr_warmup_steps", "evaluation.every"]
     before, after = dotted_values(whole.run(row, 0).settings), dotted_values(part.run(row, 0).settings)
-    steps += [key for key in ("warmup.steps", "timestep_sampler.update_every") if key in before]
+    steps += [
+        key for key in ("warmup.steps", "timestep_sampler.update_every", "conditioning.start_step") if key in before
+    ]
     decays = [key for key in ("optimizer.ema_decay", "timestep_sampler.ema_decay") if key in before]
     for key in steps:
         assert after[key] == pytest.approx(before[key] * scale, abs=0.5), key
@@ -421,14 +424,14 @@ def test_texts_of_overrides_are_as_they_were_typed(tmp_path: Path) -> None:
         bases:
           tiny: {{config: {SHIPPED.parent / "demo.yaml"}, overrides: {{data.config_name: no, data.revision: 0012345}}}}
         rows:
-          default: {{overrides: {{data.text_column: 2018_05, loop.max_steps: 2_000, model.tokenizer: null}}}}
+          default: {{overrides: {{data.text_column: 2018_05, loop.max_steps: 4_000, model.tokenizer: null}}}}
         """,
         encoding="utf-8",
     )
     settings = plan_of("tiny", config=file).run("default", 0).settings
     data = settings.data
     assert (data.config_name, data.revision, data.text_column) == ("no", "0012345", "2018_05")
-    assert (settings.loop.max_steps, settings.model.tokenizer) == (2000, None)
+    assert (settings.loop.max_steps, settings.model.tokenizer) == (4000, None)
 
 
 def test_overrides_change_the_base_and_rows_win_over_them() -> None:
