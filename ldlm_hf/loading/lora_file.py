@@ -89,6 +89,8 @@ def find_lora(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> P
                 "use_safetensors out, and name a .safetensors file."
             )
     subfolder = arguments.get("subfolder") or ""
+    if not path.exists() and str(source).count("/") > 1:
+        raise OSError(f"{path}: there is no such folder or file, and a repository on the Hub is OWNER/NAME.")
     if not path.exists():
         hub = {key: value for key, value in arguments.items() if key not in LORA_SOURCE_ARGUMENTS[:3]}
         return Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **hub))

@@ -524,9 +524,7 @@ class LDLMPipeline(LatentDenoisingPipeline, LDLMLoraLoaderMixin):
         )
         self.check_writes_freely("`edit`")
         check_counts(num_texts_per_prompt=num_texts_per_prompt)
-        check_number("strength", strength, highest=1)
-        if strength == 0:
-            raise ValueError("`strength`=0 changes nothing; it must be a number in (0, 1].")
+        check_number("strength", strength, highest=1, above_zero=True)
         arguments = Sampling.of("edit", sampling)
         versions = int(num_texts_per_prompt)
         rows = [tokenize(self.prompt_tokenizer, text, "texts") for text in as_texts("texts", texts)]
@@ -543,7 +541,8 @@ class LDLMPipeline(LatentDenoisingPipeline, LDLMLoraLoaderMixin):
         if not times:
             raise ValueError(
                 f"`strength`={strength} is below all times of the grid, the last of which is "
-                f"{float(solver.times[-1]):.3f}: raise it, or num_inference_steps."
+                f"{float(solver.times[-1]):.3f}: raise `strength`, or take more steps, which end nearer to t_min="
+                f"{self.scheduler.config.t_min}."
             )
         noise = self.prepare_latents(len(latents), latents.device, arguments.generator)
         alpha, sigma = alpha_sigma(torch.tensor(times[0]), self.scheduler.config.tangent_d)

@@ -91,9 +91,10 @@ def check_counts(**counts: Any) -> None:
             raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
 
 
-def check_number(name: str, number: Any, highest: float = math.inf) -> None:
-    """Raises ValueError unless an argument is a finite number in [0, highest]."""
+def check_number(name: str, number: Any, highest: float = math.inf, above_zero: bool = False) -> None:
+    """Raises ValueError unless an argument is a finite number in [0, highest], or (0, highest]."""
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not (is_number and math.isfinite(number) and 0 <= number <= highest):
-        bound = "finite number that is not negative" if highest == math.inf else f"number in [0, {highest:g}]"
+    if not (is_number and math.isfinite(number) and 0 <= number <= highest) or (above_zero and number == 0):
+        interval = f"{'(' if above_zero else '['}0, {highest:g}]"
+        bound = "finite number that is not negative" if highest == math.inf else f"number in {interval}"
         raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")

@@ -363,7 +363,8 @@ def check_decay(optimizer: OptimizerSettings, loop: LoopSettings) -> None:
     """Raises ValueError for a decay of the learning rate that is longer than the run."""
     if optimizer.lr_decay_steps > loop.max_steps:
         raise ValueError(
-            f"optimizer.lr_decay_steps={optimizer.lr_decay_steps} is more than loop.max_steps={loop.max_steps}."
+            f"optimizer.lr_decay_steps={optimizer.lr_decay_steps} is more than loop.max_steps={loop.max_steps}; lower "
+            "the first."
         )
 
 

@@ -403,6 +403,8 @@ def find_lora(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> P
                 "use_safetensors out, and name a .safetensors file."
             )
     subfolder = arguments.get("subfolder") or ""
+    if not path.exists() and str(source).count("/") > 1:
+        raise OSError(f"{path}: there is no such folder or file, and a repository on the Hub is OWNER/NAME.")
     if not path.exists():
         hub = {key: value for key, value in arguments.items() if key not in LORA_SOURCE_ARGUMENTS[:3]}
         return Path(hf_hub_download(str(source), name, subfolder=subfolder or None, **hub))
@@ -1042,11 +1044,12 @@ def check_counts(**counts: Any) -> None:
             raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.{hint}")
 
 
-def check_number(name: str, number: Any, highest: float = math.inf) -> None:
-    """Raises ValueError unless an argument is a finite number in [0, highest]."""
+def check_number(name: str, number: Any, highest: float = math.inf, above_zero: bool = False) -> None:
+    """Raises ValueError unless an argument is a finite number in [0, highest], or (0, highest]."""
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not (is_number and math.isfinite(number) and 0 <= number <= highest):
-        bound = "finite number that is not negative" if highest == math.inf else f"number in [0, {highest:g}]"
+    if not (is_number and math.isfinite(number) and 0 <= number <= highest) or (above_zero and number == 0):
+        interval = f"{'(' if above_zero else '['}0, {highest:g}]"
+        bound = "finite number that is not negative" if highest == math.inf else f"number in {interval}"
         raise ValueError(f"`{name}` must be a {bound}, got {number!r}.")
 
 
@@ -2900,9 +2903,7 @@ class LDLMPipeline(LatentDenoisingPipeline, LDLMLoraLoaderMixin):
         )
         self.check_writes_freely("`edit`")
         check_counts(num_texts_per_prompt=num_texts_per_prompt)
-        check_number("strength", strength, highest=1)
-        if strength == 0:
-            raise ValueError("`strength`=0 changes nothing; it must be a number in (0, 1].")
+        check_number("strength", strength, highest=1, above_zero=True)
         arguments = Sampling.of("edit", sampling)
         versions = int(num_texts_per_prompt)
         rows = [tokenize(self.prompt_tokenizer, text, "texts") for text in as_texts("texts", texts)]
@@ -2919,7 +2920,8 @@ class LDLMPipeline(LatentDenoisingPipeline, LDLMLoraLoaderMixin):
         if not times:
             raise ValueError(
                 f"`strength`={strength} is below all times of the grid, the last of which is "
-                f"{float(solver.times[-1]):.3f}: raise it, or num_inference_steps."
+                f"{float(solver.times[-1]):.3f}: raise `strength`, or take more steps, which end nearer to t_min="
+                f"{self.scheduler.config.t_min}."
             )
         noise = self.prepare_latents(len(latents), latents.device, arguments.generator)
         alpha, sigma = alpha_sigma(torch.tensor(times[0]), self.scheduler.config.tangent_d)

@@ -398,6 +398,8 @@ def test_pickles_are_never_read(make_pipeline: Callable, tmp_path: Path, argumen
             loads(tmp_path / "pytorch_lora_weights.bin")
         with pytest.raises(OSError, match="no such file"):
             loads(tmp_path)
+        with pytest.raises(OSError, match="no such folder or file, and a repository on the Hub is OWNER/NAME"):
+            loads("runs/never-trained/lora")
     with pytest.raises(ValueError, match="safetensors only"):
         pipe.save_lora_weights(tmp_path, plain_weights(), safe_serialization=False)
     with pytest.raises(ValueError, match="no weights"):
