@@ -108,7 +108,7 @@ def main(arguments: Sequence[str], runner: CommandRunner | None = None) -> int:
     for run in runs:
         # settings that are refused stop all of it before any of it
         _ = run.settings
-    for name, flops in plan.step_flops.items():
+    for name, flops in plan.counted.items():
         print(f"{name}: {plan.steps(name):,} steps of {human_flops(flops)}", file=sys.stderr)
     if options.print_commands:
         for run in runs:

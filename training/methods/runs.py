@@ -95,21 +95,26 @@ class MethodPlan:
         check_known(f"on base {self.base_name!r}, method", name, self.methods.on_base(self.base_name))
         method = self.methods.methods[name]
         needs = None if method.needs is None else self.run(method.needs, seed)
-        folder = self.root / name / f"seed-{seed}"
-        config, changed = self.directory / method.configs[self.base_name], self.values(method)
+        folder, config = self.root / name / f"seed-{seed}", self.config(method)
+        changed, settings, steps = self.values(method), self.settings(method), self.steps(name)
         if needs is not None:
             changed["components"] = str(needs.pipeline)
-        assert method.script is not None
-        settings: Any = load_settings(
-            SCRIPTS[method.script].settings_class, str(config), [*as_overrides(changed), *self.overrides]
-        )
-        steps = self.steps(name)
-        values = flatten(asdict(settings))
-        changed |= scaled_values(values, steps / settings.loop.max_steps) | UNSCORED
+        changed |= scaled_values(flatten(asdict(settings)), steps / settings.loop.max_steps) | UNSCORED
         changed |= {"loop.max_steps": steps, "loop.seed": seed, "loop.output_dir": str(folder)}
         given = {override.partition("=")[0] for override in self.overrides}
         kept = {key: value for key, value in changed.items() if key not in given}
+        assert method.script is not None
         return MethodRun(name, seed, method.script, config, (*as_overrides(kept), *self.overrides), folder, needs)
+
+    def config(self, method: Method) -> Path:
+        """A method's configuration on the base."""
+        return self.directory / method.configs[self.base_name]
+
+    def settings(self, method: Method) -> Any:
+        """A method's settings as its configuration has them, before its steps are changed."""
+        assert method.script is not None
+        overrides = [*as_overrides(self.values(method)), *self.overrides]
+        return load_settings(SCRIPTS[method.script].settings_class, str(self.config(method)), overrides)
 
     def values(self, method: Method) -> dict[str, Any]:
         """What a method sets over its configuration."""
@@ -123,23 +128,20 @@ class MethodPlan:
             return max(1, round(method.steps_share * self.steps(method.needs)))
         if self.equal == "steps":
             return self.base.steps
-        return round(self.base.steps * self.step_flops[self.base.reference] / self.step_flops[name])
+        return round(self.base.steps * self.step_flops(self.base.reference) / self.step_flops(name))
 
     @cached_property
-    def step_flops(self) -> dict[str, float]:
-        """FLOPs of a training step of each method that is not distilled from another."""
-        found = {}
-        for name in self.methods.on_base(self.base_name):
+    def counted(self) -> dict[str, float]:
+        """What [`~MethodPlan.step_flops`] has counted."""
+        return {}
+
+    def step_flops(self, name: str) -> float:
+        """FLOPs of a training step of a method that is not distilled from another."""
+        if name not in self.counted:
             method = self.methods.methods[name]
-            if method.script is not None and method.needs is None:
-                config = str(self.directory / method.configs[self.base_name])
-                settings: Any = load_settings(
-                    SCRIPTS[method.script].settings_class,
-                    config,
-                    [*as_overrides(self.values(method)), *self.overrides],
-                )
-                found[name] = flops_of_step(method.script, settings)
-        return found
+            assert method.script is not None
+            self.counted[name] = flops_of_step(method.script, self.settings(method))
+        return self.counted[name]
 
 
 @dataclass(frozen=True)
